@@ -1,0 +1,165 @@
+"""Who proposes tokens: the two seams of drafting, and the messages that cross them.
+
+`Drafter` is one method of guessing (prompt lookup, Token Recycling, nested model). `DraftSource` is what an
+engine talks to: it hides whether drafters run in this process or behind a gRPC stream, and never blocks
+longer than told. Drafts are advice: nothing here can change what a target emits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+DraftErrorCode = Literal["unknown_session", "stale_epoch", "capacity", "unsupported", "internal"]
+
+
+@dataclass(frozen=True, slots=True)
+class DraftSampling:
+    """What a drafter needs to guess the token that the target will sample.
+
+    key is the 64-bit noise key of the request (see `actors.sampling.noise`), temperature 0 means greedy.
+    `rule` names the verification rule: rules that need q make a sampling drafter ship it.
+    """
+
+    key: int
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    rule: str = "coupled"
+
+
+@dataclass(frozen=True, slots=True)
+class SessionOpen:
+    """A session is one request on one target worker. `token_ids` is the prompt, or the prompt and what has
+    been emitted when a worker is told again; `prompt_len` marks the boundary."""
+
+    session_id: int
+    token_ids: tuple[int, ...]
+    prompt_len: int
+    sampling: DraftSampling
+    epoch: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SessionUpdate:
+    """The verdict of the last round and the wish for the next.
+
+    epoch: counts updates of a session from 1; a reply carries the epoch it answers.
+    new_tokens: committed since the previous update (may be empty), in order.
+    drafted, accepted: of the previous proposal, tokens verified and tokens accepted.
+    candidates: (input token id, its most probable next ids, best first) of verified rows, for learning
+        drafters; empty unless the source asked for them.
+    budget: draft tokens wanted next, 0 for none. drafter, exit_depth: pinned, or None.
+    """
+
+    session_id: int
+    epoch: int
+    new_tokens: tuple[int, ...]
+    budget: int
+    drafted: int = 0
+    accepted: int = 0
+    candidates: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    drafter: str | None = None
+    exit_depth: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SessionDraft:
+    """A proposal. `parents[j]` is the index of token j's parent, -1 for the last committed token; empty for
+    a chain. `confidence[j]` estimates P(token j accepted | its ancestors accepted). `q[j]` holds the exact
+    (ids, probabilities) that token j was drawn from, only under rules that need it and only for sampling
+    drafters; an empty q means a deterministic draft (one-hot)."""
+
+    session_id: int
+    epoch: int
+    token_ids: tuple[int, ...] = ()
+    parents: tuple[int, ...] = ()
+    drafter: str = ""
+    exit_depth: int | None = None
+    confidence: tuple[float, ...] = ()
+    q: tuple[tuple[tuple[int, ...], tuple[float, ...]], ...] = ()
+    error: DraftErrorCode | None = None
+    error_message: str = ""
+
+    def __post_init__(self) -> None:
+        if self.parents and len(self.parents) != len(self.token_ids):
+            raise ValueError("parents must be empty or one a token")
+        if self.q and len(self.q) != len(self.token_ids):
+            raise ValueError("q must be empty or one a token")
+
+
+@dataclass(frozen=True, slots=True)
+class DraftQuery:
+    """Ask a drafter for up to `budget` tokens after what it knows of the session."""
+
+    session_id: int
+    epoch: int
+    budget: int
+    exit_depth: int | None = None
+
+
+class Drafter(Protocol):
+    """One method of guessing. Called from one thread. Sessions are told with `open`, grown with `commit`."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def learns(self) -> bool:
+        """Whether `commit` wants candidates."""
+        ...
+
+    def open(self, session: SessionOpen) -> None: ...
+
+    def commit(
+        self,
+        session_id: int,
+        new_tokens: Sequence[int],
+        candidates: Sequence[tuple[int, Sequence[int]]] = (),
+    ) -> None:
+        """Append committed tokens. The drafter itself keeps what of its speculation they confirm."""
+        ...
+
+    def propose(self, queries: Sequence[DraftQuery]) -> list[SessionDraft]:
+        """One draft a query, in order, computed as one batch; an empty draft means no guess."""
+        ...
+
+    def close(self, session_id: int) -> None: ...
+
+    def reset(self) -> None:
+        """Forget what sessions share (a recycling matrix); sessions stay open."""
+        ...
+
+
+class DraftSource(Protocol):
+    """What an engine asks for drafts. One `submit` a round carries every verdict and every wish."""
+
+    @property
+    def drafters(self) -> Collection[str]:
+        """Names a request may pin."""
+        ...
+
+    @property
+    def wants_candidates(self) -> int:
+        """Candidates wanted per verified row, 0 for none."""
+        ...
+
+    def open(self, session: SessionOpen) -> None: ...
+
+    def submit(self, updates: Sequence[SessionUpdate]) -> None:
+        """Send verdicts and wishes; returns at once."""
+        ...
+
+    def collect(self, wanted: Mapping[int, int], timeout_s: float) -> dict[int, SessionDraft]:
+        """Drafts for `wanted` (session id -> epoch) that arrive within `timeout_s`; late ones are dropped."""
+        ...
+
+    def close_session(self, session_id: int) -> None: ...
+
+    def reset(self) -> None: ...
+
+    def stats(self) -> dict[str, object]: ...
+
+    def close(self) -> None: ...

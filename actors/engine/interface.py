@@ -1,0 +1,34 @@
+"""The seam to whatever runs a target model: our torch engine now, vLLM's AsyncLLM later."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from actors.engine.messages import EngineRequest, EngineStats, RequestOutput
+
+
+class TargetEngine(Protocol):
+    """A continuous-batching engine, owned by one thread. None of its methods may be called from another."""
+
+    def add(self, request: EngineRequest) -> None:
+        """Queue a request. Raises `ParameterError` when it can never be served."""
+        ...
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request and free everything it holds; unknown ids are ignored."""
+        ...
+
+    def step(self) -> Sequence[RequestOutput]:
+        """Run one round over the batch and return what it emitted."""
+        ...
+
+    def has_work(self) -> bool: ...
+
+    def stats(self) -> EngineStats: ...
+
+    def reset_shared_state(self) -> None:
+        """Drop what requests share: prefix cache, recycling matrices, acceptance averages."""
+        ...
+
+    def close(self) -> None: ...

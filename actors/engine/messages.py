@@ -1,0 +1,114 @@
+"""Messages between the asyncio side and the engine: plain, frozen and serialisable.
+
+The two sides meet in two queues of these, so that the engine can become a process of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from actors.sampling.params import SamplingParams, SpeculationParams
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One choice of one prompt.
+
+    `output_ids_so_far` are tokens already emitted elsewhere (resume after a lost replica): they count as
+    output for penalties, limits and grammar, and are not emitted again. The noise key is
+    H(sampling.seed, choice).
+    """
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    speculation: SpeculationParams = SpeculationParams()
+    choice: int = 0
+    output_ids_so_far: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.prompt_ids:
+            raise ValueError("prompt_ids must not be empty")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Raw log-softmax (natural log) of one position. `top` holds (token id, logprob), best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RoundReport:
+    """What speculation did for one request in one round. `drafted` tokens were verified, the first
+    `accepted` of them emitted. `drafter` is None in a round without drafts."""
+
+    drafted: int = 0
+    accepted: int = 0
+    drafter: str | None = None
+    exit_depth: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """What one engine step emitted for one request.
+
+    `token_ids` lists this step's tokens: accepted drafts first, then the target's own (bonus) token.
+    A stop id is the last token and is included. `cached_tokens` (prompt tokens served from the prefix
+    cache) and `prompt_logprobs` come with the first output; index 0 of the latter is None.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    round: RoundReport | None = None
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    cached_tokens: int = 0
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    error: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclass(frozen=True, slots=True)
+class DrafterStats:
+    """Counts since start for one drafter: rounds, drafted, accepted, and accepted per position."""
+
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    drafted_per_position: tuple[int, ...] = ()
+    accepted_per_position: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot, read directly from the engine thread's last step."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_blocks_total: int = 0
+    kv_blocks_used: int = 0
+    """Blocks held by running requests."""
+    kv_blocks_cached: int = 0
+    """Blocks held only by the prefix cache; free for the taking."""
+    kv_blocks_free: int = 0
+    """Blocks not held by a running request (cached ones included)."""
+    steps: int = 0
+    tokens_emitted: int = 0
+    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    preemptions: int = 0
+    drafters: dict[str, DrafterStats] = field(default_factory=dict)
+    draft_source: dict[str, object] = field(default_factory=dict)
+    """State of the source of drafts: connected workers, late rounds, reconnects."""
+    controller: dict[str, object] = field(default_factory=dict)
+    """Measured costs and acceptance, and the lengths last chosen, with the reason."""

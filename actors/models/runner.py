@@ -1,0 +1,118 @@
+"""The seam between an engine and a model: ragged forward passes over a paged KV cache.
+
+A batch packs the tokens of all sequences without padding. KV lives in blocks of `BLOCK_SIZE` slots; a
+sequence's block table maps its token index to slots. Rolling back is not the runner's business: the caller
+passes shorter lengths next time, and slots past a sequence's length are never read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+BLOCK_SIZE = 32
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """Shape of a model. `max_model_len` is in tokens; `num_layers` decoder layers."""
+
+    name: str
+    architecture: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_model_len: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(slots=True)
+class RaggedBatch:
+    """R sequences, T tokens in all, packed one after the other.
+
+    token_ids: int64 [T].
+    positions: int64 [T], absolute position of each token (its rotary position).
+    query_start: int64 [R + 1], offsets of each sequence's tokens in the packed arrays.
+    context_lens: int64 [R], KV entries of the sequence after this pass, its tokens of this pass included;
+        token t of sequence r is KV entry `context_lens[r] - (query_start[r + 1] - t)`.
+    block_tables: int32 [R, B], blocks of each sequence in order; unused entries are 0.
+    logit_rows: int64 [N], packed indices whose logits are wanted.
+    parents: None for chains: each token sees all earlier KV entries of its sequence and itself. Otherwise
+        int64 [T], packed index of the parent inside this pass, -1 for the last entry before it (a tree).
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    query_start: Tensor
+    context_lens: Tensor
+    block_tables: Tensor
+    logit_rows: Tensor
+    parents: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.token_ids.numel() != self.positions.numel():
+            raise ValueError("one position a token")
+        if self.query_start.numel() != self.context_lens.numel() + 1:
+            raise ValueError("query_start needs one entry more than context_lens")
+        if self.block_tables.shape[0] != self.context_lens.numel():
+            raise ValueError("one block table a sequence")
+
+    @property
+    def num_tokens(self) -> int:
+        return self.token_ids.numel()
+
+    @property
+    def num_seqs(self) -> int:
+        return self.context_lens.numel()
+
+
+class ModelRunner(Protocol):
+    """A target model with its own KV pool of `num_blocks` blocks."""
+
+    @property
+    def info(self) -> ModelInfo: ...
+
+    @property
+    def num_blocks(self) -> int: ...
+
+    @property
+    def row_invariant(self) -> bool:
+        """Whether the bits of a row depend on nothing but its own sequence (DESIGN: numerics)."""
+        ...
+
+    @property
+    def supports_trees(self) -> bool: ...
+
+    def forward(self, batch: RaggedBatch) -> Tensor:
+        """Write the batch's KV, return float32 logits [N, V] of `logit_rows`."""
+        ...
+
+    def copy_slots(self, source: Tensor, target: Tensor) -> None:
+        """Copy KV slots (int64 flat slot indices, block * BLOCK_SIZE + offset) in every layer."""
+        ...
+
+
+class LayeredRunner(ModelRunner, Protocol):
+    """A runner whose layers can be run in ranges, which nested drafting needs.
+
+    `forward(batch)` equals `logits(run_layers(embed(token_ids), 0, num_layers, batch)[logit_rows])`.
+    """
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """float32 [T, H]."""
+        ...
+
+    def run_layers(self, hidden: Tensor, first: int, last: int, batch: RaggedBatch) -> Tensor:
+        """Run layers first..last-1 on hidden [T, H] (not normalised), writing their KV."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final norm and head: float32 [N, V]."""
+        ...

