@@ -1,0 +1,129 @@
+"""Between the drafting dataclasses and their protobuf messages. Decoding raises ValueError on nonsense."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from actors.drafting.interface import (
+    DraftErrorCode,
+    DraftSampling,
+    SessionDraft,
+    SessionOpen,
+    SessionUpdate,
+)
+from protos.s2d.v1 import drafting_pb2 as pb
+
+_UINT64 = (1 << 64) - 1
+_TO_WIRE: dict[DraftErrorCode, pb.DraftError] = {
+    "unknown_session": pb.DRAFT_ERROR_UNKNOWN_SESSION,
+    "stale_epoch": pb.DRAFT_ERROR_STALE_EPOCH,
+    "capacity": pb.DRAFT_ERROR_CAPACITY,
+    "unsupported": pb.DRAFT_ERROR_UNSUPPORTED,
+    "internal": pb.DRAFT_ERROR_INTERNAL,
+}
+_FROM_WIRE: dict[int, DraftErrorCode] = {int(wire): code for code, wire in _TO_WIRE.items()}
+assert set(_TO_WIRE) == set(get_args(DraftErrorCode))
+
+
+def open_to_proto(session: SessionOpen) -> pb.SessionOpen:
+    s = session.sampling
+    return pb.SessionOpen(
+        session_id=session.session_id,
+        token_ids=session.token_ids,
+        prompt_len=session.prompt_len,
+        sampling=pb.DraftSampling(
+            key=s.key & _UINT64,
+            temperature=s.temperature,
+            top_k=s.top_k,
+            top_p=s.top_p,
+            min_p=s.min_p,
+            rule=s.rule,
+        ),
+        epoch=session.epoch,
+    )
+
+
+def open_from_proto(message: pb.SessionOpen) -> SessionOpen:
+    s = message.sampling
+    if not message.token_ids:
+        raise ValueError("token_ids must not be empty")
+    if message.prompt_len > len(message.token_ids):
+        raise ValueError("prompt_len exceeds token_ids")
+    if not (s.temperature >= 0.0 and 0.0 < s.top_p <= 1.0 and 0.0 <= s.min_p <= 1.0):
+        raise ValueError("sampling is out of range")
+    return SessionOpen(
+        session_id=message.session_id,
+        token_ids=tuple(message.token_ids),
+        prompt_len=message.prompt_len,
+        sampling=DraftSampling(
+            key=s.key,
+            temperature=s.temperature,
+            top_k=s.top_k,
+            top_p=s.top_p,
+            min_p=s.min_p,
+            rule=s.rule or "coupled",
+        ),
+        epoch=message.epoch,
+    )
+
+
+def update_to_proto(update: SessionUpdate) -> pb.SessionUpdate:
+    return pb.SessionUpdate(
+        session_id=update.session_id,
+        epoch=update.epoch,
+        new_token_ids=update.new_tokens,
+        drafted=update.drafted,
+        accepted=update.accepted,
+        candidates=[pb.Candidates(token_id=t, next_ids=ids) for t, ids in update.candidates],
+        budget=update.budget,
+        drafter=update.drafter or "",
+        exit_depth=update.exit_depth or 0,
+    )
+
+
+def update_from_proto(message: pb.SessionUpdate) -> SessionUpdate:
+    return SessionUpdate(
+        session_id=message.session_id,
+        epoch=message.epoch,
+        new_tokens=tuple(message.new_token_ids),
+        budget=message.budget,
+        drafted=message.drafted,
+        accepted=message.accepted,
+        candidates=tuple((c.token_id, tuple(c.next_ids)) for c in message.candidates),
+        drafter=message.drafter or None,
+        exit_depth=message.exit_depth or None,
+    )
+
+
+def draft_to_proto(draft: SessionDraft) -> pb.SessionDraft:
+    return pb.SessionDraft(
+        session_id=draft.session_id,
+        epoch=draft.epoch,
+        token_ids=draft.token_ids,
+        parents=draft.parents,
+        drafter=draft.drafter,
+        exit_depth=draft.exit_depth or 0,
+        confidence=draft.confidence,
+        q=[pb.DraftDistribution(token_ids=ids, probabilities=p) for ids, p in draft.q],
+        error=_TO_WIRE[draft.error] if draft.error is not None else pb.DRAFT_ERROR_UNSPECIFIED,
+        error_message=draft.error_message,
+    )
+
+
+def draft_from_proto(message: pb.SessionDraft) -> SessionDraft:
+    error: DraftErrorCode | None = None
+    if message.error != pb.DRAFT_ERROR_UNSPECIFIED:
+        # A code of a newer worker: all that matters is that there is no draft.
+        error = _FROM_WIRE.get(int(message.error), "internal")
+    return SessionDraft(
+        session_id=message.session_id,
+        epoch=message.epoch,
+        token_ids=tuple(message.token_ids),
+        parents=tuple(message.parents),
+        drafter=message.drafter,
+        exit_depth=message.exit_depth or None,
+        confidence=tuple(message.confidence),
+        q=tuple((tuple(d.token_ids), tuple(d.probabilities)) for d in message.q),
+        error=error,
+        error_message=message.error_message,
+    )

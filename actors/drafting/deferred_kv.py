@@ -1,0 +1,146 @@
+"""Deferred KV: layer blocks of a nested draft hold caches of different lengths (S2D, arXiv 2407.01955, "adaptive
+caching").
+
+Exits n_1 < n_2 < ... cut the layers into blocks. A token drafted at exit n_1 has KV in the first block only;
+its hidden state waits, and the next step that goes deeper runs all waiting states of the sequence through the
+next block in one causal pass. KV slots and waiting states share slot numbers, so one block table a sequence
+serves every layer, and a rollback only shortens lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from actors.kv.block_pool import BlockPool
+from actors.models.runner import BLOCK_SIZE, LayeredRunner, RaggedBatch
+
+
+@dataclass(slots=True)
+class DeferredSequence:
+    """`lengths[b]` tokens have KV in layer block b; the states of tokens lengths[b] .. lengths[b - 1] wait for
+    it, and for block 0 those of lengths[0] .. len(tokens)."""
+
+    tokens: list[int]
+    lengths: list[int]
+    blocks: list[int] = field(default_factory=list)
+
+    def waiting(self, block: int) -> int:
+        """Tokens that block `block` could take now."""
+        return (self.lengths[block - 1] if block else len(self.tokens)) - self.lengths[block]
+
+    def rollback(self, length: int) -> None:
+        """Forget KV and waiting states of tokens from index `length` on, in every block."""
+        self.lengths = [min(n, length) for n in self.lengths]
+
+
+class DeferredKv:
+    """The paged store of one nested draft and the passes over it.
+
+    Args:
+        runner: the draft model with its KV pool.
+        exits: depths in layers, ascending; the last may be the model's depth.
+    """
+
+    def __init__(self, runner: LayeredRunner, exits: Sequence[int]) -> None:
+        depth = runner.info.num_layers
+        if not exits or list(exits) != sorted(set(exits)) or exits[0] < 1 or exits[-1] > depth:
+            raise ValueError(f"exits must ascend strictly within 1..{depth}, got {tuple(exits)}")
+        self._runner = runner
+        self._bounds = (0, *exits)
+        self._device = runner.info.device
+        self._pool = BlockPool(runner.num_blocks, BLOCK_SIZE, prefix_caching=False)
+        slots = runner.num_blocks * BLOCK_SIZE
+        # Waiting states before block 1, 2, ..., by slot. Block 0 needs none: its states are the token ids.
+        self._states = [
+            torch.zeros(slots, runner.info.hidden_size, dtype=torch.float32, device=self._device)
+            for _ in exits[1:]
+        ]
+
+    @property
+    def num_layer_blocks(self) -> int:
+        return len(self._bounds) - 1
+
+    @property
+    def blocks_free(self) -> int:
+        return self._pool.num_free
+
+    @property
+    def blocks_total(self) -> int:
+        return self._pool.num_blocks
+
+    def new_sequence(self, tokens: Sequence[int]) -> DeferredSequence:
+        return DeferredSequence(list(tokens), [0] * self.num_layer_blocks)
+
+    def missing_blocks(self, seq: DeferredSequence, num_tokens: int) -> int:
+        """KV blocks to allocate before `num_tokens` tokens of the sequence fit."""
+        return max(0, self._pool.blocks_for(num_tokens) - len(seq.blocks))
+
+    def reserve(self, seq: DeferredSequence, num_tokens: int) -> None:
+        """Allocate blocks for `num_tokens` tokens. Raises OutOfBlocksError, taking nothing."""
+        seq.blocks.extend(self._pool.allocate(self.missing_blocks(seq, num_tokens)))
+
+    def release(self, seq: DeferredSequence) -> None:
+        """Give back the sequence's blocks; its tokens would have to be run again."""
+        self._pool.release(seq.blocks)
+        seq.blocks = []
+        seq.rollback(0)
+
+    def advance(self, seqs: Sequence[DeferredSequence], block: int, counts: Sequence[int]) -> Tensor:
+        """Run the next `counts[r] >= 1` waiting tokens of each sequence through layer block `block`.
+
+        Returns the hidden state (not normalised) of each sequence's last token of the pass, float32 [R, H].
+        """
+        spans: list[range] = []
+        for seq, count in zip(seqs, counts, strict=True):
+            if not 1 <= count <= seq.waiting(block):
+                raise ValueError(f"{count} tokens asked, {seq.waiting(block)} wait for block {block}")
+            spans.append(range(seq.lengths[block], seq.lengths[block] + count))
+        if any(len(seq.blocks) * BLOCK_SIZE < span.stop for seq, span in zip(seqs, spans, strict=True)):
+            raise ValueError("KV blocks must be reserved first")
+        batch = self._batch(seqs, spans)
+        slots = torch.tensor(
+            [
+                seq.blocks[i // BLOCK_SIZE] * BLOCK_SIZE + i % BLOCK_SIZE
+                for seq, span in zip(seqs, spans, strict=True)
+                for i in span
+            ],
+            dtype=torch.int64,
+            device=self._device,
+        )
+        hidden = self._runner.embed(batch.token_ids) if block == 0 else self._states[block - 1][slots]
+        hidden = self._runner.run_layers(hidden, self._bounds[block], self._bounds[block + 1], batch)
+        if block + 1 < self.num_layer_blocks:
+            self._states[block][slots] = hidden
+        for seq, span in zip(seqs, spans, strict=True):
+            seq.lengths[block] = span.stop
+        return hidden[batch.logit_rows]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 [N, V] of hidden [N, H]: all exits share the final norm and the head."""
+        return self._runner.logits(hidden)
+
+    def _batch(self, seqs: Sequence[DeferredSequence], spans: Sequence[range]) -> RaggedBatch:
+        starts = [0]
+        for span in spans:
+            starts.append(starts[-1] + len(span))
+        width = max(-(-span.stop // BLOCK_SIZE) for span in spans)
+        tables = []
+        for seq, span in zip(seqs, spans, strict=True):
+            used = seq.blocks[: -(-span.stop // BLOCK_SIZE)]
+            tables.append(used + [0] * (width - len(used)))
+
+        def int64(values: Sequence[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int64, device=self._device)
+
+        return RaggedBatch(
+            token_ids=int64([t for s, span in zip(seqs, spans, strict=True) for t in s.tokens[span.start : span.stop]]),
+            positions=int64([i for span in spans for i in span]),
+            query_start=int64(starts),
+            context_lens=int64([span.stop for span in spans]),
+            block_tables=torch.tensor(tables, dtype=torch.int32, device=self._device),
+            logit_rows=int64([start - 1 for start in starts[1:]]),
+        )

@@ -1,0 +1,301 @@
+"""The nested drafter: sub-models are the first n_1 < n_2 < ... layers of one model (S2D, arXiv 2407.01955)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from actors.drafting.deferred_kv import DeferredKv, DeferredSequence
+from actors.drafting.draw import Draw, draw_tokens
+from actors.drafting.errors import DrafterError
+from actors.drafting.interface import DraftQuery, DraftSampling, SessionDraft, SessionOpen
+from actors.models.runner import LayeredRunner
+
+ABSORB_FROM = 8
+"""Background work leaves fewer waiting tokens than this to the next proposal, which takes them in one pass."""
+
+
+@dataclass(slots=True)
+class _Session:
+    """`seq.tokens[:committed]` is truth, what follows is the last proposal. `goal` is the deepest layer block
+    that proposals want; `parked` sessions lost their KV and wait to be asked for; `starved` ones lack room."""
+
+    seq: DeferredSequence
+    sampling: DraftSampling
+    committed: int
+    goal: int
+    last_used: int
+    parked: bool = False
+    starved: bool = False
+
+    def backlog(self, block: int) -> int:
+        """Committed tokens that must run before a proposal after layer block `block`, the last one included."""
+        return self.committed - min(self.seq.lengths[block], self.committed - 1)
+
+
+@dataclass(slots=True)
+class _Proposal:
+    """A query under way. `exit` is the layer block to stop after, None to decide by confidence."""
+
+    query: DraftQuery
+    session: _Session
+    budget: int
+    exit: int | None
+    draws: list[Draw] = field(default_factory=list)
+    deepest: int = 0
+
+
+class NestedDrafter:
+    """Drafts with the first layers of a model, all sessions of a call together.
+
+    A proposal costs one ragged pass per draft position and layer block. Prompts are absorbed by `work` in
+    chunks, off the critical path: until few enough tokens are left, `propose` gives an empty draft. When the
+    KV pool is full, sessions not asked for during the last `keep_rounds` calls lose their KV, least recently
+    used first (they are absorbed again when asked for); if there are none, the asking session gets error
+    "capacity" and the others go on. So sessions in use never evict one another in turn.
+
+    Args:
+        runner: the model, with its KV pool.
+        exits: depths in layers that may draft, ascending; the last may be the whole model.
+        thresholds: S2D's tau, one for each exit but the last: a token without a pinned exit leaves at the
+            first exit whose largest probability (at temperature 1) exceeds its tau. None: `default_exit`.
+        default_exit: depth used without a pinned exit; None takes the shallowest.
+        max_sessions: sessions held; one more is refused with code "capacity".
+        prefill_chunk: tokens a `work` call runs at most, in each layer block.
+        catch_up: waiting tokens of one session that a proposal runs itself, at most.
+        keep_rounds: see above.
+    """
+
+    name = "nested"
+    learns = False
+
+    def __init__(
+        self,
+        runner: LayeredRunner,
+        exits: Sequence[int],
+        *,
+        thresholds: Sequence[float] | None = None,
+        default_exit: int | None = None,
+        max_sessions: int = 256,
+        prefill_chunk: int = 64,
+        catch_up: int = 32,
+        keep_rounds: int = 64,
+    ) -> None:
+        self._kv = DeferredKv(runner, exits)
+        self.exits = tuple(exits)
+        if thresholds is not None and len(thresholds) != len(exits) - 1:
+            raise ValueError("thresholds must hold one value for each exit but the last")
+        if default_exit is not None and default_exit not in self.exits:
+            raise ValueError(f"default_exit {default_exit} is not among the exits {self.exits}")
+        if min(max_sessions, prefill_chunk, keep_rounds) < 1 or catch_up < ABSORB_FROM:
+            raise ValueError(f"limits must be positive, catch_up at least {ABSORB_FROM}")
+        self._thresholds = None if thresholds is None else tuple(thresholds)
+        self._default = 0 if default_exit is None else self.exits.index(default_exit)
+        self._max_model_len = runner.info.max_model_len
+        self._max_sessions = max_sessions
+        self._prefill_chunk = prefill_chunk
+        self._catch_up = catch_up
+        self._keep_rounds = keep_rounds
+        self._sessions: dict[int, _Session] = {}
+        self._clock = 0
+
+    @property
+    def kv_blocks_used(self) -> int:
+        return self._kv.blocks_total - self._kv.blocks_free
+
+    @property
+    def kv_blocks_free(self) -> int:
+        return self._kv.blocks_free
+
+    def open(self, session: SessionOpen) -> None:
+        if session.session_id not in self._sessions and len(self._sessions) >= self._max_sessions:
+            raise DrafterError("capacity", f"nested holds {self._max_sessions} sessions already")
+        if not session.token_ids:
+            raise DrafterError("unsupported", "a session needs at least one token")
+        self.close(session.session_id)
+        self._sessions[session.session_id] = _Session(
+            seq=self._kv.new_sequence(session.token_ids),
+            sampling=session.sampling,
+            committed=len(session.token_ids),
+            goal=self._default if self._thresholds is None else len(self.exits) - 1,
+            last_used=self._clock,
+        )
+
+    def commit(
+        self,
+        session_id: int,
+        new_tokens: Sequence[int],
+        candidates: Sequence[tuple[int, Sequence[int]]] = (),
+    ) -> None:
+        session = self._get(session_id)
+        proposed = session.seq.tokens[session.committed :]
+        kept = 0
+        while kept < min(len(proposed), len(new_tokens)) and proposed[kept] == new_tokens[kept]:
+            kept += 1
+        session.seq.rollback(session.committed + kept)
+        session.seq.tokens[session.committed :] = new_tokens
+        session.committed += len(new_tokens)
+
+    def close(self, session_id: int) -> None:
+        session = self._sessions.pop(session_id, None)
+        if session is not None:
+            self._kv.release(session.seq)
+
+    def reset(self) -> None:
+        """Sessions share nothing but the weights."""
+
+    def propose(self, queries: Sequence[DraftQuery]) -> list[SessionDraft]:
+        self._clock += 1
+        sessions = [self._get(query.session_id) for query in queries]
+        for session in sessions:
+            session.last_used = self._clock
+        answers: list[SessionDraft | _Proposal] = []
+        for query, session in zip(queries, sessions, strict=True):
+            answers.append(self._begin(query, session))
+        active = [a for a in answers if isinstance(a, _Proposal)]
+        with torch.inference_mode():
+            while active:
+                self._draft_position(active)
+                active = [p for p in active if len(p.draws) < p.budget]
+        return [self._finish(a) if isinstance(a, _Proposal) else a for a in answers]
+
+    def work(self) -> bool:
+        """Run one chunk of waiting prompt tokens; False when none could be run."""
+        room = self._prefill_chunk
+        chosen: list[_Session] = []
+        ends: list[int] = []
+        for session in self._sessions.values():
+            if room <= 0:
+                break
+            if session.parked or session.backlog(session.goal) <= ABSORB_FROM or session.committed > self._max_model_len:
+                continue
+            start = session.seq.lengths[session.goal]
+            # The last committed token stays: the next proposal needs its logits.
+            end = min(start + room, session.committed - 1)
+            session.starved = not self._make_room(session, end, keep=chosen)
+            if not session.starved:
+                chosen.append(session)
+                ends.append(end)
+                room -= end - start
+        with torch.inference_mode():
+            for block in range(len(self.exits)):
+                todo = [
+                    (s.seq, end - s.seq.lengths[block])
+                    for s, end in zip(chosen, ends, strict=True)
+                    if block <= s.goal and end > s.seq.lengths[block]
+                ]
+                if todo:
+                    self._kv.advance([seq for seq, _ in todo], block, [count for _, count in todo])
+        return bool(chosen)
+
+    def _get(self, session_id: int) -> _Session:
+        try:
+            return self._sessions[session_id]
+        except KeyError:
+            raise DrafterError("unknown_session", f"nested knows no session {session_id}") from None
+
+    def _begin(self, query: DraftQuery, session: _Session) -> SessionDraft | _Proposal:
+        if query.exit_depth is not None and query.exit_depth not in self.exits:
+            return self._refuse(query, DrafterError("unsupported", f"no exit at {query.exit_depth}; {self.exits}"))
+        exit_block = self._default if self._thresholds is None else None
+        if query.exit_depth is not None:
+            exit_block = self.exits.index(query.exit_depth)
+        session.goal = len(self.exits) - 1 if exit_block is None else exit_block
+        session.parked = False
+        seq = session.seq
+        del seq.tokens[session.committed :]
+        seq.rollback(session.committed - 1)
+        # The drafted token at index i < max_model_len is the last one that the target can emit.
+        budget = min(query.budget, self._max_model_len - session.committed)
+        if budget <= 0:
+            return SessionDraft(query.session_id, query.epoch, drafter=self.name)
+        ready = session.backlog(exit_block or 0) <= self._catch_up
+        if not ready and not session.starved:
+            return SessionDraft(query.session_id, query.epoch, drafter=self.name)
+        if not ready or not self._make_room(session, session.committed + budget - 1):
+            return self._refuse(query, DrafterError("capacity", "no KV blocks left for the session"))
+        return _Proposal(query, session, budget, exit_block)
+
+    def _refuse(self, query: DraftQuery, error: DrafterError) -> SessionDraft:
+        return SessionDraft(
+            query.session_id, query.epoch, drafter=self.name, error=error.code, error_message=error.message
+        )
+
+    def _make_room(self, session: _Session, num_tokens: int, keep: Sequence[_Session] = ()) -> bool:
+        """Reserve KV for `num_tokens` tokens of the session, taking it from idle ones (not `keep`) if need be."""
+        missing = self._kv.missing_blocks(session.seq, num_tokens)
+        if missing > self._kv.blocks_free:
+            idle = [
+                s
+                for s in self._sessions.values()
+                if s.seq.blocks
+                and s.last_used < self._clock - self._keep_rounds
+                and not any(s is k for k in (session, *keep))
+            ]
+            if missing > self._kv.blocks_free + sum(len(s.seq.blocks) for s in idle):
+                return False
+            for victim in sorted(idle, key=lambda s: s.last_used):
+                self._kv.release(victim.seq)
+                victim.parked = True
+                if missing <= self._kv.blocks_free:
+                    break
+        self._kv.reserve(session.seq, num_tokens)
+        return True
+
+    def _draft_position(self, active: Sequence[_Proposal]) -> None:
+        """Draft one more token for every proposal, shallow to deep, each block once."""
+        going = list(active)
+        for block in range(len(self.exits)):
+            seqs = [p.session.seq for p in going]
+            hidden = self._kv.advance(seqs, block, [seq.waiting(block) for seq in seqs])
+            stop = [p.exit == block or (p.exit is None and self._must_stop(p, block)) for p in going]
+            tests = [p.exit is None and not s for p, s in zip(going, stop, strict=True)]
+            rows = [r for r in range(len(going)) if stop[r] or tests[r]]
+            if rows:
+                logits = self._kv.logits(hidden if len(rows) == len(going) else hidden[rows])
+                if any(tests):
+                    logits, rows = self._confident(logits, rows, tests, block)
+                self._draw(logits, [going[r] for r in rows], block)
+            leaving = set(rows)
+            going = [p for r, p in enumerate(going) if r not in leaving]
+            if not going:
+                return
+
+    def _must_stop(self, proposal: _Proposal, block: int) -> bool:
+        """Without a pinned exit: at the last block, or where going on would run too many waiting states."""
+        seq = proposal.session.seq
+        return block + 1 == len(self.exits) or seq.waiting(block + 1) > self._catch_up
+
+    def _confident(
+        self, logits: Tensor, rows: Sequence[int], tests: Sequence[bool], block: int
+    ) -> tuple[Tensor, list[int]]:
+        """Keep rows that must stop here and those that pass S2D's test, which looks at the distribution only:
+        testing the drawn token would bias what it is drawn from."""
+        assert self._thresholds is not None
+        top = (logits.amax(dim=-1) - torch.logsumexp(logits, dim=-1)).exp().tolist()
+        keep = [i for i, r in enumerate(rows) if not tests[r] or top[i] > self._thresholds[block]]
+        return logits[keep], [rows[i] for i in keep]
+
+    def _draw(self, logits: Tensor, proposals: Sequence[_Proposal], block: int) -> None:
+        samplings = [p.session.sampling for p in proposals]
+        positions = [len(p.session.seq.tokens) for p in proposals]
+        for proposal, draw in zip(proposals, draw_tokens(logits, samplings, positions), strict=True):
+            proposal.draws.append(draw)
+            proposal.deepest = max(proposal.deepest, block)
+            proposal.session.seq.tokens.append(draw.token_id)
+
+    def _finish(self, proposal: _Proposal) -> SessionDraft:
+        draws = proposal.draws
+        sampled = all(d.q is not None for d in draws)
+        return SessionDraft(
+            proposal.query.session_id,
+            proposal.query.epoch,
+            tuple(d.token_id for d in draws),
+            drafter=self.name,
+            exit_depth=self.exits[proposal.deepest],
+            confidence=tuple(d.confidence for d in draws),
+            q=tuple(d.q for d in draws if d.q is not None) if sampled else (),
+        )

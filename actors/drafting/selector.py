@@ -1,0 +1,241 @@
+"""All drafters of one process behind one door: who is told, who is asked, and what happens when one fails."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+from actors.drafting.errors import DrafterError
+from actors.drafting.interface import Drafter, DraftErrorCode, DraftQuery, SessionDraft, SessionOpen, SessionUpdate
+from actors.sampling.params import MAX_DRAFT_TOKENS
+
+logger = logging.getLogger(__name__)
+
+CANDIDATES_WANTED = 8
+"""Candidates a verified row for drafters that learn (Token Recycling's k)."""
+
+
+@runtime_checkable
+class BackgroundWorker(Protocol):
+    """A drafter with work that may wait for idle moments (prompt prefill)."""
+
+    def work(self) -> bool:
+        """Do one bounded piece; False when there was none."""
+        ...
+
+
+@runtime_checkable
+class NestedExits(Protocol):
+    """A drafter whose sub-models a request may pin by depth."""
+
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """Exit depths in layers, ascending."""
+        ...
+
+
+@runtime_checkable
+class PagedDrafter(Protocol):
+    """A drafter with a KV pool, for reports."""
+
+    @property
+    def kv_blocks_used(self) -> int: ...
+
+    @property
+    def kv_blocks_free(self) -> int: ...
+
+
+@dataclass(slots=True)
+class _Session:
+    """`missing` names drafters that do not hold the session, with the reason."""
+
+    epoch: int
+    missing: dict[str, DrafterError] = field(default_factory=dict)
+
+
+class DrafterPool:
+    """Drafters in order of preference, driven from one thread.
+
+    Every session is opened in, and every verdict told to, all drafters, so that any may be asked next. A
+    session is served by the drafter it pins, otherwise by the first that has a guess. A drafter that raises
+    loses the sessions concerned (they can be opened again); the others go on.
+
+    Args:
+        drafters: distinct names, most preferred first.
+        max_sessions: open sessions at most; one more is refused with code "capacity".
+    """
+
+    def __init__(self, drafters: Sequence[Drafter], max_sessions: int = 1024) -> None:
+        names = [d.name for d in drafters]
+        if not drafters or len(set(names)) != len(names):
+            raise ValueError("need at least one drafter, with distinct names")
+        self._drafters = tuple(drafters)
+        self._by_name = dict(zip(names, self._drafters, strict=True))
+        self._max_sessions = max_sessions
+        self._sessions: dict[int, _Session] = {}
+
+    @property
+    def drafters(self) -> tuple[str, ...]:
+        return tuple(self._by_name)
+
+    @property
+    def wants_candidates(self) -> int:
+        return CANDIDATES_WANTED if any(d.learns for d in self._drafters) else 0
+
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """Exit depths a session may pin; empty without a nested drafter."""
+        return next((d.exits for d in self._drafters if isinstance(d, NestedExits)), ())
+
+    @property
+    def num_sessions(self) -> int:
+        return len(self._sessions)
+
+    @property
+    def kv_blocks(self) -> tuple[int, int]:
+        """(used, free) over all drafters with a KV pool."""
+        paged = [d for d in self._drafters if isinstance(d, PagedDrafter)]
+        return sum(d.kv_blocks_used for d in paged), sum(d.kv_blocks_free for d in paged)
+
+    def open(self, session: SessionOpen) -> None:
+        """Open, or open again, in every drafter. Raises `DrafterError` when no drafter takes the session."""
+        sid = session.session_id
+        if sid not in self._sessions and len(self._sessions) >= self._max_sessions:
+            raise DrafterError("capacity", f"{self._max_sessions} sessions are open already")
+        if not session.token_ids:
+            raise DrafterError("unsupported", "a session needs at least one token")
+        self.close(sid)
+        state = _Session(session.epoch)
+        for drafter in self._drafters:
+            error = self._guarded(drafter, lambda d=drafter: d.open(session))  # type: ignore[misc]
+            if error is not None:
+                state.missing[drafter.name] = error
+        if len(state.missing) == len(self._drafters):
+            raise next(iter(state.missing.values()))
+        self._sessions[sid] = state
+
+    def apply(self, update: SessionUpdate) -> None:
+        """Commit a verdict in every drafter. Raises `DrafterError` "unknown_session" or "stale_epoch"."""
+        sid = update.session_id
+        state = self._sessions.get(sid)
+        if state is None:
+            raise DrafterError("unknown_session", f"session {sid} is not open")
+        if update.epoch != state.epoch + 1:
+            raise DrafterError("stale_epoch", f"epoch {update.epoch} does not follow {state.epoch}")
+        state.epoch = update.epoch
+        for drafter in self._drafters:
+            if drafter.name in state.missing:
+                continue
+            error = self._guarded(
+                drafter,
+                lambda d=drafter: d.commit(sid, update.new_tokens, update.candidates),  # type: ignore[misc]
+            )
+            if error is not None:
+                self._drop(drafter, sid, state, error)
+
+    def propose(self, updates: Sequence[SessionUpdate]) -> list[SessionDraft]:
+        """One draft an update, in order; the updates were applied before. Budgets are capped at
+        `MAX_DRAFT_TOKENS`; a budget of 0 gives an empty draft."""
+        drafts: dict[int, SessionDraft] = {}
+        waiting: dict[int, SessionUpdate] = {}
+        for i, update in enumerate(updates):
+            error = self._refusal(update)
+            if error is not None:
+                drafts[i] = _failed(update, error)
+            elif update.budget > 0:
+                waiting[i] = update
+        for drafter in self._drafters:
+            asked = {i: u for i, u in waiting.items() if self._eligible(drafter, u)}
+            if not asked:
+                continue
+            for i, draft in zip(asked, self._ask(drafter, list(asked.values())), strict=True):
+                if draft.token_ids:
+                    drafts[i] = draft
+                    del waiting[i]
+                elif draft.error is not None:
+                    drafts[i] = draft
+        return [drafts.get(i) or SessionDraft(u.session_id, u.epoch) for i, u in enumerate(updates)]
+
+    def close(self, session_id: int) -> None:
+        """Forget a session; unknown ids are ignored."""
+        state = self._sessions.pop(session_id, None)
+        if state is not None:
+            for drafter in self._drafters:
+                if drafter.name not in state.missing:
+                    self._guarded(drafter, lambda d=drafter: d.close(session_id))  # type: ignore[misc]
+
+    def reset(self) -> None:
+        """Forget what sessions share, in every drafter."""
+        for drafter in self._drafters:
+            self._guarded(drafter, drafter.reset)
+
+    def work(self) -> bool:
+        """Do one bounded piece of background work; False when there is none."""
+        done = False
+        for drafter in self._drafters:
+            if isinstance(drafter, BackgroundWorker):
+                worked: list[bool] = []
+                self._guarded(drafter, lambda d=drafter: worked.append(d.work()))  # type: ignore[misc]
+                done = done or any(worked)
+        return done
+
+    def _refusal(self, update: SessionUpdate) -> DrafterError | None:
+        state = self._sessions.get(update.session_id)
+        if state is None:
+            return DrafterError("unknown_session", f"session {update.session_id} is not open")
+        name = update.drafter
+        if name is not None and name not in self._by_name:
+            return DrafterError("unsupported", f"no drafter {name!r}; there are {', '.join(self._by_name)}")
+        if update.exit_depth is not None:
+            named = self._by_name[name] if name is not None else None
+            exits = self.exits if named is None else named.exits if isinstance(named, NestedExits) else ()
+            if update.exit_depth not in exits:
+                return DrafterError("unsupported", f"no exit at depth {update.exit_depth}; there are {exits}")
+        if name is not None and name in state.missing:
+            return state.missing[name]
+        return None
+
+    def _eligible(self, drafter: Drafter, update: SessionUpdate) -> bool:
+        if update.drafter is not None and update.drafter != drafter.name:
+            return False
+        if update.exit_depth is not None and not isinstance(drafter, NestedExits):
+            return False
+        return drafter.name not in self._sessions[update.session_id].missing
+
+    def _ask(self, drafter: Drafter, updates: Sequence[SessionUpdate]) -> list[SessionDraft]:
+        """Ask one drafter for a batch; when the batch fails, each session alone, to find the culprit."""
+        queries = [
+            DraftQuery(u.session_id, u.epoch, min(u.budget, MAX_DRAFT_TOKENS), u.exit_depth) for u in updates
+        ]
+        answer: list[list[SessionDraft]] = []
+        error = self._guarded(drafter, lambda: answer.append(drafter.propose(queries)))
+        if error is None:
+            return answer[0]
+        if len(updates) > 1:
+            return [self._ask(drafter, [update])[0] for update in updates]
+        update = updates[0]
+        self._drop(drafter, update.session_id, self._sessions[update.session_id], error)
+        return [_failed(update, error)]
+
+    def _drop(self, drafter: Drafter, sid: int, state: _Session, error: DrafterError) -> None:
+        """The drafter lost step with the session: say so once, then ask for it to be opened again."""
+        self._guarded(drafter, lambda: drafter.close(sid))
+        code: DraftErrorCode = error.code if error.code == "capacity" else "unknown_session"
+        state.missing[drafter.name] = DrafterError(code, f"{drafter.name} lost the session: {error.message}")
+
+    def _guarded(self, drafter: Drafter, call: Callable[[], None]) -> DrafterError | None:
+        """Run a drafter's method; whatever it raises concerns this drafter alone."""
+        try:
+            call()
+        except DrafterError as error:
+            return error
+        except Exception as error:
+            logger.exception("drafter %s failed", drafter.name)
+            return DrafterError("internal", f"{drafter.name}: {type(error).__name__}: {error}")
+        return None
+
+
+def _failed(update: SessionUpdate, error: DrafterError) -> SessionDraft:
+    return SessionDraft(update.session_id, update.epoch, error=error.code, error_message=error.message)

@@ -1,0 +1,118 @@
+"""Token Recycling (arXiv 2408.08696): a matrix of the candidates last seen after each token.
+
+Row t holds the k most probable next tokens of the last verified row whose input token was t, rejected drafts
+included. The matrix is shared by all sessions. Chain form: follow each row's best entry; the paper's tree
+needs tree verification.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from actors.drafting.acceptance import RunningAcceptance, confirmed_prefix
+from actors.drafting.errors import DrafterError
+from actors.drafting.interface import DraftQuery, SessionDraft, SessionOpen
+
+MAX_VOCAB = 1 << 20
+"""Token ids at or above this are not learned, which bounds the matrix at 32 MiB for k = 8."""
+UNKNOWN = -1
+
+
+@dataclass(slots=True)
+class _Session:
+    last_token: int
+    draft: tuple[int, ...] = ()
+
+
+class TokenRecyclingDrafter:
+    """Args:
+    width: candidates kept a row (the paper's k).
+    vocab_size: rows to start with; the matrix grows with the ids it sees, up to `MAX_VOCAB`.
+    max_sessions: sessions held; one more is refused with code "capacity".
+    """
+
+    name = "token_recycling"
+    learns = True
+
+    def __init__(self, width: int = 8, vocab_size: int = 1024, max_sessions: int = 1024) -> None:
+        if width < 1 or not 1 <= vocab_size <= MAX_VOCAB or max_sessions < 1:
+            raise ValueError("width, vocab_size and max_sessions must be positive, vocab_size bounded")
+        self.width = width
+        self._matrix = np.full((vocab_size, width), UNKNOWN, dtype=np.int32)
+        self._max_sessions = max_sessions
+        self._sessions: dict[int, _Session] = {}
+        self._acceptance = RunningAcceptance([0.5] * 16)
+
+    @property
+    def known_rows(self) -> int:
+        """Tokens whose successors are known."""
+        return int((self._matrix[:, 0] != UNKNOWN).sum())
+
+    def open(self, session: SessionOpen) -> None:
+        if not session.token_ids:
+            raise DrafterError("unsupported", "a session needs at least one token")
+        if session.session_id not in self._sessions and len(self._sessions) >= self._max_sessions:
+            raise DrafterError("capacity", f"token_recycling holds {self._max_sessions} sessions already")
+        self._sessions[session.session_id] = _Session(session.token_ids[-1])
+
+    def commit(
+        self,
+        session_id: int,
+        new_tokens: Sequence[int],
+        candidates: Sequence[tuple[int, Sequence[int]]] = (),
+    ) -> None:
+        state = self._get(session_id)
+        for token, next_ids in candidates:
+            self._learn(token, next_ids)
+        if not new_tokens:
+            return
+        if state.draft:
+            confirmed, refuted = confirmed_prefix(state.draft, new_tokens)
+            self._acceptance.observe_draft(range(len(state.draft)), confirmed, refuted)
+            state.draft = ()
+        state.last_token = new_tokens[-1]
+
+    def propose(self, queries: Sequence[DraftQuery]) -> list[SessionDraft]:
+        return [self._propose(query) for query in queries]
+
+    def close(self, session_id: int) -> None:
+        self._sessions.pop(session_id, None)
+
+    def reset(self) -> None:
+        self._matrix.fill(UNKNOWN)
+        self._acceptance.reset()
+
+    def _get(self, session_id: int) -> _Session:
+        try:
+            return self._sessions[session_id]
+        except KeyError:
+            raise DrafterError("unknown_session", f"token_recycling knows no session {session_id}") from None
+
+    def _learn(self, token: int, next_ids: Sequence[int]) -> None:
+        if not 0 <= token < MAX_VOCAB or not next_ids:
+            return
+        if token >= len(self._matrix):
+            grown = np.full((min(MAX_VOCAB, max(token + 1, 2 * len(self._matrix))), self.width), UNKNOWN, np.int32)
+            grown[: len(self._matrix)] = self._matrix
+            self._matrix = grown
+        ids = tuple(next_ids[: self.width])
+        self._matrix[token, : len(ids)] = ids
+        self._matrix[token, len(ids) :] = UNKNOWN
+
+    def _propose(self, query: DraftQuery) -> SessionDraft:
+        state = self._get(query.session_id)
+        draft: list[int] = []
+        token = state.last_token
+        while len(draft) < query.budget and 0 <= token < len(self._matrix):
+            token = int(self._matrix[token, 0])
+            if token == UNKNOWN:
+                break
+            draft.append(token)
+        state.draft = tuple(draft)
+        confidence = tuple(self._acceptance.probability(j) for j in range(len(draft)))
+        return SessionDraft(
+            query.session_id, query.epoch, state.draft, drafter=self.name, confidence=confidence
+        )

@@ -1,0 +1,124 @@
+"""How often drafts are right: acceptance by drafter and position, per request and overall.
+
+Every proposal is scored against the tokens that the target goes on to emit, whether or not it was verified.
+Under the coupled rule a draft is accepted exactly when it equals the target's token, so scoring drafts that
+nobody verified costs nothing and lets a drafter that is switched off prove itself again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from actors.drafting.interface import SessionDraft
+
+MAX_POSITIONS = 16
+_PRIOR = 0.5
+_GLOBAL_SMOOTHING = 0.02
+_LOCAL_DECAY = 0.95
+_LOCAL_PRIOR_WEIGHT = 3.0
+_MAX_RATE = 0.98
+
+
+@dataclass(slots=True)
+class _Averages:
+    accept: list[float] = field(default_factory=lambda: [_PRIOR] * MAX_POSITIONS)
+    trials: list[int] = field(default_factory=lambda: [0] * MAX_POSITIONS)
+
+    def record(self, at: int, hit: bool) -> None:
+        # A plain mean at first, so that the prior fades quickly, then an exponential one.
+        self.trials[at] += 1
+        step = max(_GLOBAL_SMOOTHING, 1.0 / (self.trials[at] + 2))
+        self.accept[at] += step * (hit - self.accept[at])
+
+
+@dataclass(slots=True)
+class _Local:
+    """hits: acceptances; expected: what the overall averages would have led one to expect of the same trials."""
+
+    hits: float = 0.0
+    expected: float = 0.0
+    available: float = _PRIOR
+
+
+@dataclass(slots=True)
+class _Pending:
+    drafter: str
+    token_ids: tuple[int, ...]
+    position: int = 0
+
+
+@dataclass(slots=True)
+class RequestAcceptance:
+    """One request's own record, and the proposal being scored."""
+
+    drafters: dict[str, _Local] = field(default_factory=dict)
+    pending: _Pending | None = None
+
+
+class AcceptanceModel:
+    """P(token j accepted | its ancestors accepted) per drafter: the overall average by position, scaled by how
+    much better or worse than expected this request has fared so far."""
+
+    def __init__(self) -> None:
+        self._averages: dict[str, _Averages] = {}
+
+    def reset(self) -> None:
+        self._averages.clear()
+
+    def proposed(self, request: RequestAcceptance, draft: SessionDraft | None, names: Iterable[str]) -> None:
+        """Start scoring a proposal (None or empty: nobody had a guess)."""
+        answered = draft.drafter if draft is not None and draft.token_ids else None
+        for name in names:
+            local = request.drafters.setdefault(name, _Local())
+            local.available += 0.2 * ((name == answered) - local.available)
+        if answered is not None and draft is not None:
+            request.drafters.setdefault(answered, _Local())
+            request.pending = _Pending(answered, draft.token_ids)
+        else:
+            request.pending = None
+
+    def emitted(self, request: RequestAcceptance, token_ids: Iterable[int]) -> None:
+        """Score the pending proposal with tokens that the target emitted."""
+        for token in token_ids:
+            pending = request.pending
+            if pending is None:
+                return
+            hit = pending.token_ids[pending.position] == token
+            self._record(request, pending, hit)
+            pending.position += 1
+            if not hit or pending.position == len(pending.token_ids):
+                request.pending = None
+
+    def _record(self, request: RequestAcceptance, pending: _Pending, hit: bool) -> None:
+        averages = self._averages.setdefault(pending.drafter, _Averages())
+        at = min(pending.position, MAX_POSITIONS - 1)
+        local = request.drafters[pending.drafter]
+        local.hits = local.hits * _LOCAL_DECAY + hit
+        local.expected = local.expected * _LOCAL_DECAY + averages.accept[at]
+        averages.record(at, hit)
+
+    def survival(self, request: RequestAcceptance, drafter: str, length: int) -> list[float]:
+        """P(the first j + 1 tokens are all accepted) for j < length."""
+        averages = self._averages.get(drafter)
+        local = request.drafters.get(drafter, _Local())
+        scale = (_LOCAL_PRIOR_WEIGHT + local.hits) / (_LOCAL_PRIOR_WEIGHT + local.expected)
+        product, result = 1.0, []
+        for position in range(length):
+            overall = averages.accept[min(position, MAX_POSITIONS - 1)] if averages else _PRIOR
+            product *= min(_MAX_RATE, overall * scale)
+            result.append(product)
+        return result
+
+    def expected_survival(self, request: RequestAcceptance, names: Iterable[str], length: int) -> list[float]:
+        """The same before it is known which drafter will answer, weighted by how often each has a guess."""
+        total = [0.0] * length
+        for name in names:
+            share = request.drafters.get(name, _Local()).available
+            for position, value in enumerate(self.survival(request, name, length)):
+                total[position] += share * value
+        return [min(1.0, value) for value in total]
+
+    def table(self) -> dict[str, list[float]]:
+        """Conditional acceptance by drafter and position, for people."""
+        return {name: [round(a, 3) for a in averages.accept[:8]] for name, averages in self._averages.items()}

@@ -1,0 +1,147 @@
+"""How many draft tokens each request gets, every round: the ones that pay, by measurement.
+
+Expected tokens per second of a round with draft positions D over R requests is
+    (R + sum of survival over D) / (cost(rows + |D|) + wait),
+maximised greedily: positions are admitted across requests in order of their survival probability while the
+ratio grows (goodput as in TurboSpec, arXiv 2406.14066; one budget over requests as in AdaServe, 2501.12162).
+Zero is always among the choices. The decision is made twice: before asking (is a draft worth waiting for?)
+and after the drafts came (the wait is spent; which positions are worth verifying?).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from actors.engine.acceptance import AcceptanceModel, RequestAcceptance
+from actors.engine.costs import CostModel
+
+_WAIT_SMOOTHING = 0.1
+_FIRST_PROBE, _LAST_PROBE = 4, 64
+
+
+@dataclass(slots=True)
+class ControlState:
+    """The controller's memory of one request."""
+
+    acceptance: RequestAcceptance = field(default_factory=RequestAcceptance)
+    rounds_since_asked: int = 0
+    probe_interval: int = _FIRST_PROBE
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One request that may draft: at most `limit` tokens, by `drafters`; `forced` bypasses the decision."""
+
+    state: ControlState
+    limit: int
+    drafters: tuple[str, ...]
+    forced: bool = False
+
+
+class Controller:
+    """Chooses draft lengths. `plan` before asking, `trim` once drafts are there."""
+
+    def __init__(self, costs: CostModel) -> None:
+        self.costs = costs
+        self.acceptance = AcceptanceModel()
+        self._wait_s = 1e-3
+        self._reason = "nothing decided yet"
+        self._decisions = {"asked": 0, "declined": 0, "probes": 0}
+
+    def reset(self) -> None:
+        self.acceptance.reset()
+
+    def observe_wait(self, seconds: float) -> None:
+        """Time the engine stood still for drafts in one round."""
+        self._wait_s += _WAIT_SMOOTHING * (min(seconds, 0.1) - self._wait_s)
+
+    def plan(self, candidates: Sequence[Candidate], other_rows: int = 0) -> list[int]:
+        """Draft tokens to ask for, per candidate. `other_rows` share the round and do not draft."""
+        budgets = [c.limit if c.forced else 0 for c in candidates]
+        free = [(i, c) for i, c in enumerate(candidates) if not c.forced and c.limit > 0]
+        base = len(candidates) + sum(budgets) + other_rows
+        emitting = len(candidates)
+        curves = [self.acceptance.expected_survival(c.state.acceptance, c.drafters, c.limit) for _, c in free]
+        wait = 0.0 if any(budgets) else self._wait_s
+        lengths, gain = self._admit(curves, base, emitting, wait)
+        for (index, candidate), length in zip(free, lengths, strict=True):
+            # The wait is shared: once anybody asks, everybody may, and trimming decides what is verified.
+            budgets[index] = candidate.limit if length > 0 or self._probe_due(candidate.state) else 0
+        for candidate, budget in zip(candidates, budgets, strict=True):
+            self._remember(candidate.state, budget)
+        self._reason = self._explain(gain, wait, len(free))
+        return budgets
+
+    def trim(
+        self, drafts: Sequence[tuple[Candidate, str, int]], base_rows: int, emitting: int
+    ) -> list[int]:
+        """Lengths to verify of drafts that came: (candidate, drafter, drafted). `base_rows` are in the round
+        anyway, and `emitting` requests emit a token in it anyway."""
+        lengths = [drafted if c.forced else 0 for c, _, drafted in drafts]
+        free = [(i, d) for i, d in enumerate(drafts) if not d[0].forced]
+        curves = [
+            self.acceptance.survival(c.state.acceptance, drafter, min(drafted, c.limit))
+            for _, (c, drafter, drafted) in free
+        ]
+        chosen, _ = self._admit(curves, base_rows + sum(lengths), emitting, 0.0)
+        for (index, (candidate, _, _)), length in zip(free, chosen, strict=True):
+            lengths[index] = length
+            if length > 0:
+                candidate.state.probe_interval = _FIRST_PROBE
+        return lengths
+
+    def _admit(
+        self, curves: Sequence[Sequence[float]], base_rows: int, emitting: int, wait_s: float
+    ) -> tuple[list[int], float]:
+        """Greedy admission of positions; returns a length per curve and the predicted gain over none."""
+        emitting = max(1, emitting)
+        baseline = emitting / max(self.costs.seconds(base_rows), 1e-9)
+        positions = sorted(
+            ((value, index, place) for index, curve in enumerate(curves) for place, value in enumerate(curve)),
+            key=lambda item: (-item[0], item[2], item[1]),
+        )
+        expected, best, admitted = float(emitting), baseline, 0
+        for count, (value, _, _) in enumerate(positions, start=1):
+            expected += value
+            rate = expected / max(self.costs.seconds(base_rows + count) + wait_s, 1e-9)
+            if rate > best:
+                best, admitted = rate, count
+        lengths = [0] * len(curves)
+        for _, index, _ in positions[:admitted]:
+            lengths[index] += 1
+        return lengths, best / baseline - 1.0
+
+    @staticmethod
+    def _probe_due(state: ControlState) -> bool:
+        return state.rounds_since_asked >= state.probe_interval
+
+    def _remember(self, state: ControlState, budget: int) -> None:
+        if budget == 0:
+            state.rounds_since_asked += 1
+            self._decisions["declined"] += 1
+            return
+        if self._probe_due(state):
+            # Until a probe's drafts turn out worth verifying (`trim`), the next one waits longer.
+            state.probe_interval = min(_LAST_PROBE, state.probe_interval * 2)
+            self._decisions["probes"] += 1
+        state.rounds_since_asked = 0
+        self._decisions["asked"] += 1
+
+    def _explain(self, gain: float, wait_s: float, free: int) -> str:
+        if free == 0:
+            return "no request leaves the draft length to the controller"
+        verdict = "drafting" if gain > 0 else "plain decoding"
+        return f"{verdict}: predicted gain {100 * gain:+.1f} % at a wait of {1e3 * wait_s:.2f} ms for drafts"
+
+    def table(self, drafters: Iterable[str]) -> dict[str, object]:
+        """What the controller knows and why it last chose what it chose."""
+        known = self.acceptance.table()
+        return {
+            "reason": self._reason,
+            "cost_ms_by_rows": self.costs.table(),
+            "wait_ms": round(self._wait_s * 1e3, 3) if math.isfinite(self._wait_s) else None,
+            "acceptance": {name: known.get(name, []) for name in drafters},
+            "decisions": dict(self._decisions),
+        }

@@ -1,0 +1,220 @@
+"""The engine thread: owns a `TargetEngine`, fed through one queue, heard through one callback.
+
+Everything that crosses is a plain message, so that the thread can become a process. The thread sleeps on its
+queue when the engine has no work, and handles what has arrived between two steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from actors.engine.interface import TargetEngine
+from actors.engine.messages import EngineRequest, EngineStats, RequestOutput
+from actors.sampling.params import ParameterError
+
+logger = logging.getLogger(__name__)
+
+IDLE_WAIT_S = 5.0
+"""Longest sleep on an empty queue; waking up finds nothing to do and sleeps again."""
+MAX_CONSECUTIVE_FAILURES = 3
+"""Failed steps in a row after which the engine counts as unhealthy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Add:
+    request: EngineRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Ask for something that is answered by a `Reply` with the same id."""
+
+    call_id: int
+    what: Literal["stats", "reset"]
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    pass
+
+
+Message = Add | Abort | Call | Stop
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """The engine can never serve this request; `param` and `message` are those of the `ParameterError`."""
+
+    request_id: str
+    param: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    call_id: int
+    stats: EngineStats | None = None
+    error: str | None = None
+
+
+Event = RequestOutput | Rejected | Reply
+
+
+class EngineLoop:
+    """Runs `engine` in a thread of its own and closes it at the end.
+
+    `emit` gets a step's events in one call, in the engine thread; it must not block, and a RuntimeError from
+    it means that nobody listens any more and ends the thread. A step that raises is fatal for the requests in
+    the engine (each gets an error output), not for the loop.
+    """
+
+    def __init__(self, engine: TargetEngine, emit: Callable[[list[Event]], None], name: str = "engine") -> None:
+        self._engine = engine
+        self._emit = emit
+        self._inbox: queue.Queue[Message] = queue.Queue()  # bounded by the admission of requests
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._live: set[str] = set()
+        self._events: list[Event] = []
+        self._has_work = False
+        self._busy_since: float | None = None
+        self._failures = 0
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def send(self, message: Message) -> None:
+        """Queue a message; from any thread, never blocks."""
+        self._inbox.put(message)
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the thread to end, after `Stop`. False when it has not ended in time."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def healthy(self, step_limit_s: float) -> bool:
+        """False when the thread has ended, one turn takes longer than the limit, or steps keep failing."""
+        since = self._busy_since
+        hung = since is not None and time.monotonic() - since > step_limit_s
+        return self._thread.is_alive() and not hung and self._failures < MAX_CONSECUTIVE_FAILURES
+
+    def _run(self) -> None:
+        try:
+            while self._receive():
+                self._step()
+                self._flush()
+        except Exception:
+            logger.exception("the engine thread ends: it cannot recover")
+            self._fail_live("the engine stopped")
+        finally:
+            self._busy_since = None
+            try:
+                self._flush()
+            except RuntimeError:
+                logger.info("nobody listens to the engine any more")
+            self._engine.close()
+
+    def _receive(self) -> bool:
+        """Handle all waiting messages; sleep for the first when there is no work. False after `Stop`."""
+        try:
+            message = self._inbox.get(block=not self._has_work, timeout=IDLE_WAIT_S)
+            while True:
+                self._busy_since = time.monotonic()
+                if isinstance(message, Stop):
+                    self._fail_live("the engine was closed", "abort")
+                    return False
+                self._handle(message)
+                message = self._inbox.get_nowait()
+        except queue.Empty:
+            return True
+
+    def _handle(self, message: Add | Abort | Call) -> None:
+        if isinstance(message, Add):
+            self._add(message.request)
+        elif isinstance(message, Abort):
+            self._live.discard(message.request_id)
+            self._engine.abort(message.request_id)
+            self._has_work = True  # asked anew in the next step
+        else:
+            self._call(message)
+
+    def _add(self, request: EngineRequest) -> None:
+        try:
+            self._engine.add(request)
+        except ParameterError as error:
+            self._events.append(Rejected(request.request_id, error.param, error.message))
+        except Exception as error:
+            logger.exception("request %s could not be added", request.request_id)
+            self._events.append(_failed(request.request_id, f"{type(error).__name__}: {error}"))
+        else:
+            self._live.add(request.request_id)
+            self._has_work = True
+
+    def _call(self, call: Call) -> None:
+        try:
+            if call.what == "reset":
+                self._engine.reset_shared_state()
+                reply = Reply(call.call_id)
+            else:
+                reply = Reply(call.call_id, stats=self._engine.stats())
+        except Exception as error:
+            logger.exception("engine call %s failed", call.what)
+            reply = Reply(call.call_id, error=f"{type(error).__name__}: {error}")
+        self._events.append(reply)
+
+    def _step(self) -> None:
+        """One engine step, if there is work."""
+        try:
+            if self._has_work and self._engine.has_work():
+                self._busy_since = time.monotonic()
+                for output in self._engine.step():
+                    self._events.append(output)
+                    if output.finished:
+                        self._live.discard(output.request_id)
+                self._failures = 0
+            self._has_work = self._engine.has_work()
+        except Exception as error:
+            logger.exception("an engine step failed; its %d requests end with an error", len(self._live))
+            self._failures += 1
+            for request_id in self._live:
+                self._engine.abort(request_id)
+            self._fail_live(f"{type(error).__name__}: {error}")
+            self._has_work = self._engine.has_work()
+        if not self._has_work:
+            self._busy_since = None
+
+    def _fail_live(self, why: str, reason: Literal["error", "abort"] = "error") -> None:
+        self._events.extend(_failed(request_id, why, reason) for request_id in sorted(self._live))
+        self._live.clear()
+
+    def _flush(self) -> None:
+        if self._events:
+            events, self._events = self._events, []
+            self._emit(events)
+
+
+def _failed(request_id: str, why: str, reason: Literal["error", "abort"] = "error") -> RequestOutput:
+    return RequestOutput(request_id, finish_reason=reason, error=why)
+
+
+def finished_ids(events: Iterable[Event]) -> list[str]:
+    """Requests that these events end."""
+    return [
+        event.request_id
+        for event in events
+        if isinstance(event, Rejected) or (isinstance(event, RequestOutput) and event.finished)
+    ]

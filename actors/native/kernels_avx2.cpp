@@ -1,0 +1,82 @@
+// The kernels for AVX2 and FMA: 16 outputs in two registers.
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+
+namespace s2d {
+namespace {
+
+typedef __m256 Broadcast;
+
+struct V {
+    __m256 a, b;
+};
+
+constexpr int MAX_ROWS = 6;
+constexpr int max_groups(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
+
+inline float madd(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+inline V zero() { return V{_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+inline Broadcast broadcast(const float* x) { return _mm256_broadcast_ss(x); }
+inline V spread(float x) { return V{_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+inline V load(const float* p) { return V{_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline void store(float* p, V v) {
+    _mm256_storeu_ps(p, v.a);
+    _mm256_storeu_ps(p + 8, v.b);
+}
+inline __m256i words(const char* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline V even(const char* p) {
+    return V{_mm256_castsi256_ps(_mm256_slli_epi32(words(p), 16)),
+             _mm256_castsi256_ps(_mm256_slli_epi32(words(p + 32), 16))};
+}
+inline V odd(const char* p) {
+    const __m256i mask = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+    return V{_mm256_castsi256_ps(_mm256_and_si256(words(p), mask)),
+             _mm256_castsi256_ps(_mm256_and_si256(words(p + 32), mask))};
+}
+inline V fma(Broadcast x, V w, V acc) {
+    return V{_mm256_fmadd_ps(x, w.a, acc.a), _mm256_fmadd_ps(x, w.b, acc.b)};
+}
+inline V fma(V a, V b, V c) { return V{_mm256_fmadd_ps(a.a, b.a, c.a), _mm256_fmadd_ps(a.b, b.b, c.b)}; }
+inline V add(V a, V b) { return V{_mm256_add_ps(a.a, b.a), _mm256_add_ps(a.b, b.b)}; }
+inline V mul(V a, V b) { return V{_mm256_mul_ps(a.a, b.a), _mm256_mul_ps(a.b, b.b)}; }
+inline float sum(V v) {
+    __m256 s = _mm256_add_ps(v.a, v.b);
+    __m128 q = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+}
+inline bool any_greater(V v, float x) {
+    const __m256 limit = _mm256_set1_ps(x);
+    return _mm256_movemask_ps(_mm256_or_ps(_mm256_cmp_ps(v.a, limit, _CMP_GT_OQ),
+                                           _mm256_cmp_ps(v.b, limit, _CMP_GT_OQ))) != 0;
+}
+
+#include "kernels_impl.h"
+
+}  // namespace
+
+const Kernels& avx2_kernels() {
+    static const Kernels table = make_table("avx2");
+    return table;
+}
+
+}  // namespace s2d
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

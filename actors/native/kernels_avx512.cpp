@@ -1,0 +1,70 @@
+// The kernels for AVX-512: 16 outputs in one register. The arithmetic of a product is that of AVX2.
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#endif
+
+namespace s2d {
+namespace {
+
+typedef __m512 Broadcast;
+
+struct V {
+    __m512 v;
+};
+
+constexpr int MAX_ROWS = 6;
+constexpr int max_groups(int) { return 4; }
+
+inline float madd(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+inline V zero() { return V{_mm512_setzero_ps()}; }
+inline Broadcast broadcast(const float* x) { return _mm512_set1_ps(*x); }
+inline V spread(float x) { return V{_mm512_set1_ps(x)}; }
+inline V load(const float* p) { return V{_mm512_loadu_ps(p)}; }
+inline void store(float* p, V v) { _mm512_storeu_ps(p, v.v); }
+inline V even(const char* p) { return V{_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16))}; }
+inline V odd(const char* p) {
+    const __m512i mask = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+    return V{_mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), mask))};
+}
+inline V fma(Broadcast x, V w, V acc) { return V{_mm512_fmadd_ps(x, w.v, acc.v)}; }
+inline V fma(V a, V b, V c) { return V{_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline V add(V a, V b) { return V{_mm512_add_ps(a.v, b.v)}; }
+inline V mul(V a, V b) { return V{_mm512_mul_ps(a.v, b.v)}; }
+inline float sum(V v) {
+    __m256 s = _mm256_add_ps(_mm512_castps512_ps256(v.v), _mm512_extractf32x8_ps(v.v, 1));
+    __m128 q = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+}
+inline bool any_greater(V v, float x) {
+    return _mm512_cmp_ps_mask(v.v, _mm512_set1_ps(x), _CMP_GT_OQ) != 0;
+}
+
+#include "kernels_impl.h"
+
+}  // namespace
+
+const Kernels& avx512_kernels() {
+    static const Kernels table = make_table("avx512");
+    return table;
+}
+
+}  // namespace s2d
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

@@ -1,0 +1,214 @@
+"""Constraints on the output text, through llguidance (https://github.com/guidance-ai/llguidance).
+
+A matcher walks the grammar token by token and says which tokens may come next. End-of-sequence ids are handled
+here rather than in the library, which does not count an end token that follows a text that cannot go on, so that
+`rollback` is exact whatever was advanced over.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import llguidance
+import llguidance.hf
+import numpy as np
+import torch
+from torch import Tensor
+
+from actors.sampling.params import GrammarSpec, ParameterError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_PARAM = "response_format"
+_CACHE_SIZE = 64
+_JSON_OPTIONS = {
+    # A small model asked for JSON can go on writing blanks for ever. Between two JSON tokens this allows one
+    # space, or one line break with indentation.
+    "whitespace_flexible": True,
+    "whitespace_pattern": r" |\r?\n[ \t]{0,32}",
+}
+_MAX_MESSAGE = 300
+
+
+class GrammarError(RuntimeError):
+    """A token was forced on a grammar that forbids it, or the grammar became too complex to go on."""
+
+
+class GrammarMatcher:
+    """The state of one output in its grammar. Made by `GrammarCompiler.compile`; used by one thread."""
+
+    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        self._matcher = matcher
+        self._vocab_size = vocab_size
+        self._eos = frozenset(eos_token_ids)
+        self._eos_seen = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing but an end-of-sequence id may follow."""
+        return self._eos_seen > 0 or bool(self._matcher.is_stopped())
+
+    def _may_end(self) -> bool:
+        return self.finished or bool(self._matcher.is_accepting())
+
+    def admissible(self, drafts: Sequence[int]) -> int:
+        """Length of the longest prefix of `drafts` that the grammar allows. Changes no state."""
+        if self.finished:
+            return _leading(drafts, self._eos)
+        text = list(drafts[: _first(drafts, self._eos)])
+        count = int(self._matcher.validate_tokens(text)) if text else 0
+        if count < len(text) or count == len(drafts):
+            return count
+        for token in text:
+            self.advance(token)
+        may_end = self._may_end()
+        self.rollback(count)
+        return count + _leading(drafts[count:], self._eos) if may_end else count
+
+    def mask(self) -> Tensor:
+        """bool [V] on the CPU: which tokens may come next, at least one. Ids past the tokenizer's are never.
+
+        Raises:
+            GrammarError: the grammar ran into a limit of the library.
+        """
+        if self.finished:
+            self._check()
+            allowed = np.zeros(self._vocab_size, dtype=np.bool_)
+            allowed[list(self._eos)] = True
+            return torch.from_numpy(allowed)
+        packed = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        self._check()
+        bits = np.unpackbits(packed, bitorder="little", count=self._vocab_size)
+        return torch.from_numpy(bits.view(np.bool_))
+
+    def advance(self, token: int) -> None:
+        """Append one token. Raises `GrammarError` when it is not allowed; the state is then unchanged."""
+        if token in self._eos and self._may_end():
+            self._eos_seen += 1
+            return
+        if self.finished or self._matcher.validate_tokens([token]) != 1:
+            self._check()
+            raise GrammarError(f"token {token} does not satisfy the grammar")
+        self._matcher.consume_token(token)
+        self._check()
+
+    def rollback(self, count: int) -> None:
+        """Take back the last `count` tokens."""
+        ends = min(count, self._eos_seen)
+        self._eos_seen -= ends
+        if count > ends and not self._matcher.rollback(count - ends):
+            self._check()
+            raise GrammarError(f"cannot take back {count} tokens")
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise GrammarError(_brief(self._matcher.get_error()))
+
+
+class GrammarCompiler:
+    """Compiles grammars for one tokenizer and keeps the most recent ones. Safe to call from several threads.
+
+    Args:
+        hf_tokenizer: a fast tokenizer (the Rust kind) of transformers.
+        vocab_size: V, the width of the model's logits; may exceed the tokenizer's.
+        eos_token_id: the model's end id, or several.
+
+    Reading the vocabulary takes about a second for large ones and happens with the first grammar.
+    """
+
+    def __init__(
+        self,
+        hf_tokenizer: PreTrainedTokenizerBase,
+        vocab_size: int,
+        eos_token_id: int | Sequence[int],
+        cache_size: int = _CACHE_SIZE,
+    ) -> None:
+        eos = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+        self._eos = [token for token in eos if 0 <= token < vocab_size]
+        self._hf_tokenizer = hf_tokenizer
+        self._vocab_size = vocab_size
+        self._cache_size = cache_size
+        self._cache: OrderedDict[GrammarSpec, llguidance.LLMatcher] = OrderedDict()
+        self._lock = threading.Lock()
+        self._tokenizer: llguidance.LLTokenizer | None = None
+
+    def compile(self, spec: GrammarSpec) -> GrammarMatcher:
+        """A fresh matcher for `spec`.
+
+        Raises:
+            ParameterError: for `response_format`: the schema or grammar is invalid, uses what is not supported,
+                or the model's tokenizer cannot be constrained.
+        """
+        with self._lock:
+            prototype = self._cache.get(spec)
+            if prototype is None:
+                prototype = self._build(spec)
+                self._cache[spec] = prototype
+                if len(self._cache) > self._cache_size:
+                    self._cache.popitem(last=False)
+            self._cache.move_to_end(spec)
+            return GrammarMatcher(prototype.deep_copy(), self._vocab_size, self._eos)
+
+    def _build(self, spec: GrammarSpec) -> llguidance.LLMatcher:
+        tokenizer = self._load_tokenizer()
+        grammar = _to_llguidance(spec)
+        limits = llguidance.LLParserLimits(verbose_errors=False)
+        invalid, messages = llguidance.LLMatcher.validate_grammar_with_warnings(
+            grammar, tokenizer, limits=limits
+        )
+        if invalid:
+            raise ParameterError(_PARAM, f"invalid {spec.kind}: {_brief(messages[0])}")
+        matcher = llguidance.LLMatcher(tokenizer, grammar, limits=limits, log_level=0)
+        if matcher.is_error():
+            raise ParameterError(_PARAM, f"invalid {spec.kind}: {_brief(matcher.get_error())}")
+        return matcher
+
+    def _load_tokenizer(self) -> llguidance.LLTokenizer:
+        if self._tokenizer is None:
+            if not self._eos:
+                raise ParameterError(_PARAM, "is not available: the model has no end-of-sequence token")
+            try:
+                self._tokenizer = llguidance.hf.from_tokenizer(
+                    self._hf_tokenizer, n_vocab=self._vocab_size, eos_token=self._eos
+                )
+            except ValueError as error:
+                raise ParameterError(_PARAM, f"is not available for this tokenizer: {error}") from error
+        return self._tokenizer
+
+
+def _to_llguidance(spec: GrammarSpec) -> str:
+    if spec.kind == "regex":
+        return str(llguidance.LLMatcher.grammar_from_regex(spec.text))
+    if spec.kind == "lark":
+        return str(llguidance.LLMatcher.grammar_from_lark(spec.text))
+    text = '{"type": "object"}' if spec.kind == "json_object" else spec.text
+    try:
+        schema = json.loads(text)
+    except ValueError as error:
+        raise ParameterError(_PARAM, f"the schema is not JSON: {error}") from error
+    if not isinstance(schema, dict | bool):
+        raise ParameterError(_PARAM, "the schema must be a JSON object or a boolean")
+    try:
+        return str(llguidance.LLMatcher.grammar_from_json_schema(text, overrides=_JSON_OPTIONS))
+    except ValueError as error:
+        raise ParameterError(_PARAM, f"invalid {spec.kind}: {error}") from error
+
+
+def _first(drafts: Sequence[int], ids: frozenset[int]) -> int:
+    """Index of the first of `drafts` that is in `ids`, or their number."""
+    return next((j for j, token in enumerate(drafts) if token in ids), len(drafts))
+
+
+def _leading(drafts: Sequence[int], ids: frozenset[int]) -> int:
+    """How many of `drafts` are in `ids` before the first that is not."""
+    return next((j for j, token in enumerate(drafts) if token not in ids), len(drafts))
+
+
+def _brief(message: str) -> str:
+    """The library's message without its dump of the parser's state."""
+    return message.split("<state>")[0].strip()[:_MAX_MESSAGE]

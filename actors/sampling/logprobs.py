@@ -1,0 +1,37 @@
+"""Log-probabilities that are reported: log-softmax of the raw logits, before any processing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from actors.engine.messages import TokenLogprobs
+
+
+def token_logprobs(logits: Tensor, token_ids: Sequence[int], top_n: int) -> list[TokenLogprobs]:
+    """Logprobs of chosen tokens and of the `top_n` most probable ones (natural log).
+
+    Args:
+        logits: float32 [N, V] or [V], raw; not modified. Each row is handled alone, so that its values do not
+            depend on how many are asked for together.
+        token_ids: N chosen ids, one a row.
+        top_n: alternatives a row; 0 for none. Equal ones are ordered by id.
+    """
+    rows = logits.unsqueeze(0) if logits.dim() == 1 else logits
+    if rows.shape[0] != len(token_ids):
+        raise ValueError(f"{rows.shape[0]} rows of logits for {len(token_ids)} tokens")
+    return [_row_logprobs(row, token, top_n) for row, token in zip(rows, token_ids, strict=True)]
+
+
+def _row_logprobs(row: Tensor, token: int, top_n: int) -> TokenLogprobs:
+    logprobs = torch.log_softmax(row.to(torch.float32), dim=-1)
+    top: tuple[tuple[int, float], ...] = ()
+    if top_n > 0:
+        threshold = torch.topk(logprobs, min(top_n, logprobs.numel())).values[-1]
+        ids = (logprobs >= threshold).nonzero().squeeze(1)
+        # ids ascend, and a stable sort keeps them so among equals.
+        values, order = logprobs[ids].sort(descending=True, stable=True)
+        top = tuple(zip(ids[order[:top_n]].tolist(), values[:top_n].tolist(), strict=True))
+    return TokenLogprobs(token_id=token, logprob=float(logprobs[token]), top=top)

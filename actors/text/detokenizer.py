@@ -1,0 +1,50 @@
+"""Token ids to text, as they come."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable
+
+from actors.text.tokenizer import TextTokenizer
+
+
+class IncrementalDetokenizer:
+    """Feeds ids, returns the text each adds.
+
+    The text is a function of the ids alone: bytes pass an incremental UTF-8 decoder (invalid bytes become
+    U+FFFD, by maximal subparts as Unicode recommends), so how ids are grouped into calls changes nothing, and
+    a text delivered whole is the concatenation of its deltas. Bytes that the last token leaves incomplete are
+    never returned. Special tokens add nothing.
+
+    A `continuation` follows other text (a prompt), so it keeps the space that SentencePiece tokenizers drop
+    at the start of a text; otherwise the result equals the tokenizer's own `decode`.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer, continuation: bool = False) -> None:
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._first = not continuation
+        self._strip_left, self._strip_char = tokenizer.leading_strip
+        if continuation:
+            self._strip_left = 0
+        self.chars = 0
+        """Characters returned so far."""
+
+    def feed(self, ids: Iterable[int]) -> str:
+        """Text that `ids` add; may be empty while a character is incomplete."""
+        text = "".join(map(self._one, ids))
+        self.chars += len(text)
+        return text
+
+    def _one(self, token_id: int) -> str:
+        data = self._tokenizer.token_bytes(token_id, first=self._first)
+        if self._first and token_id not in self._tokenizer.special_ids:
+            self._first = False
+        text = self._utf8.decode(data)
+        while self._strip_left and text:
+            if not text.startswith(self._strip_char):
+                self._strip_left = 0
+                break
+            text = text[len(self._strip_char):]
+            self._strip_left -= 1
+        return text

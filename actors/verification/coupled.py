@@ -1,0 +1,85 @@
+"""Coupled sampling: the target's own sample decides, a draft is accepted when it is the same token.
+
+By the Gumbel-max trick (Gumbel 1954; Maddison, Tarlow, Minka, "A* Sampling", NeurIPS 2014, section 2)
+`argmax_v(score[v] + g_v)` with independent standard Gumbel `g_v` is an exact sample of softmax(score). The
+noise is a pure function of (key, position, token), so what is emitted does not depend on any draft; a drafter
+that adds the same noise to its own scores guesses the same token often (a coupling of the two distributions).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from actors.sampling.noise import GUMBEL, gumbel
+from actors.verification.rule import DraftDistribution, Verdict
+
+_FEW = 4
+"""Noise is computed for survivors alone when they are less than a `_FEW`th of the vocabulary: random access
+costs one Philox call a token instead of one every four."""
+
+
+def sample(row: Tensor, key: int, position: int, stream: int = GUMBEL) -> int:
+    """Draw a token of softmax(row) with the noise of `position`.
+
+    Args:
+        row: float32 [V]; -inf for tokens that cannot be drawn. Of equal sums the lowest id wins.
+    """
+    vocab_size = row.numel()
+    survivors = row != -torch.inf
+    if int(survivors.sum()) * _FEW > vocab_size:
+        return int(torch.argmax(row + gumbel(key, position, vocab_size, None, stream, row.device)))
+    ids = survivors.nonzero().squeeze(1)
+    if ids.numel() == 0:
+        raise ValueError("no token survives")
+    return int(ids[torch.argmax(row[ids] + gumbel(key, position, vocab_size, ids, stream))])
+
+
+def accept_equal(tokens: Sequence[int], drafts: Sequence[int]) -> Verdict:
+    """The verdict when row j's token is `tokens[j]` (K + 1 of them): accept while drafts equal them.
+
+    Plain greedy requests use this with the argmax ids of a whole batch.
+    """
+    for j, draft in enumerate(drafts):
+        if tokens[j] != draft:
+            return Verdict(j, tokens[j])
+    return Verdict(len(drafts), tokens[len(drafts)])
+
+
+def verify_greedy(scores: Tensor, drafts: Sequence[int]) -> Verdict:
+    """Accept while a draft is the best-scoring token; the lowest id wins ties."""
+    return accept_equal(scores.argmax(dim=-1).tolist(), drafts)
+
+
+class CoupledRule:
+    """Drafter-invariant verification: the default."""
+
+    @property
+    def name(self) -> str:
+        return "coupled"
+
+    @property
+    def needs_q(self) -> bool:
+        return False
+
+    def verify(
+        self,
+        scores: Tensor,
+        drafts: Sequence[int],
+        q: Sequence[DraftDistribution],
+        *,
+        key: int,
+        first_position: int,
+        greedy: bool,
+    ) -> Verdict:
+        """See `VerificationRule.verify`; q is not used. Rows after the first difference are not looked at."""
+        if greedy:
+            return verify_greedy(scores, drafts)
+        for j, draft in enumerate(drafts):
+            token = sample(scores[j], key, first_position + j)
+            if token != draft:
+                return Verdict(j, token)
+        last = len(drafts)
+        return Verdict(last, sample(scores[last], key, first_position + last))

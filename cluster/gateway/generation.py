@@ -1,0 +1,187 @@
+"""The one path from a job to its chunks, shared by HTTP and gRPC, and what both keep of the chunks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from dataclasses import dataclass, field, replace
+
+from actors.target_worker.messages import (
+    GenerationChunk,
+    PositionLogprobs,
+    SpeculationStats,
+    Usage,
+)
+from cluster.gateway.errors import ApiError, from_request_error, internal, not_ready
+from cluster.gateway.models import ModelClient
+from cluster.gateway.openai_params import Job
+
+QUEUE_CHUNKS = 64
+
+
+class InFlight:
+    """Counts running generation calls and refuses new ones while draining."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.draining = False
+
+    @contextlib.contextmanager
+    def track(self) -> Iterator[None]:
+        """Raises 503 while draining."""
+        if self.draining:
+            raise not_ready("the service is shutting down", retry_after_s=10.0)
+        self.count += 1
+        try:
+            yield
+        finally:
+            self.count -= 1
+
+    async def drain(self, timeout_s: float) -> int:
+        """Refuse new calls and wait for the running ones; returns how many are left."""
+        self.draining = True
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        while self.count and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.05)
+        return self.count
+
+
+async def run_job(
+    job: Job, client: ModelClient, timeout_s: float
+) -> AsyncGenerator[tuple[int, GenerationChunk], None]:
+    """Yield (prompt index, chunk) of all prompts as they come.
+
+    Closing the generator cancels every request at its worker at once. Raises `ApiError` for an error chunk,
+    504 after `timeout_s`, 503 when a worker's stream ends before its choices do.
+    """
+    queue: asyncio.Queue[tuple[int, GenerationChunk | ApiError | None]] = asyncio.Queue(QUEUE_CHUNKS)
+
+    async def pump(index: int) -> None:
+        stream = client.generate(job.requests[index])
+        try:
+            async for chunk in stream:
+                await queue.put((index, chunk))
+            await queue.put((index, None))
+        except ApiError as error:
+            await queue.put((index, error))
+        finally:
+            await aclose(stream)
+
+    pumps = [asyncio.create_task(pump(i)) for i in range(len(job.requests))]
+    unfinished = {(p, c) for p in range(len(job.requests)) for c in range(job.choices_per_prompt)}
+    open_streams = len(pumps)
+    try:
+        async with asyncio.timeout(timeout_s):
+            while open_streams:
+                index, item = await _next_item(queue, pumps)
+                if item is None:
+                    open_streams -= 1
+                    continue
+                if isinstance(item, ApiError):
+                    raise item
+                if item.error is not None:
+                    raise from_request_error(item.error, job.param_names)
+                if item.finish_reason is not None:
+                    unfinished.discard((index, item.index))
+                yield index, item
+    except TimeoutError as error:
+        raise ApiError(504, f"the request took longer than {timeout_s:g} s", type="timeout", code="timeout") from error
+    finally:
+        for task in pumps:
+            task.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)
+    if unfinished:
+        raise not_ready("the worker ended the stream early; send the request again")
+
+
+async def _next_item(
+    queue: asyncio.Queue[tuple[int, GenerationChunk | ApiError | None]], pumps: list[asyncio.Task[None]]
+) -> tuple[int, GenerationChunk | ApiError | None]:
+    """The next item; notices a pump that died of something that is not an `ApiError`."""
+    getter = asyncio.ensure_future(queue.get())
+    try:
+        while not getter.done():
+            running = [task for task in pumps if not task.done()]
+            await asyncio.wait([getter, *running], return_when=asyncio.FIRST_COMPLETED)
+            for task in pumps:
+                if task.done() and not task.cancelled() and (error := task.exception()) is not None:
+                    raise internal("the model client failed") from error
+    finally:
+        if not getter.done():
+            getter.cancel()
+    return getter.result()
+
+
+async def aclose(stream: AsyncIterator[GenerationChunk]) -> None:
+    """Close a stream if it can be closed (async generators can)."""
+    close = getattr(stream, "aclose", None)
+    if close is not None:
+        await close()
+
+
+async def prefetch(
+    stream: AsyncGenerator[tuple[int, GenerationChunk], None],
+) -> AsyncGenerator[tuple[int, GenerationChunk], None]:
+    """Wait for the first chunk, so that what is wrong with a request is known before an answer begins."""
+    try:
+        first = await anext(stream)
+    except StopAsyncIteration as error:
+        raise not_ready("the worker ended the stream early; send the request again") from error
+
+    async def resumed() -> AsyncGenerator[tuple[int, GenerationChunk], None]:
+        try:
+            yield first
+            async for item in stream:
+                yield item
+        finally:
+            await stream.aclose()
+
+    return resumed()
+
+
+def add_usage(left: Usage | None, right: Usage | None) -> Usage | None:
+    if left is None or right is None:
+        return right if left is None else left
+    return Usage(
+        left.prompt_tokens + right.prompt_tokens,
+        left.completion_tokens + right.completion_tokens,
+        left.cached_tokens + right.cached_tokens,
+    )
+
+
+@dataclass
+class ChoiceResult:
+    """All that one choice has emitted so far."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[PositionLogprobs] = field(default_factory=list)
+    prompt_token_ids: tuple[int, ...] | None = None
+    prompt_logprobs: tuple[PositionLogprobs | None, ...] | None = None
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+
+    def add(self, chunk: GenerationChunk) -> None:
+        self.text += chunk.text
+        self.token_ids.extend(chunk.token_ids)
+        self.logprobs.extend(chunk.logprobs or ())
+        self.prompt_token_ids = chunk.prompt_token_ids or self.prompt_token_ids
+        self.prompt_logprobs = chunk.prompt_logprobs or self.prompt_logprobs
+        if chunk.finish_reason is not None:
+            self.finish_reason = chunk.finish_reason
+            self.stop_reason = chunk.stop_reason
+
+
+@dataclass
+class JobTotals:
+    """Usage and speculation over a whole job. Speculation is reported for a single choice only."""
+
+    job: Job
+    usage: Usage = Usage(0, 0)
+    speculation: SpeculationStats | None = None
+
+    def add(self, chunk: GenerationChunk) -> None:
+        self.usage = add_usage(self.usage, chunk.usage) or self.usage
+        if chunk.speculation is not None and self.job.choices == 1:
+            self.speculation = replace(chunk.speculation)

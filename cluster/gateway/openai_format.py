@@ -1,0 +1,85 @@
+"""Pieces of OpenAI's answers that chat and plain completions share."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from actors.target_worker.messages import PositionLogprobs, SpeculationStats, TextLogprob, Usage
+from cluster.gateway.openai_params import Job
+
+LOWEST_LOGPROB = -9999.0
+"""Stands for minus infinity, which JSON does not have."""
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def now() -> int:
+    return int(time.time())
+
+
+def finite(logprob: float) -> float:
+    return max(logprob, LOWEST_LOGPROB)
+
+
+def usage_body(usage: Usage) -> dict[str, Any]:
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }
+
+
+def metrics_body(job: Job, stats: SpeculationStats | None) -> dict[str, Any] | None:
+    """AIPerf's acceptance payload. `num_spec_tokens` is left out, because the draft length adapts."""
+    if job.choices != 1 or stats is None:
+        return None
+    return {
+        "speculative_decoding": {
+            "acceptance_histogram": list(stats.acceptance_histogram),
+            "num_spec_steps": stats.num_spec_steps,
+            "num_accepted_draft_tokens": stats.num_accepted_draft_tokens,
+            "num_draft_tokens": stats.num_draft_tokens,
+            "mean_acceptance_length": stats.mean_acceptance_length,
+            "draft_acceptance_rate": stats.draft_acceptance_rate,
+        }
+    }
+
+
+def _chat_logprob(entry: TextLogprob) -> dict[str, Any]:
+    return {"token": entry.token, "logprob": finite(entry.logprob), "bytes": list(entry.token_bytes)}
+
+
+def chat_logprobs(positions: Sequence[PositionLogprobs]) -> dict[str, Any]:
+    content = [
+        {**_chat_logprob(p.chosen), "top_logprobs": [_chat_logprob(t) for t in p.top]} for p in positions
+    ]
+    return {"content": content, "refusal": None}
+
+
+def completion_logprobs(positions: Sequence[PositionLogprobs | None], first_token: str = "") -> dict[str, Any]:
+    """`None` (the prompt's first token, whose text is `first_token`) has no log-probability."""
+    tokens: list[str] = []
+    token_logprobs: list[float | None] = []
+    top: list[dict[str, float] | None] = []
+    offsets: list[int] = []
+    for position in positions:
+        if position is None:
+            tokens.append(first_token)
+            token_logprobs.append(None)
+            top.append(None)
+            offsets.append(0)
+            continue
+        tokens.append(position.chosen.token)
+        token_logprobs.append(finite(position.chosen.logprob))
+        # A token outside the alternatives is listed too, as OpenAI and vLLM do.
+        alternatives = {t.token: finite(t.logprob) for t in position.top}
+        alternatives.setdefault(position.chosen.token, finite(position.chosen.logprob))
+        top.append(alternatives)
+        offsets.append(position.text_offset)
+    return {"tokens": tokens, "token_logprobs": token_logprobs, "top_logprobs": top, "text_offset": offsets}
