@@ -1,5 +1,5 @@
-"""Deferred KV: layer blocks of a nested draft hold caches of different lengths (S2D, arXiv 2407.01955, "adaptive
-caching").
+"""Deferred KV: layer blocks of a nested draft hold caches of different lengths ("adaptive caching" of S2D,
+arXiv 2407.01955).
 
 Exits n_1 < n_2 < ... cut the layers into blocks. A token drafted at exit n_1 has KV in the first block only;
 its hidden state waits, and the next step that goes deeper runs all waiting states of the sequence through the
@@ -21,8 +21,8 @@ from actors.models.runner import BLOCK_SIZE, LayeredRunner, RaggedBatch
 
 @dataclass(slots=True)
 class DeferredSequence:
-    """`lengths[b]` tokens have KV in layer block b; the states of tokens lengths[b] .. lengths[b - 1] wait for
-    it, and for block 0 those of lengths[0] .. len(tokens)."""
+    """`lengths[b]` tokens have KV in layer block b; the states of tokens lengths[b] .. lengths[b - 1] wait
+    for it, and for block 0 those of lengths[0] .. len(tokens)."""
 
     tokens: list[int]
     lengths: list[int]
@@ -136,8 +136,9 @@ class DeferredKv:
         def int64(values: Sequence[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.int64, device=self._device)
 
+        pairs = list(zip(seqs, spans, strict=True))
         return RaggedBatch(
-            token_ids=int64([t for s, span in zip(seqs, spans, strict=True) for t in s.tokens[span.start : span.stop]]),
+            token_ids=int64([t for seq, span in pairs for t in seq.tokens[span.start : span.stop]]),
             positions=int64([i for span in spans for i in span]),
             query_start=int64(starts),
             context_lens=int64([span.stop for span in spans]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,8 +10,10 @@ import torch
 from torch import Tensor
 
 from actors.drafting.interface import DraftSampling
-from actors.sampling.noise import DRAFT, gumbel
+from actors.sampling.noise import DRAFT
 from actors.sampling.params import GREEDY_TEMPERATURE
+from actors.sampling.truncation import survival_threshold
+from actors.verification.coupled import sample
 
 MAX_Q = 64
 """Support of a distribution that crosses the wire, at most (DESIGN: rules that need q)."""
@@ -18,7 +21,7 @@ MAX_Q = 64
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """`confidence` is the draft's own probability of the token. `q` is what it was drawn from, where needed."""
+    """`confidence` is the draft's own probability of the token; `q` what it was drawn from, where needed."""
 
     token_id: int
     confidence: float
@@ -43,3 +46,43 @@ def draw_tokens(logits: Tensor, samplings: Sequence[DraftSampling], positions: S
         else:
             draws.append(_coupled(logits[row], sampling, positions[row]))
     return draws
+
+
+def _greedy(logits: Tensor) -> tuple[list[int], list[float]]:
+    """Each row's best token and its probability at temperature 1 (S2D's confidence)."""
+    best = logits.argmax(dim=-1)
+    top = logits.gather(-1, best[:, None]).squeeze(-1)
+    return best.tolist(), (top - torch.logsumexp(logits, dim=-1)).exp().tolist()
+
+
+def _processed(logits: Tensor, sampling: DraftSampling) -> Tensor:
+    """float32 [V]: the target's own arithmetic (`actors.sampling.pipeline`), so that equal logits give equal
+    tokens. Masks and penalties are the target's alone."""
+    row = logits.clone()
+    if sampling.temperature != 1.0:
+        row /= sampling.temperature
+    if sampling.top_k or sampling.top_p < 1.0 or sampling.min_p > 0.0:
+        threshold = survival_threshold(row, top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p)
+        row.masked_fill_(row < threshold, -math.inf)
+    return row
+
+
+def _coupled(logits: Tensor, sampling: DraftSampling, position: int) -> Draw:
+    """The target's rule on the draft's scores, with the target's noise."""
+    row = _processed(logits, sampling)
+    token = sample(row, sampling.key, position)
+    return Draw(token, float((row[token] - torch.logsumexp(row, dim=-1)).exp()))
+
+
+def _with_q(logits: Tensor, sampling: DraftSampling, position: int) -> Draw:
+    """A sample of the renormalised top `MAX_Q` survivors, with noise of its own: the verifier's acceptance
+    tests must be independent of the draw. What is shipped is, to float32, what was drawn from."""
+    scores, ids = _processed(logits, sampling).topk(min(MAX_Q, logits.numel()))
+    probabilities = torch.softmax(scores.to(torch.float64), dim=-1).to(torch.float32)
+    kept = probabilities > 0
+    ids, probabilities = ids[kept], probabilities[kept]
+    row = torch.full_like(logits, -math.inf)
+    row[ids] = probabilities.log()
+    token = sample(row, sampling.key, position, DRAFT)
+    listed_ids, listed = tuple(ids.tolist()), tuple(probabilities.tolist())
+    return Draw(token, listed[listed_ids.index(token)], (listed_ids, listed))

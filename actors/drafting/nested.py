@@ -1,4 +1,4 @@
-"""The nested drafter: sub-models are the first n_1 < n_2 < ... layers of one model (S2D, arXiv 2407.01955)."""
+"""The nested drafter: sub-models are the first n_1 < n_2 < ... layers of a model (S2D, arXiv 2407.01955)."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from actors.drafting.interface import DraftQuery, DraftSampling, SessionDraft, S
 from actors.models.runner import LayeredRunner
 
 ABSORB_FROM = 8
-"""Background work leaves fewer waiting tokens than this to the next proposal, which takes them in one pass."""
+"""Background work leaves this many waiting tokens to the next proposal, which runs them in one pass."""
 
 
 @dataclass(slots=True)
 class _Session:
-    """`seq.tokens[:committed]` is truth, what follows is the last proposal. `goal` is the deepest layer block
-    that proposals want; `parked` sessions lost their KV and wait to be asked for; `starved` ones lack room."""
+    """`seq.tokens[:committed]` is truth, what follows is the last proposal. `goal` is the deepest layer
+    block that proposals want; `parked` sessions lost their KV and wait to be asked for; `starved` ones lack
+    room."""
 
     seq: DeferredSequence
     sampling: DraftSampling
@@ -32,7 +33,7 @@ class _Session:
     starved: bool = False
 
     def backlog(self, block: int) -> int:
-        """Committed tokens that must run before a proposal after layer block `block`, the last one included."""
+        """Committed tokens to run before a proposal that exits after `block`, the last one included."""
         return self.committed - min(self.seq.lengths[block], self.committed - 1)
 
 
@@ -170,7 +171,9 @@ class NestedDrafter:
         for session in self._sessions.values():
             if room <= 0:
                 break
-            if session.parked or session.backlog(session.goal) <= ABSORB_FROM or session.committed > self._max_model_len:
+            if session.parked or session.backlog(session.goal) <= ABSORB_FROM:
+                continue
+            if session.committed > self._max_model_len:
                 continue
             start = session.seq.lengths[session.goal]
             # The last committed token stays: the next proposal needs its logits.
@@ -199,7 +202,8 @@ class NestedDrafter:
 
     def _begin(self, query: DraftQuery, session: _Session) -> SessionDraft | _Proposal:
         if query.exit_depth is not None and query.exit_depth not in self.exits:
-            return self._refuse(query, DrafterError("unsupported", f"no exit at {query.exit_depth}; {self.exits}"))
+            error = DrafterError("unsupported", f"no exit at depth {query.exit_depth}; have {self.exits}")
+            return self._refuse(query, error)
         exit_block = self._default if self._thresholds is None else None
         if query.exit_depth is not None:
             exit_block = self.exits.index(query.exit_depth)
@@ -225,7 +229,7 @@ class NestedDrafter:
         )
 
     def _make_room(self, session: _Session, num_tokens: int, keep: Sequence[_Session] = ()) -> bool:
-        """Reserve KV for `num_tokens` tokens of the session, taking it from idle ones (not `keep`) if need be."""
+        """Reserve KV for `num_tokens` tokens of the session, from idle ones not in `keep` if need be."""
         missing = self._kv.missing_blocks(session.seq, num_tokens)
         if missing > self._kv.blocks_free:
             idle = [

@@ -5,13 +5,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from functools import partial
+from typing import Protocol, TypeVar, runtime_checkable
 
 from actors.drafting.errors import DrafterError
-from actors.drafting.interface import Drafter, DraftErrorCode, DraftQuery, SessionDraft, SessionOpen, SessionUpdate
+from actors.drafting.interface import (
+    Drafter,
+    DraftErrorCode,
+    DraftQuery,
+    SessionDraft,
+    SessionOpen,
+    SessionUpdate,
+)
 from actors.sampling.params import MAX_DRAFT_TOKENS
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 CANDIDATES_WANTED = 8
 """Candidates a verified row for drafters that learn (Token Recycling's k)."""
@@ -109,8 +119,8 @@ class DrafterPool:
         self.close(sid)
         state = _Session(session.epoch)
         for drafter in self._drafters:
-            error = self._guarded(drafter, lambda d=drafter: d.open(session))  # type: ignore[misc]
-            if error is not None:
+            error = self._guarded(drafter.name, partial(drafter.open, session))
+            if isinstance(error, DrafterError):
                 state.missing[drafter.name] = error
         if len(state.missing) == len(self._drafters):
             raise next(iter(state.missing.values()))
@@ -128,11 +138,9 @@ class DrafterPool:
         for drafter in self._drafters:
             if drafter.name in state.missing:
                 continue
-            error = self._guarded(
-                drafter,
-                lambda d=drafter: d.commit(sid, update.new_tokens, update.candidates),  # type: ignore[misc]
-            )
-            if error is not None:
+            call = partial(drafter.commit, sid, update.new_tokens, update.candidates)
+            error = self._guarded(drafter.name, call)
+            if isinstance(error, DrafterError):
                 self._drop(drafter, sid, state, error)
 
     def propose(self, updates: Sequence[SessionUpdate]) -> list[SessionDraft]:
@@ -164,21 +172,19 @@ class DrafterPool:
         if state is not None:
             for drafter in self._drafters:
                 if drafter.name not in state.missing:
-                    self._guarded(drafter, lambda d=drafter: d.close(session_id))  # type: ignore[misc]
+                    self._guarded(drafter.name, partial(drafter.close, session_id))
 
     def reset(self) -> None:
         """Forget what sessions share, in every drafter."""
         for drafter in self._drafters:
-            self._guarded(drafter, drafter.reset)
+            self._guarded(drafter.name, drafter.reset)
 
     def work(self) -> bool:
         """Do one bounded piece of background work; False when there is none."""
         done = False
-        for drafter in self._drafters:
+        for name, drafter in self._by_name.items():
             if isinstance(drafter, BackgroundWorker):
-                worked: list[bool] = []
-                self._guarded(drafter, lambda d=drafter: worked.append(d.work()))  # type: ignore[misc]
-                done = done or any(worked)
+                done = self._guarded(name, drafter.work) is True or done
         return done
 
     def _refusal(self, update: SessionUpdate) -> DrafterError | None:
@@ -209,32 +215,30 @@ class DrafterPool:
         queries = [
             DraftQuery(u.session_id, u.epoch, min(u.budget, MAX_DRAFT_TOKENS), u.exit_depth) for u in updates
         ]
-        answer: list[list[SessionDraft]] = []
-        error = self._guarded(drafter, lambda: answer.append(drafter.propose(queries)))
-        if error is None:
-            return answer[0]
+        answer = self._guarded(drafter.name, partial(drafter.propose, queries))
+        if not isinstance(answer, DrafterError):
+            return answer
         if len(updates) > 1:
             return [self._ask(drafter, [update])[0] for update in updates]
         update = updates[0]
-        self._drop(drafter, update.session_id, self._sessions[update.session_id], error)
-        return [_failed(update, error)]
+        self._drop(drafter, update.session_id, self._sessions[update.session_id], answer)
+        return [_failed(update, answer)]
 
     def _drop(self, drafter: Drafter, sid: int, state: _Session, error: DrafterError) -> None:
         """The drafter lost step with the session: say so once, then ask for it to be opened again."""
-        self._guarded(drafter, lambda: drafter.close(sid))
+        self._guarded(drafter.name, partial(drafter.close, sid))
         code: DraftErrorCode = error.code if error.code == "capacity" else "unknown_session"
         state.missing[drafter.name] = DrafterError(code, f"{drafter.name} lost the session: {error.message}")
 
-    def _guarded(self, drafter: Drafter, call: Callable[[], None]) -> DrafterError | None:
-        """Run a drafter's method; whatever it raises concerns this drafter alone."""
+    def _guarded(self, name: str, call: Callable[[], _T]) -> _T | DrafterError:
+        """Run a method of drafter `name`; whatever it raises concerns this drafter alone."""
         try:
-            call()
+            return call()
         except DrafterError as error:
             return error
         except Exception as error:
-            logger.exception("drafter %s failed", drafter.name)
-            return DrafterError("internal", f"{drafter.name}: {type(error).__name__}: {error}")
-        return None
+            logger.exception("drafter %s failed", name)
+            return DrafterError("internal", f"{name}: {type(error).__name__}: {error}")
 
 
 def _failed(update: SessionUpdate, error: DrafterError) -> SessionDraft:

@@ -95,7 +95,8 @@ class TokenRecyclingDrafter:
         if not 0 <= token < MAX_VOCAB or not next_ids:
             return
         if token >= len(self._matrix):
-            grown = np.full((min(MAX_VOCAB, max(token + 1, 2 * len(self._matrix))), self.width), UNKNOWN, np.int32)
+            rows = min(MAX_VOCAB, max(token + 1, 2 * len(self._matrix)))
+            grown = np.full((rows, self.width), UNKNOWN, dtype=np.int32)
             grown[: len(self._matrix)] = self._matrix
             self._matrix = grown
         ids = tuple(next_ids[: self.width])

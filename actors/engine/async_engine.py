@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Literal
 
 from actors.engine.interface import TargetEngine
@@ -14,10 +13,9 @@ from actors.engine.loop import Abort, Add, Call, EngineLoop, Event, Rejected, Re
 from actors.engine.messages import EngineRequest, EngineStats, RequestOutput
 from actors.sampling.params import ParameterError
 
-logger = logging.getLogger(__name__)
-
 HEALTH_POLL_S = 2.0
 """How often a silent stream asks whether the engine still lives."""
+_SHUTTING_DOWN = "the model is shutting down"
 MIN_RETRY_AFTER_S, MAX_RETRY_AFTER_S = 1.0, 30.0
 
 
@@ -48,6 +46,11 @@ class OutputStream:
     def open(self) -> bool:
         """Whether a request of this stream has not finished."""
         return bool(self._open)
+
+    @property
+    def ready(self) -> bool:
+        """Whether `get` would return without waiting."""
+        return not self._queue.empty()
 
     async def get(self, timeout_s: float | None = None) -> RequestOutput | None:
         """The next output; None when `timeout_s` pass without one, or nothing is open.
@@ -134,7 +137,7 @@ class AsyncEngine:
         """
         self._start()
         if self._closing or not self._thread.alive:
-            raise EngineUnavailable("the model is shutting down")
+            raise EngineUnavailable(_SHUTTING_DOWN)
         if len(requests) > self._capacity:
             raise ParameterError("n", f"at most {self._capacity} choices fit this model's queue")
         if len(self._streams) + len(requests) > self._capacity:
@@ -145,15 +148,16 @@ class AsyncEngine:
         ids = [request.request_id for request in requests]
         if len(set(ids)) != len(ids) or any(i in self._streams for i in ids):
             raise ValueError("request ids must be unique")
+        if not self._streams:
+            self._last_finish = time.monotonic()  # idle time says nothing about how long a place is taken
         stream = OutputStream(self, ids)
         for request in requests:
+            self._idle.clear()
             self._streams[request.request_id] = stream
             self._thread.send(Add(request))
-        if requests:
-            self._idle.clear()
         return stream
 
-    async def generate(self, request: EngineRequest) -> AsyncIterator[RequestOutput]:
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[RequestOutput, None]:
         """Outputs of one request. Closing the iterator, or cancelling its consumer, aborts it at once."""
         stream = self.submit([request])
         try:
@@ -188,7 +192,7 @@ class AsyncEngine:
             for request_id in tuple(self._streams):
                 stream = self._streams[request_id]
                 self.abort(request_id)
-                stream.put(RequestOutput(request_id, finish_reason="abort", error="the model is shutting down"))
+                stream.put(RequestOutput(request_id, finish_reason="abort", error=_SHUTTING_DOWN))
             return False
         return True
 

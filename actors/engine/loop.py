@@ -10,7 +10,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -79,11 +79,11 @@ class EngineLoop:
     the engine (each gets an error output), not for the loop.
     """
 
-    def __init__(self, engine: TargetEngine, emit: Callable[[list[Event]], None], name: str = "engine") -> None:
+    def __init__(self, engine: TargetEngine, emit: Callable[[list[Event]], None]) -> None:
         self._engine = engine
         self._emit = emit
         self._inbox: queue.Queue[Message] = queue.Queue()  # bounded by the admission of requests
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._live: set[str] = set()
         self._events: list[Event] = []
         self._has_work = False
@@ -209,12 +209,3 @@ class EngineLoop:
 
 def _failed(request_id: str, why: str, reason: Literal["error", "abort"] = "error") -> RequestOutput:
     return RequestOutput(request_id, finish_reason=reason, error=why)
-
-
-def finished_ids(events: Iterable[Event]) -> list[str]:
-    """Requests that these events end."""
-    return [
-        event.request_id
-        for event in events
-        if isinstance(event, Rejected) or (isinstance(event, RequestOutput) and event.finished)
-    ]

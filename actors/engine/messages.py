@@ -72,6 +72,8 @@ class RequestOutput:
     cached_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     error: str | None = None
+    queue_s: float | None = None
+    """Seconds from arrival to first being scheduled; with the first output only."""
 
     @property
     def finished(self) -> bool:

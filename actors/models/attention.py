@@ -1,15 +1,16 @@
 """Ragged attention over a paged KV pool, in plain torch, on CPU and CUDA.
 
-A plan is made once a pass from the batch: where each token's KV goes, and which queries are computed together.
-Sequences with few queries (decoding, verification) share one masked call; long chunks go one by one, in slices
-whose score matrix is bounded. Query heads that share a KV head are extra rows of one product, so that keys and
-values are never repeated.
+A plan is made once a pass from the batch: where each token's KV goes, and which queries are computed
+together. Sequences with few queries (decoding, verification) share one masked call; long chunks go one by
+one, in slices whose score matrix is bounded. Query heads that share a KV head are extra rows of one product,
+so that keys and values are never repeated.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +28,9 @@ MAX_SCORES = 1 << 22
 class AttentionOptions:
     """What a layer asks of attention besides causality.
 
-    scale multiplies the scores. window: a query sees the last `window` positions, itself included. softcap: scores
-    become softcap * tanh(score / softcap) (Gemma 2). sinks: [heads], a score per head that takes part in the
-    softmax and adds nothing (gpt-oss).
+    scale multiplies the scores. window: a query sees the last `window` positions, itself included. softcap:
+    scores become softcap * tanh(score / softcap) (Gemma 2). sinks: [heads], a score per head that takes part
+    in the softmax and adds nothing (gpt-oss).
     """
 
     scale: float
@@ -43,9 +44,9 @@ class QueryGroup:
     """Queries computed in one call: R sequences, Q queries each (short ones padded with their last query).
 
     rows: [R, Q] packed index of each query. blocks: [R, B]. length: S, KV entries of the longest sequence.
-    query_pos: [R, Q] position of each query; key_pos: [R, S] or [1, S] position of each KV entry; visible: bool
-    [R, Q, S]: these three stay on the host. scatter: packed indices and flat (r * Q + q) indices of the queries
-    that are not padding; None when the rows are one contiguous range starting at `start`.
+    query_pos: [R, Q] position of each query; key_pos: [R, S] or [1, S] position of each KV entry; visible:
+    bool [R, Q, S]: these three stay on the host. scatter: packed indices and flat (r * Q + q) indices of the
+    queries that are not padding; None when the rows are one contiguous range starting at `start`.
     """
 
     rows: Tensor
@@ -59,8 +60,8 @@ class QueryGroup:
     masks: dict[tuple[int | None, int], Tensor | None] = field(default_factory=dict)
 
     def mask(self, window: int | None, repeat: int) -> Tensor | None:
-        """bool [R, 1, Q * repeat, S], each query's row `repeat` times, or None when nothing is hidden; kept for the
-        other layers of the pass."""
+        """bool [R, 1, Q * repeat, S], each query's row `repeat` times, or None when nothing is hidden; kept
+        for the other layers of the pass."""
         key = (window, repeat)
         if key not in self.masks:
             seen = self.visible
@@ -100,7 +101,7 @@ def plan_attention(batch: RaggedBatch, device: torch.device) -> AttentionPlan:
     """Group the queries of a pass. Raises ValueError on a batch whose lengths contradict each other."""
     starts: list[int] = batch.query_start.tolist()
     lengths: list[int] = batch.context_lens.tolist()
-    counts = torch.tensor([b - a for a, b in zip(starts, starts[1:], strict=False)], dtype=torch.int64)
+    counts = torch.tensor([b - a for a, b in pairwise(starts)], dtype=torch.int64)
     if starts[0] != 0 or starts[-1] != batch.num_tokens or bool((counts < 0).any()):
         raise ValueError("query_start must ascend from 0 to the number of tokens")
     tables = batch.block_tables.to("cpu", torch.int64)
@@ -124,7 +125,8 @@ def plan_attention(batch: RaggedBatch, device: torch.device) -> AttentionPlan:
 
 
 def _spans(starts: list[int], lengths: list[int], *, whole: bool) -> list[_Span]:
-    """Cut each sequence's queries so that queries * keys stays below MAX_SCORES. `whole` (trees) forbids cuts."""
+    """Cut each sequence's queries so that queries * keys stays below MAX_SCORES. `whole` (trees) forbids
+    cuts."""
     spans = []
     for seq, length in enumerate(lengths):
         first, end = starts[seq], starts[seq + 1]
@@ -169,7 +171,9 @@ def _make_group(
     spans = sorted(spans, key=lambda s: s.first)
     queries = max(s.queries for s in spans)
     length = max(s.length for s in spans)
-    rows = torch.tensor([[min(s.first + q, s.last - 1) for q in range(queries)] for s in spans], dtype=torch.int64)
+    rows = torch.tensor(
+        [[min(s.first + q, s.last - 1) for q in range(queries)] for s in spans], dtype=torch.int64
+    )
     seqs = torch.tensor([s.seq for s in spans], dtype=torch.int64)
     blocks = tables[seqs, : -(-length // BLOCK_SIZE)]
     query_entry = entries[rows]
@@ -187,7 +191,7 @@ def _make_group(
             visible[index, :, base : base + end - first] = ancestors[rows[index] - first]
 
     contiguous = all(s.queries == queries for s in spans) and all(
-        a.last == b.first for a, b in zip(spans, spans[1:], strict=False)
+        a.last == b.first for a, b in pairwise(spans)
     )
     scatter = None
     if not contiguous:
@@ -219,7 +223,9 @@ def _ancestors(parents: list[int], first: int, end: int) -> Tensor:
     return marks
 
 
-def attend(plan: AttentionPlan, query: Tensor, keys: Tensor, values: Tensor, options: AttentionOptions) -> Tensor:
+def attend(
+    plan: AttentionPlan, query: Tensor, keys: Tensor, values: Tensor, options: AttentionOptions
+) -> Tensor:
     """Attention of one layer, whose new keys and values are already in the pool.
 
     query: [T, heads, D]; keys: [blocks, BLOCK_SIZE, kv_heads, D]; values: the same with their own D.
@@ -231,13 +237,19 @@ def attend(plan: AttentionPlan, query: Tensor, keys: Tensor, values: Tensor, opt
     for group in plan.groups:
         count, queries = group.rows.shape
         size = count * queries
-        picked = query[group.start : group.start + size] if group.start is not None else query[group.rows.view(-1)]
+        picked = (
+            query[group.start : group.start + size] if group.start is not None else query[group.rows.view(-1)]
+        )
         # [R, kv_heads, Q * heads per KV head, D]: the queries of a KV head's group are rows of one product.
         q = picked.view(count, queries, kv_heads, heads // kv_heads, -1).transpose(1, 2).flatten(2, 3)
         k = _gather(keys, group, query.dtype)
         v = _gather(values, group, query.dtype)
         result = _scores(q, k, v, group.mask(options.window, heads // kv_heads), options)
-        result = result.view(count, kv_heads, queries, heads // kv_heads, -1).transpose(1, 2).reshape(size, heads, -1)
+        result = (
+            result.view(count, kv_heads, queries, heads // kv_heads, -1)
+            .transpose(1, 2)
+            .reshape(size, heads, -1)
+        )
         if group.start is not None:
             out[group.start : group.start + size] = result
         elif group.scatter is not None:
@@ -263,6 +275,10 @@ def _scores(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Atten
         return torch.matmul(scores.softmax(-1).to(v.dtype), v)
     kv_heads, rows = scores.shape[1], scores.shape[2]
     per_head = options.sinks.float().view(kv_heads, -1)
-    sinks = per_head.repeat(1, rows // per_head.shape[1]).view(1, kv_heads, rows, 1).expand(scores.shape[0], -1, -1, 1)
+    sinks = (
+        per_head.repeat(1, rows // per_head.shape[1])
+        .view(1, kv_heads, rows, 1)
+        .expand(scores.shape[0], -1, -1, 1)
+    )
     weights = torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
     return torch.matmul(weights.to(v.dtype), v)

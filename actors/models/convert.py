@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import struct
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -37,8 +38,8 @@ def model_folder(
 ) -> Path:
     """The Hugging Face folder of a source; a GGUF is converted on first use (20-30 s for 135M parameters).
 
-    Safe against other processes: one converts, the others wait `lock_timeout_s` at most (TimeoutError) and use
-    its result. A folder appears under its final name only when it is complete.
+    Safe against other processes: one converts, the others wait `lock_timeout_s` at most (TimeoutError) and
+    use its result. A folder appears under its final name only when it is complete.
     """
     if source.kind == "folder":
         return source.path
@@ -55,6 +56,9 @@ def model_folder(
 def _convert(source: ResolvedSource, folder: Path, progress: Progress) -> None:
     started = time.monotonic()
     progress(f"converting {source.path.name} to {folder} (once; about half a minute for a small model)")
+    # What a killed process left: nobody else is at it, since the lock is ours.
+    for stale in folder.parent.glob(f"{folder.name}.*.partial"):
+        shutil.rmtree(stale)
     partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".partial", dir=folder.parent))
     try:
         _write_dequantised(source, partial)
@@ -72,8 +76,10 @@ def _write_dequantised(source: ResolvedSource, folder: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(
             **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
         )
-    except (ValueError, KeyError, NotImplementedError) as error:
-        raise ModelSourceError(f"model source {source.source!r}: transformers cannot read this GGUF: {error}") from error
+    except (ValueError, KeyError, IndexError, NotImplementedError, OSError, struct.error) as error:
+        raise ModelSourceError(
+            f"model source {source.source!r}: transformers cannot read this GGUF: {error}"
+        ) from error
     # save_pretrained refuses a model that still calls itself quantised.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -92,6 +98,8 @@ def _locked(path: Path, timeout_s: float) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() >= deadline:
-                    raise TimeoutError(f"{path} has been held by another process for {timeout_s:.0f} s") from None
+                    raise TimeoutError(
+                        f"{path} has been held by another process for {timeout_s:.0f} s"
+                    ) from None
                 time.sleep(LOCK_POLL_S)
         yield

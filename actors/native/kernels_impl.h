@@ -10,40 +10,31 @@ constexpr int64_t ROW_BYTES = 256 << 10;  // activations of a row block: they st
 
 // ---- products -------------------------------------------------------------------------------------------------
 
-template <int ROWS, int GROUPS>
-inline void finish(const Product& p, int64_t row, int64_t group, V (&acc)[ROWS][GROUPS]) {
-    S2D_UNROLL
-    for (int g = 0; g < GROUPS; ++g) {
-        const int64_t first = (group + g) * LANES;
-        const int64_t count = p.n - first;
-        S2D_UNROLL
-        for (int r = 0; r < ROWS; ++r) {
-            float* y = p.y + (row + r) * p.ldy + first;
-            V v = acc[r][g];
-            if (count >= LANES) {
-                if (p.bias) v = add(v, load(p.bias + first));
-                if (p.epilogue == Epilogue::add) v = add(load(y), v);
-                if (p.epilogue == Epilogue::scale_add) v = fma(load(y), spread(p.row_scale[row + r]), v);
-                store(y, v);
-            } else {
-                float values[LANES];
-                store(values, v);
-                for (int64_t i = 0; i < count; ++i) {
-                    float x = values[i];
-                    if (p.bias) x += p.bias[first + i];
-                    if (p.epilogue == Epilogue::add) x = y[i] + x;
-                    if (p.epilogue == Epilogue::scale_add) x = madd(y[i], p.row_scale[row + r], x);
-                    y[i] = x;
-                }
-            }
-        }
+// Adds what the epilogue says to 16 sums (fewer in the last group) and stores them.
+inline void finish(const Product& p, int64_t row, int64_t group, const float* sums) {
+    const int64_t first = group * LANES, count = p.n - first;
+    float* y = p.y + row * p.ldy + first;
+    if (count >= LANES) {
+        V v = load(sums);
+        if (p.bias) v = add(v, load(p.bias + first));
+        if (p.epilogue == Epilogue::add) v = add(load(y), v);
+        if (p.epilogue == Epilogue::scale_add) v = fma(load(y), spread(p.row_scale[row]), v);
+        store(y, v);
+        return;
+    }
+    for (int64_t i = 0; i < count; ++i) {
+        float x = sums[i];
+        if (p.bias) x += p.bias[first + i];
+        if (p.epilogue == Epilogue::add) x = y[i] + x;
+        if (p.epilogue == Epilogue::scale_add) x = madd(y[i], p.row_scale[row], x);
+        y[i] = x;
     }
 }
 
 // ROWS rows times GROUPS output groups, sums in registers. `next` runs through the weights needed afterwards by
 // `step` bytes a line, so that all tiles over the same groups together prefetch each of their lines once.
 template <bool BF16, int ROWS, int GROUPS>
-void tile(const Product& p, int64_t row, int64_t group, const char* next, int64_t step) {
+__attribute__((noinline)) void tile(const Product& p, int64_t row, int64_t group, const char* next, int64_t step) {
     V acc[ROWS][GROUPS];
     S2D_UNROLL
     for (int r = 0; r < ROWS; ++r) {
@@ -51,23 +42,22 @@ void tile(const Product& p, int64_t row, int64_t group, const char* next, int64_
         for (int g = 0; g < GROUPS; ++g) acc[r][g] = zero();
     }
     const float* x = p.x + row * p.ldx;
-    const int64_t lines = BF16 ? (p.k + 1) / 2 : p.k;
-    const int64_t group_bytes = lines * 64;
-    const char* w = static_cast<const char*>(p.w) + group * group_bytes;
+    const int64_t bytes = p.group_bytes;
+    const char* w = static_cast<const char*>(p.w) + group * bytes;
     const int64_t whole = BF16 ? p.k / 2 : p.k;
     for (int64_t i = 0; i < whole; ++i, w += 64, next += step) {
         S2D_UNROLL
-        for (int g = 0; g < GROUPS; ++g) __builtin_prefetch(next + g * group_bytes, 0, 2);
+        for (int g = 0; g < GROUPS; ++g) __builtin_prefetch(next + g * bytes, 0, 2);
         if constexpr (BF16) {
             S2D_UNROLL
             for (int g = 0; g < GROUPS; ++g) {
-                const V w0 = even(w + g * group_bytes);
+                const V w0 = even(w + g * bytes);
                 S2D_UNROLL
                 for (int r = 0; r < ROWS; ++r) acc[r][g] = fma(broadcast(x + r * p.ldx + 2 * i), w0, acc[r][g]);
             }
             S2D_UNROLL
             for (int g = 0; g < GROUPS; ++g) {
-                const V w1 = odd(w + g * group_bytes);
+                const V w1 = odd(w + g * bytes);
                 S2D_UNROLL
                 for (int r = 0; r < ROWS; ++r) {
                     acc[r][g] = fma(broadcast(x + r * p.ldx + 2 * i + 1), w1, acc[r][g]);
@@ -76,19 +66,26 @@ void tile(const Product& p, int64_t row, int64_t group, const char* next, int64_
         } else {
             S2D_UNROLL
             for (int g = 0; g < GROUPS; ++g) {
-                const V w0 = load(reinterpret_cast<const float*>(w + g * group_bytes));
+                const V w0 = load(reinterpret_cast<const float*>(w + g * bytes));
                 S2D_UNROLL
                 for (int r = 0; r < ROWS; ++r) acc[r][g] = fma(broadcast(x + r * p.ldx + i), w0, acc[r][g]);
             }
         }
     }
-    if (BF16 && whole < lines) {  // the last input of an odd count is alone in its word
+    if (BF16 && p.k % 2) {  // the last input of an odd count is alone in its word
         for (int g = 0; g < GROUPS; ++g) {
-            const V w0 = even(w + g * group_bytes);
+            const V w0 = even(w + g * bytes);
             for (int r = 0; r < ROWS; ++r) acc[r][g] = fma(broadcast(x + r * p.ldx + 2 * whole), w0, acc[r][g]);
         }
     }
-    finish<ROWS, GROUPS>(p, row, group, acc);
+    alignas(64) float sums[ROWS * GROUPS * LANES];
+    S2D_UNROLL
+    for (int r = 0; r < ROWS; ++r) {
+        S2D_UNROLL
+        for (int g = 0; g < GROUPS; ++g) store(sums + (r * GROUPS + g) * LANES, acc[r][g]);
+    }
+#pragma GCC unroll 1
+    for (int i = 0; i < ROWS * GROUPS; ++i) finish(p, row + i / GROUPS, group + i % GROUPS, sums + i * LANES);
 }
 
 template <bool BF16, int ROWS>
@@ -102,34 +99,34 @@ inline void tile_groups(const Product& p, int64_t row, int64_t group, int groups
     tile<BF16, ROWS, 1>(p, row, group, next, step);
 }
 
+template <bool BF16, int ROWS>
+inline void tile_rows(const Product& p, int64_t height, int64_t row, int64_t group, int groups, const char* next,
+                      int64_t step) {
+    if constexpr (ROWS > 1) {
+        if (height < ROWS) return tile_rows<BF16, ROWS - 1>(p, height, row, group, groups, next, step);
+    }
+    tile_groups<BF16, ROWS>(p, row, group, groups, next, step);
+}
+
 template <bool BF16>
 void product_of(const Product& p) {
-    constexpr int GROUPS_OF[] = {0, max_groups(1), max_groups(2), max_groups(3), max_groups(4), max_groups(5), max_groups(6)};
-    const int64_t group_bytes = (BF16 ? (p.k + 1) / 2 : p.k) * 64;
     int64_t block_rows = ROW_BYTES / (p.k * 4) / MAX_ROWS * MAX_ROWS;
     if (block_rows < 2 * MAX_ROWS) block_rows = 2 * MAX_ROWS;
     for (int64_t row = 0; row < p.rows; row += block_rows) {
         const int64_t rows = p.rows - row < block_rows ? p.rows - row : block_rows;
         const int64_t tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
         const int64_t base = rows / tiles, larger = rows % tiles;
-        const int64_t most = GROUPS_OF[base + (larger > 0)];
+        const int64_t most = max_groups(static_cast<int>(base + (larger > 0)));
         for (int64_t group = p.group_begin; group < p.group_end;) {
             const int64_t left = p.group_end - group;
             const int groups = static_cast<int>(left >= most ? most : left >= 2 && most >= 2 ? 2 : 1);
-            const char* next = static_cast<const char*>(p.w) + (group + groups) * group_bytes;
+            const char* next = static_cast<const char*>(p.w) + (group + groups) * p.group_bytes;
             const int64_t step = (64 + tiles - 1) / tiles;
             int64_t at = row;
             for (int64_t t = 0; t < tiles; ++t) {
-                const char* ahead = next + t * (group_bytes / tiles);
+                const char* ahead = next + t * (p.group_bytes / tiles);
                 const int64_t height = base + (t < larger);
-                switch (height) {
-                    case 1: tile_groups<BF16, 1>(p, at, group, groups, ahead, step); break;
-                    case 2: tile_groups<BF16, 2>(p, at, group, groups, ahead, step); break;
-                    case 3: if constexpr (MAX_ROWS >= 3) tile_groups<BF16, 3>(p, at, group, groups, ahead, step); break;
-                    case 4: if constexpr (MAX_ROWS >= 4) tile_groups<BF16, 4>(p, at, group, groups, ahead, step); break;
-                    case 5: if constexpr (MAX_ROWS >= 5) tile_groups<BF16, 5>(p, at, group, groups, ahead, step); break;
-                    default: if constexpr (MAX_ROWS >= 6) tile_groups<BF16, 6>(p, at, group, groups, ahead, step); break;
-                }
+                tile_rows<BF16, MAX_ROWS>(p, height, at, group, groups, ahead, step);
                 at += height;
             }
             group += groups;
@@ -202,8 +199,10 @@ void attention_of(const Attention& a) {
     alignas(64) float scores[MAX_GROUP * BLOCK];
     float highest[MAX_GROUP], total[MAX_GROUP], rescale[MAX_GROUP];
     const int64_t half_bytes = BLOCK * a.head_dim * (BF16 ? 2 : 4);
-    Product qk{a.q, a.head_dim, a.group, nullptr, BF16, a.head_dim, BLOCK, 0, BLOCK / LANES, scores, BLOCK, nullptr, nullptr, Epilogue::store};
-    Product pv{scores, BLOCK, a.group, nullptr, BF16, 0, a.head_dim, 0, a.head_dim / LANES, a.out, a.head_dim, nullptr, rescale, Epilogue::store};
+    Product qk{a.q, a.head_dim, a.group, nullptr, group_bytes(a.head_dim, BF16), BF16, a.head_dim, BLOCK,
+               0, BLOCK / LANES, scores, BLOCK, nullptr, nullptr, Epilogue::store};
+    Product pv{scores, BLOCK, a.group, nullptr, group_bytes(BLOCK, BF16), BF16, BLOCK, a.head_dim,
+               0, a.head_dim / LANES, a.out, a.head_dim, nullptr, rescale, Epilogue::store};
     for (int64_t b = 0; b * BLOCK < a.keys; ++b) {
         const int64_t count = a.keys - b * BLOCK < BLOCK ? a.keys - b * BLOCK : BLOCK;
         const char* keys = b < a.tail_from ? a.pool + a.block_table[b] * a.block_bytes
@@ -227,12 +226,153 @@ void attention_of(const Attention& a) {
         }
         pv.w = keys + half_bytes;
         pv.k = count;
-        // V groups are laid out for a whole block; a shorter product would compute a smaller stride.
         pv.epilogue = b == 0 ? Epilogue::store : Epilogue::scale_add;
-        values_product<BF16>(pv);
+        product_of<BF16>(pv);
     }
     for (int64_t r = 0; r < a.group; ++r) {
         const float inverse = 1.0f / total[r];
         for (int64_t i = 0; i < a.head_dim; ++i) a.out[r * a.head_dim + i] *= inverse;
     }
+}
+
+void attention(const Attention& a) {
+    if (a.bf16) attention_of<true>(a);
+    else attention_of<false>(a);
+}
+
+// ---- noise ----------------------------------------------------------------------------------------------------
+
+constexpr int64_t BATCH = 64;  // counters at a time
+
+// Philox4x32-10 (Salmon et al., SC 2011) of counters (word0[i], word1, word2, word3): four words each.
+void philox(const uint32_t* word0, uint32_t word1, uint32_t word2, uint32_t word3, uint64_t key,
+            uint32_t (&x)[4][BATCH]) {
+    for (int64_t i = 0; i < BATCH; ++i) {
+        uint32_t c0 = word0[i], c1 = word1, c2 = word2, c3 = word3;
+        uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
+        _Pragma("GCC unroll 10")
+        for (int round = 0; round < 10; ++round) {
+            const uint64_t a = static_cast<uint64_t>(c0) * 0xD2511F53u, b = static_cast<uint64_t>(c2) * 0xCD9E8D57u;
+            c0 = static_cast<uint32_t>(b >> 32) ^ c1 ^ k0;
+            c1 = static_cast<uint32_t>(b);
+            c2 = static_cast<uint32_t>(a >> 32) ^ c3 ^ k1;
+            c3 = static_cast<uint32_t>(a);
+            k0 += 0x9E3779B9u;
+            k1 += 0xBB67AE85u;
+        }
+        x[0][i] = c0;
+        x[1][i] = c1;
+        x[2][i] = c2;
+        x[3][i] = c3;
+    }
+}
+
+inline double as_double(uint64_t bits) {
+    double x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+// log of a positive normal number, error below 1 ulp (the polynomial of FreeBSD's e_log.c), without branches
+// and without fused operations: the same bits on every machine.
+inline double logarithm(double x) {
+    uint64_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    const uint64_t offset = bits - 0x3fe6a09e00000000u;  // from about sqrt(1/2): its exponent field is k
+    const uint64_t exponent = offset & 0xfff0000000000000u;
+    const double m = as_double(bits - exponent);
+    // k as a double: biased by 1024 it is a positive integer below 2^52
+    const double k = as_double((((offset >> 52) + 1024u) & 0xfffu) | 0x4330000000000000u) - (4503599627370496.0 + 1024.0);
+    const double f = m - 1.0;
+    const double half = 0.5 * f * f;
+    const double s = f / (2.0 + f);
+    const double z = s * s, w = z * z;
+    const double t1 = w * (3.999999999940941908e-01 + w * (2.222219843214978396e-01 + w * 1.531383769920937332e-01));
+    const double t2 = z * (6.666666666666735130e-01 + w * (2.857142874366239149e-01
+                           + w * (1.818357216161805012e-01 + w * 1.479819860511658591e-01)));
+    return s * (half + (t1 + t2)) + k * 1.90821492927058770002e-10 - half + f + k * 6.93147180369123816490e-01;
+}
+
+// -log(-log u), u = 1 - min((x + 1/2) 2^-32, 1 - 2^-24): u is exact, so log u is as good as log1p(-w).
+inline float gumbel_of(uint32_t x) {
+    const double w = (as_double(x | 0x4330000000000000u) - 4503599627370496.0 + 0.5) * 0x1p-32;
+    const double bounded = w < 1.0 - 0x1p-24 ? w : 1.0 - 0x1p-24;
+    return static_cast<float>(-logarithm(-logarithm(1.0 - bounded)));
+}
+
+void gumbel(uint64_t key, int64_t position, uint32_t stream, const int64_t* ids, int64_t n, float* out) {
+    const uint32_t low = static_cast<uint32_t>(position);
+    const uint32_t high = static_cast<uint32_t>(static_cast<uint64_t>(position) >> 32);
+    const int64_t step = ids ? BATCH : 4 * BATCH;
+    uint32_t counters[BATCH], x[4][BATCH], lanes[4 * BATCH];
+    float values[4 * BATCH];
+    for (int64_t at = 0; at < n; at += step) {
+        const int64_t count = n - at < step ? n - at : step;
+        if (ids) {
+            for (int64_t i = 0; i < BATCH; ++i) counters[i] = i < count ? static_cast<uint32_t>(ids[at + i] >> 2) : 0;
+        } else {
+            for (int64_t i = 0; i < BATCH; ++i) counters[i] = static_cast<uint32_t>(at / 4 + i);
+        }
+        philox(counters, low, high, stream, key, x);
+        if (ids) {
+            for (int64_t i = 0; i < count; ++i) lanes[i] = x[ids[at + i] & 3][i];
+        } else {
+            for (int64_t i = 0; i < BATCH; ++i) {
+                for (int64_t lane = 0; lane < 4; ++lane) lanes[4 * i + lane] = x[lane][i];
+            }
+        }
+        float* to = count == step ? out + at : values;
+        for (int64_t i = count; i < step; ++i) lanes[i] = 0;
+        for (int64_t i = 0; i < step; ++i) to[i] = gumbel_of(lanes[i]);
+        if (to == values) memcpy(out + at, values, static_cast<size_t>(count) * sizeof(float));
+    }
+}
+
+// ---- selection ------------------------------------------------------------------------------------------------
+
+int64_t topk(const float* row, int64_t n, int64_t k, int64_t* index, float* value) {
+    int64_t held = 0;
+    float limit = -INFINITY;  // the worst entry held, once there are k
+    for (int64_t i = 0; i < n;) {
+        if (held == k && i + LANES <= n && !any_greater(load(row + i), limit)) {
+            i += LANES;
+            continue;
+        }
+        const int64_t end = held == k && i + LANES <= n ? i + LANES : i + 1;
+        for (; i < end; ++i) {
+            const float x = row[i];
+            if (!(held < k ? x == x : x > limit)) continue;  // NaN is never chosen
+            int64_t at = held < k ? held++ : k - 1;
+            for (; at > 0 && value[at - 1] < x; --at) {
+                value[at] = value[at - 1];
+                index[at] = index[at - 1];
+            }
+            value[at] = x;
+            index[at] = i;
+            if (held == k) limit = value[k - 1];
+        }
+    }
+    return held;
+}
+
+int64_t argmax(const float* row, int64_t n) {
+    int64_t index[1] = {0};
+    float value[1];
+    topk(row, n, 1, index, value);
+    return index[0];
+}
+
+float read_stream(const float* data, int64_t bytes) {
+    V total[4] = {zero(), zero(), zero(), zero()};
+    const int64_t count = bytes / 4;
+    int64_t i = 0;
+    for (; i + 4 * LANES <= count; i += 4 * LANES) {
+        S2D_UNROLL
+        for (int j = 0; j < 4; ++j) total[j] = add(total[j], load(data + i + j * LANES));
+    }
+    return sum(add(add(total[0], total[1]), add(total[2], total[3])));
+}
+
+Kernels make_table(const char* name) {
+    return Kernels{name, product, attention, rms_norm, rotate, silu_mul, gumbel, argmax, topk, read_stream};
 }

@@ -1,8 +1,8 @@
 """Constraints on the output text, through llguidance (https://github.com/guidance-ai/llguidance).
 
-A matcher walks the grammar token by token and says which tokens may come next. End-of-sequence ids are handled
-here rather than in the library, which does not count an end token that follows a text that cannot go on, so that
-`rollback` is exact whatever was advanced over.
+A matcher walks the grammar token by token and says which tokens may come next. End-of-sequence ids are
+handled here rather than in the library, which does not count an end token that follows a text that cannot go
+on, so that `rollback` is exact whatever was advanced over.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import llguidance
-import llguidance.hf
 import numpy as np
 import torch
 from torch import Tensor
@@ -22,13 +21,14 @@ from torch import Tensor
 from actors.sampling.params import GrammarSpec, ParameterError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerFast
 
 _PARAM = "response_format"
 _CACHE_SIZE = 64
 _JSON_OPTIONS = {
     # A small model asked for JSON can go on writing blanks for ever. Between two JSON tokens this allows one
     # space, or one line break with indentation.
+    "lenient": False,
     "whitespace_flexible": True,
     "whitespace_pattern": r" |\r?\n[ \t]{0,32}",
 }
@@ -123,7 +123,7 @@ class GrammarCompiler:
 
     def __init__(
         self,
-        hf_tokenizer: PreTrainedTokenizerBase,
+        hf_tokenizer: PreTrainedTokenizerFast,
         vocab_size: int,
         eos_token_id: int | Sequence[int],
         cache_size: int = _CACHE_SIZE,
@@ -141,7 +141,8 @@ class GrammarCompiler:
         """A fresh matcher for `spec`.
 
         Raises:
-            ParameterError: for `response_format`: the schema or grammar is invalid, uses what is not supported,
+            ParameterError: for `response_format`: the schema or grammar is invalid, uses what is not
+            supported,
                 or the model's tokenizer cannot be constrained.
         """
         with self._lock:
@@ -172,8 +173,11 @@ class GrammarCompiler:
         if self._tokenizer is None:
             if not self._eos:
                 raise ParameterError(_PARAM, "is not available: the model has no end-of-sequence token")
+            # Imported here: it pulls in all of transformers, which engines without grammars need not load.
+            from llguidance.hf import from_tokenizer
+
             try:
-                self._tokenizer = llguidance.hf.from_tokenizer(
+                self._tokenizer = from_tokenizer(
                     self._hf_tokenizer, n_vocab=self._vocab_size, eos_token=self._eos
                 )
             except ValueError as error:

@@ -51,7 +51,7 @@ _Words64 = npt.NDArray[np.uint64]
 
 
 class NativeGumbel(Protocol):
-    """The compiled form: writes the noise of token `ids` (of 0..V-1 when None) into float32 `out` on the CPU."""
+    """The compiled form: writes the noise of token `ids` (all when None) into float32 `out` on the CPU."""
 
     def __call__(self, key: int, position: int, stream: int, ids: Tensor | None, out: Tensor) -> None: ...
 
@@ -63,7 +63,7 @@ def _mul_hi_lo(multiplier: int, x: Word) -> tuple[Word, Word]:
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
-def philox4x32(counter: Words, key: tuple[int, int]) -> Words:
+def philox4x32(counter: Words, key: tuple[Word, Word]) -> Words:
     """Philox4x32-10. Words are uint32 values held in Python ints or in int64 tensors of one shape; words that
     do not vary may stay ints, which saves their share of the first rounds."""
     c0, c1, c2, c3 = counter

@@ -3,9 +3,9 @@
 Order (a contract, see `SamplingParams`): grammar mask, logit_bias, min_tokens, repetition, presence and
 frequency penalties, division by temperature, min_p, top_k, top_p. What does not survive is -inf.
 
-The bits of a processed row depend on that row, the request and the tokens before it, and on nothing else: every
-row is processed by operations on [V] tensors of its own, never as part of a [K + 1, V] batch, because vectorised
-kernels treat the ends of their chunks differently and chunks move with the number of rows.
+The bits of a processed row depend on that row, the request and the tokens before it, and on nothing else:
+every row is processed by operations on [V] tensors of its own, never as part of a [K + 1, V] batch, because
+vectorised kernels treat the ends of their chunks differently and chunks move with the number of rows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from actors.engine.messages import EngineRequest
 from actors.sampling.grammar import GrammarError, GrammarMatcher
 from actors.sampling.noise import derive_key
 from actors.sampling.params import ParameterError, SamplingParams
-from actors.sampling.truncation import survival_threshold
+from actors.sampling.truncation import keep_at_least, survival_threshold
 
 
 def check_vocabulary(sampling: SamplingParams, vocab_size: int) -> None:
@@ -32,11 +32,12 @@ def check_vocabulary(sampling: SamplingParams, vocab_size: int) -> None:
     for name, ids in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
         for token in ids:
             if not 0 <= token < vocab_size:
-                raise ParameterError(name, f"token id {token} is not in the vocabulary of {vocab_size} tokens")
+                raise ParameterError(name, f"token id {token} is outside the vocabulary ({vocab_size})")
 
 
 class _Penalties:
-    """Repetition (Hugging Face's rule, over prompt and output), presence and frequency (OpenAI's, over output)."""
+    """Repetition (Hugging Face's rule, over prompt and output), presence and frequency (OpenAI's, over
+    output)."""
 
     def __init__(self, request: EngineRequest, vocab_size: int, device: torch.device) -> None:
         self._sampling = request.sampling
@@ -134,8 +135,8 @@ class SequenceSampler:
         )
 
     def admissible(self, drafts: Sequence[int]) -> int:
-        """How many of the drafts may be verified: up to the first that the grammar forbids (or that is no token
-        at all), and none after a stop id. Changes no state."""
+        """How many of the drafts may be verified: up to the first that the grammar forbids (or that is no
+        token at all), and none after a stop id. Changes no state."""
         count = 0
         for token in drafts:
             if not 0 <= token < self._vocab_size:
@@ -203,11 +204,11 @@ class SequenceSampler:
             threshold = survival_threshold(
                 row, top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p
             )
-            row.masked_fill_(row < threshold, -math.inf)
+            keep_at_least(row, threshold)
 
     def _min_tokens_leave_something(self, allowed: Tensor | None) -> bool:
-        """Whether a token is left when stop ids are masked. A grammar that is complete allows nothing else; it
-        wins over min_tokens, since text after the end of a JSON object would break it."""
+        """Whether a token is left when stop ids are masked. A grammar that is complete allows nothing else;
+        it wins over min_tokens, since text after the end of a JSON object would break it."""
         if not self._maskable_stops:
             return False
         if allowed is None:

@@ -122,6 +122,8 @@ class GenerationChunk:
     prompt_token_ids: tuple[int, ...] | None = None
     prompt_logprobs: tuple[PositionLogprobs | None, ...] | None = None
     error: RequestError | None = None
+    queue_s: float | None = None
+    """Seconds from arrival to first being scheduled; with a choice's first chunk only."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from actors.text.tokenizer import TextTokenizer
+
+_TAIL = 16
+"""Ids before a text that are looked at: more than the bytes of one character, special tokens included."""
 
 
 class IncrementalDetokenizer:
@@ -16,17 +19,19 @@ class IncrementalDetokenizer:
     a text delivered whole is the concatenation of its deltas. Bytes that the last token leaves incomplete are
     never returned. Special tokens add nothing.
 
-    A `continuation` follows other text (a prompt), so it keeps the space that SentencePiece tokenizers drop
-    at the start of a text; otherwise the result equals the tokenizer's own `decode`.
+    A text that continues another one is given the ids `after` which it comes: it then keeps the space that
+    SentencePiece tokenizers drop at the start of a text, and completes a character that those ids left
+    incomplete. Without them the result equals the tokenizer's own `decode`.
     """
 
-    def __init__(self, tokenizer: TextTokenizer, continuation: bool = False) -> None:
+    def __init__(self, tokenizer: TextTokenizer, after: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._first = not continuation
+        self._first = not after
         self._strip_left, self._strip_char = tokenizer.leading_strip
-        if continuation:
+        if after:
             self._strip_left = 0
+            self._utf8.decode(b"".join(tokenizer.token_bytes(i) for i in after[-_TAIL:]))
         self.chars = 0
         """Characters returned so far."""
 

@@ -4,37 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
+from actors.models.tokenizer import eos_token_ids, load_tokenizer
 from actors.sampling.params import ParameterError
 from actors.text.pieces import PieceDecoder, piece_decoder
 
 INLINE_CHARS = 4096
 """Shorter texts are encoded on the event loop (well under a millisecond), longer ones in a thread."""
-
-
-def _as_ids(value: Any) -> list[int]:
-    if value is None:
-        return []
-    return [int(v) for v in value] if isinstance(value, list) else [int(value)]
-
-
-def _end_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
-    """End-of-sequence ids: generation_config.json (else config.json), and the tokenizer's own."""
-    ids: list[int] = []
-    for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        if path.is_file():
-            ids = _as_ids(json.loads(path.read_text(encoding="utf-8")).get("eos_token_id"))
-        if ids:
-            break
-    ids += _as_ids(tokenizer.eos_token_id)
-    return tuple(sorted(set(ids)))
 
 
 class TextTokenizer:
@@ -46,9 +25,7 @@ class TextTokenizer:
 
     def __init__(self, folder: Path | str) -> None:
         folder = Path(folder)
-        hf: Any = AutoTokenizer.from_pretrained(str(folder))
-        if not getattr(hf, "is_fast", False):
-            raise ValueError(f"{folder}: no fast tokenizer (tokenizer.json)")
+        hf: Any = load_tokenizer(folder)
         self.hf = hf
         """The transformers tokenizer, for grammars and chat templates."""
         self._backend = hf.backend_tokenizer
@@ -59,8 +36,7 @@ class TextTokenizer:
         added: dict[int, Any] = self._backend.get_added_tokens_decoder()
         self.vocab_size: int = max(vocab.values()) + 1
         """Largest id + 1. A model's logits may have more columns; those ids have no text."""
-        self.eos_token_ids: tuple[int, ...] = _end_ids(folder, hf)
-        self.eos_token_id: int = hf.eos_token_id if hf.eos_token_id is not None else self.eos_token_ids[0]
+        self.eos_token_ids: tuple[int, ...] = eos_token_ids(folder, hf)
         self.special_ids: frozenset[int] = frozenset(
             [i for i, token in added.items() if token.special] + list(hf.all_special_ids)
         )

@@ -8,17 +8,20 @@ that adds the same noise to its own scores guesses the same token often (a coupl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from actors.sampling.noise import GUMBEL, gumbel
+from actors.sampling.truncation import surviving_ids
 from actors.verification.rule import DraftDistribution, Verdict
 
 _FEW = 4
 """Noise is computed for survivors alone when they are less than a `_FEW`th of the vocabulary: random access
 costs one Philox call a token instead of one every four."""
+_SMALL_VOCABULARY = 256
+"""Up to this size computing all the noise is faster than looking for survivors."""
 
 
 def sample(row: Tensor, key: int, position: int, stream: int = GUMBEL) -> int:
@@ -26,15 +29,20 @@ def sample(row: Tensor, key: int, position: int, stream: int = GUMBEL) -> int:
 
     Args:
         row: float32 [V]; -inf for tokens that cannot be drawn. Of equal sums the lowest id wins.
+
+    Raises:
+        ValueError: no token can be drawn.
     """
     vocab_size = row.numel()
-    survivors = row != -torch.inf
-    if int(survivors.sum()) * _FEW > vocab_size:
-        return int(torch.argmax(row + gumbel(key, position, vocab_size, None, stream, row.device)))
-    ids = survivors.nonzero().squeeze(1)
-    if ids.numel() == 0:
+    if vocab_size > _SMALL_VOCABULARY:
+        ids = surviving_ids(row)
+        if 0 < ids.numel() < vocab_size // _FEW:
+            noisy = row[ids] + gumbel(key, position, vocab_size, ids, stream)
+            return int(ids[noisy.argmax()])
+    token = int((row + gumbel(key, position, vocab_size, None, stream, row.device)).argmax())
+    if float(row[token]) == -math.inf:
         raise ValueError("no token survives")
-    return int(ids[torch.argmax(row[ids] + gumbel(key, position, vocab_size, ids, stream))])
+    return token
 
 
 def accept_equal(tokens: Sequence[int], drafts: Sequence[int]) -> Verdict:

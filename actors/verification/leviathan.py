@@ -1,9 +1,9 @@
 """Speculative sampling with rejection (Leviathan, Kalman, Matias, arXiv 2211.17192, algorithm 1).
 
-A draft x drawn from q is accepted with probability min(1, p(x) / q(x)); the first rejected place emits a sample
-of norm(max(0, p - q)), and a block without rejection emits one more sample of p. Then every emitted token
-follows p exactly (theorem in their appendix A.1), *provided x was really drawn from q*. A drafter that chose x
-without chance has a one-hot q: x is accepted with p(x), and the residual is p without x.
+A draft x drawn from q is accepted with probability min(1, p(x) / q(x)); the first rejected place emits a
+sample of norm(max(0, p - q)), and a block without rejection emits one more sample of p. Then every emitted
+token follows p exactly (theorem in their appendix A.1), *provided x was really drawn from q*. A drafter that
+chose x without chance has a one-hot q: x is accepted with p(x), and the residual is p without x.
 
 Compared with coupled sampling more drafts are accepted, but which tokens a seed gives depends on the draft.
 """
@@ -44,9 +44,9 @@ class LeviathanRule:
     ) -> Verdict:
         """See `VerificationRule.verify`.
 
-        Acceptance uniforms and residual samples have noise streams of their own, independent of the drafter's.
-        A q that cannot have produced its draft (malformed, or without mass on it) is not judged: its draft ends
-        the block and the place emits a plain sample of p, which is exact whatever the reason.
+        Acceptance uniforms and residual samples have noise streams of their own, independent of the
+        drafter's. A q that cannot have produced its draft (malformed, or without mass on it) is not judged:
+        its draft ends the block and the place emits a plain sample of p, which is exact whatever the reason.
 
         Raises:
             ValueError: q is neither empty nor one a draft.

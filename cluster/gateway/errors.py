@@ -77,9 +77,8 @@ def invalid(param: str | None, message: str, code: str | None = None) -> ApiErro
 
 
 def model_not_found(model: str) -> ApiError:
-    return ApiError(
-        404, f"The model `{model}` does not exist", param="model", code="model_not_found", type="not_found_error"
-    )
+    message = f"The model `{model}` does not exist"
+    return ApiError(404, message, type="not_found_error", param="model", code="model_not_found")
 
 
 def not_ready(message: str, retry_after_s: float = DEFAULT_RETRY_AFTER_S) -> ApiError:
@@ -124,6 +123,7 @@ def from_validation_error(error: ValidationError) -> ApiError:
     path = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         message = REFUSED_FIELDS.get(path, "is not a known parameter")
-        return invalid(path, message, code="unsupported_parameter" if path in REFUSED_FIELDS else "unknown_parameter")
+        kind = "unsupported_parameter" if path in REFUSED_FIELDS else "unknown_parameter"
+        return invalid(path, message, code=kind)
     message = first["msg"].removeprefix("Value error, ")
     return invalid(path or None, message[:1].lower() + message[1:])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -17,15 +19,18 @@ from cluster.gateway.errors import ApiError, from_request_error, internal, not_r
 from cluster.gateway.models import ModelClient
 from cluster.gateway.openai_params import Job
 
+logger = logging.getLogger(__name__)
 QUEUE_CHUNKS = 64
 
 
 class InFlight:
-    """Counts running generation calls and refuses new ones while draining."""
+    """Counts running generation calls and refuses new ones while draining. For one event loop."""
 
     def __init__(self) -> None:
         self.count = 0
         self.draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
 
     @contextlib.contextmanager
     def track(self) -> Iterator[None]:
@@ -33,27 +38,29 @@ class InFlight:
         if self.draining:
             raise not_ready("the service is shutting down", retry_after_s=10.0)
         self.count += 1
+        self._idle.clear()
         try:
             yield
         finally:
             self.count -= 1
+            if self.count == 0:
+                self._idle.set()
 
     async def drain(self, timeout_s: float) -> int:
         """Refuse new calls and wait for the running ones; returns how many are left."""
         self.draining = True
-        deadline = asyncio.get_running_loop().time() + timeout_s
-        while self.count and asyncio.get_running_loop().time() < deadline:
-            await asyncio.sleep(0.05)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
         return self.count
 
 
 async def run_job(
-    job: Job, client: ModelClient, timeout_s: float
+    job: Job, client: ModelClient, timeout_s: float, in_flight: InFlight
 ) -> AsyncGenerator[tuple[int, GenerationChunk], None]:
     """Yield (prompt index, chunk) of all prompts as they come.
 
     Closing the generator cancels every request at its worker at once. Raises `ApiError` for an error chunk,
-    504 after `timeout_s`, 503 when a worker's stream ends before its choices do.
+    504 after `timeout_s`, 503 while draining and when a worker's stream ends before its choices do.
     """
     queue: asyncio.Queue[tuple[int, GenerationChunk | ApiError | None]] = asyncio.Queue(QUEUE_CHUNKS)
 
@@ -65,16 +72,21 @@ async def run_job(
             await queue.put((index, None))
         except ApiError as error:
             await queue.put((index, error))
+        except Exception:
+            logger.exception("the stream of request %s failed", job.requests[index].request_id)
+            await queue.put((index, internal("the target worker failed")))
         finally:
             await aclose(stream)
 
-    pumps = [asyncio.create_task(pump(i)) for i in range(len(job.requests))]
-    unfinished = {(p, c) for p in range(len(job.requests)) for c in range(job.choices_per_prompt)}
-    open_streams = len(pumps)
-    try:
-        async with asyncio.timeout(timeout_s):
+    # Not asyncio.timeout: a generator may be resumed from another task than the one that began it.
+    deadline = time.monotonic() + timeout_s
+    with in_flight.track():
+        pumps = [asyncio.create_task(pump(i)) for i in range(len(job.requests))]
+        unfinished = {(p, c) for p in range(len(job.requests)) for c in range(job.choices_per_prompt)}
+        open_streams = len(pumps)
+        try:
             while open_streams:
-                index, item = await _next_item(queue, pumps)
+                index, item = await asyncio.wait_for(queue.get(), deadline - time.monotonic())
                 if item is None:
                     open_streams -= 1
                     continue
@@ -85,32 +97,15 @@ async def run_job(
                 if item.finish_reason is not None:
                     unfinished.discard((index, item.index))
                 yield index, item
-    except TimeoutError as error:
-        raise ApiError(504, f"the request took longer than {timeout_s:g} s", type="timeout", code="timeout") from error
-    finally:
-        for task in pumps:
-            task.cancel()
-        await asyncio.gather(*pumps, return_exceptions=True)
+        except TimeoutError as error:
+            message = f"the request took longer than {timeout_s:g} s"
+            raise ApiError(504, message, type="timeout", code="timeout") from error
+        finally:
+            for task in pumps:
+                task.cancel()
+            await asyncio.gather(*pumps, return_exceptions=True)
     if unfinished:
         raise not_ready("the worker ended the stream early; send the request again")
-
-
-async def _next_item(
-    queue: asyncio.Queue[tuple[int, GenerationChunk | ApiError | None]], pumps: list[asyncio.Task[None]]
-) -> tuple[int, GenerationChunk | ApiError | None]:
-    """The next item; notices a pump that died of something that is not an `ApiError`."""
-    getter = asyncio.ensure_future(queue.get())
-    try:
-        while not getter.done():
-            running = [task for task in pumps if not task.done()]
-            await asyncio.wait([getter, *running], return_when=asyncio.FIRST_COMPLETED)
-            for task in pumps:
-                if task.done() and not task.cancelled() and (error := task.exception()) is not None:
-                    raise internal("the model client failed") from error
-    finally:
-        if not getter.done():
-            getter.cancel()
-    return getter.result()
 
 
 async def aclose(stream: AsyncIterator[GenerationChunk]) -> None:
@@ -123,19 +118,17 @@ async def aclose(stream: AsyncIterator[GenerationChunk]) -> None:
 async def prefetch(
     stream: AsyncGenerator[tuple[int, GenerationChunk], None],
 ) -> AsyncGenerator[tuple[int, GenerationChunk], None]:
-    """Wait for the first chunk, so that what is wrong with a request is known before an answer begins."""
+    """Wait for the first chunk, so that what is wrong with a request is known before an answer begins.
+    The caller goes on owning `stream` and closes it."""
     try:
         first = await anext(stream)
     except StopAsyncIteration as error:
         raise not_ready("the worker ended the stream early; send the request again") from error
 
     async def resumed() -> AsyncGenerator[tuple[int, GenerationChunk], None]:
-        try:
-            yield first
-            async for item in stream:
-                yield item
-        finally:
-            await stream.aclose()
+        yield first
+        async for item in stream:
+            yield item
 
     return resumed()
 
@@ -178,7 +171,7 @@ class JobTotals:
     """Usage and speculation over a whole job. Speculation is reported for a single choice only."""
 
     job: Job
-    usage: Usage = Usage(0, 0)
+    usage: Usage = field(default_factory=lambda: Usage(0, 0))
     speculation: SpeculationStats | None = None
 
     def add(self, chunk: GenerationChunk) -> None:

@@ -15,7 +15,9 @@ from cluster.gateway.sse import DONE, event
 Chunks = AsyncIterator[tuple[int, GenerationChunk]]
 
 
-async def collect(job: Job, chunks: Chunks, answer_id: str, prompt_ids: tuple[int, ...] | None) -> dict[str, Any]:
+async def collect(
+    job: Job, chunks: Chunks, answer_id: str, prompt_ids: tuple[int, ...] | None
+) -> dict[str, Any]:
     """`prompt_ids` are reported when the job asks for token ids."""
     choices = [ChoiceResult() for _ in range(job.choices)]
     totals = JobTotals(job)
@@ -53,13 +55,13 @@ def _choice(job: Job, index: int, result: ChoiceResult) -> dict[str, Any]:
 
 async def stream(
     job: Job,
-    chunks: AsyncGenerator[tuple[int, GenerationChunk], None],
+    chunks: Chunks,
     answer_id: str,
     *,
     include_usage: bool,
     prompt_ids: tuple[int, ...] | None,
 ) -> AsyncGenerator[bytes, None]:
-    """Events of a streamed answer. Closing it closes `chunks`."""
+    """Events of a streamed answer. An error after the first chunk becomes an event."""
     head = {"id": answer_id, "object": "chat.completion.chunk", "created": now(), "model": job.model,
             "seed": job.seed}
     usage_field: dict[str, Any] = {"usage": None} if include_usage else {}
@@ -71,7 +73,8 @@ async def stream(
             totals.add(chunk)
             if chunk.index not in begun:
                 begun.add(chunk.index)
-                first = {**head, "choices": [_delta(chunk.index, {"role": "assistant", "content": ""})], **usage_field}
+                role = _delta(chunk.index, {"role": "assistant", "content": ""})
+                first = {**head, "choices": [role], **usage_field}
                 if job.return_token_ids:
                     first["prompt_token_ids"] = list(prompt_ids or chunk.prompt_token_ids or ())
                 yield event(first)
@@ -97,8 +100,6 @@ async def stream(
             )
     except ApiError as error:
         yield event(error.body())
-    finally:
-        await chunks.aclose()
     yield DONE
 
 

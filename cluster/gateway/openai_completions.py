@@ -63,13 +63,13 @@ def _choice(job: Job, index: int, result: ChoiceResult, prompt_ids: tuple[int, .
 
 async def stream(
     job: Job,
-    chunks: AsyncGenerator[tuple[int, GenerationChunk], None],
+    chunks: Chunks,
     answer_id: str,
     *,
     include_usage: bool,
     prompt_ids: PromptIds,
 ) -> AsyncGenerator[bytes, None]:
-    """Events of a streamed answer. Closing it closes `chunks`."""
+    """Events of a streamed answer. An error after the first chunk becomes an event."""
     head = {"id": answer_id, "object": "text_completion", "created": now(), "model": job.model,
             "seed": job.seed}
     usage_field: dict[str, Any] = {"usage": None} if include_usage else {}
@@ -89,7 +89,8 @@ async def stream(
             if job.return_token_ids:
                 choice["token_ids"] = list(chunk.token_ids)
                 if index not in begun:
-                    choice["prompt_token_ids"] = list(prompt_ids[prompt_index] or chunk.prompt_token_ids or ())
+                    known = prompt_ids[prompt_index] or chunk.prompt_token_ids or ()
+                    choice["prompt_token_ids"] = list(known)
             begun.add(index)
             yield event({**head, "choices": [choice], **usage_field})
         if include_usage:
@@ -103,6 +104,4 @@ async def stream(
             )
     except ApiError as error:
         yield event(error.body())
-    finally:
-        await chunks.aclose()
     yield DONE

@@ -62,7 +62,9 @@ def chat_logprobs(positions: Sequence[PositionLogprobs]) -> dict[str, Any]:
     return {"content": content, "refusal": None}
 
 
-def completion_logprobs(positions: Sequence[PositionLogprobs | None], first_token: str = "") -> dict[str, Any]:
+def completion_logprobs(
+    positions: Sequence[PositionLogprobs | None], first_token: str = ""
+) -> dict[str, Any]:
     """`None` (the prompt's first token, whose text is `first_token`) has no log-probability."""
     tokens: list[str] = []
     token_logprobs: list[float | None] = []

@@ -6,7 +6,7 @@ import json
 import re
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from actors.sampling.params import GrammarSpec, ParameterError, SamplingParams, SpeculationParams
 from actors.target_worker.messages import ChatMessage, GenerationRequest, TargetInfo
@@ -37,6 +37,7 @@ class Job:
     `param_names` maps internal field names to the public ones, for errors found by the worker.
     """
 
+    job_id: str
     model: str
     seed: int
     requests: tuple[GenerationRequest, ...]
@@ -50,6 +51,13 @@ class Job:
     @property
     def choices(self) -> int:
         return len(self.requests) * self.choices_per_prompt
+
+    def with_prompt_logprobs(self, count: int) -> Job:
+        """The same job, reporting `count` alternatives for each prompt token."""
+        requests = tuple(
+            replace(r, sampling=replace(r.sampling, prompt_logprobs=count)) for r in self.requests
+        )
+        return replace(self, requests=requests)
 
     def choice_index(self, prompt_index: int, choice: int) -> int:
         return prompt_index * self.choices_per_prompt + choice
@@ -98,7 +106,8 @@ def speculation_of(body: SpeculationBody | None, info: TargetInfo) -> Speculatio
 
 def max_tokens_of(body: SamplingBody, default: int | None, lowest: int) -> int | None:
     """The limit the client set under either name. Raises 400 when the two names disagree."""
-    if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
+    names = (body.max_tokens, body.max_completion_tokens)
+    if None not in names and names[0] != names[1]:
         raise invalid("max_tokens", "differs from max_completion_tokens")
     name = "max_completion_tokens" if body.max_tokens is None else "max_tokens"
     given = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
@@ -164,6 +173,11 @@ def chat_messages(messages: list[MessageBody]) -> tuple[ChatMessage, ...]:
     return tuple(ChatMessage("system" if m.role == "developer" else m.role, m.content) for m in messages)
 
 
+def _names(grammar_name: str) -> dict[str, str]:
+    """Workers call every constraint by one name."""
+    return {"grammar": grammar_name, "response_format": grammar_name}
+
+
 def chat_job(body: ChatBody, info: TargetInfo, job_id: str) -> Job:
     if body.top_logprobs is not None and not body.logprobs:
         raise invalid("top_logprobs", "requires logprobs to be true")
@@ -193,9 +207,8 @@ def chat_job(body: ChatBody, info: TargetInfo, job_id: str) -> Job:
         stop=body.stop,
         speculation=speculation_of(body.speculation, info),
     )
-    return Job(
-        info.id, seed, (request,), bool(body.return_token_ids), {"grammar": grammar_name, "prompt": "messages"}
-    )
+    names = _names(grammar_name) | {"prompt": "messages"}
+    return Job(job_id, info.id, seed, (request,), bool(body.return_token_ids), names)
 
 
 def completion_job(body: CompletionBody, info: TargetInfo, job_id: str) -> Job:
@@ -229,4 +242,4 @@ def completion_job(body: CompletionBody, info: TargetInfo, job_id: str) -> Job:
                 speculation=speculation,
             )
         )
-    return Job(info.id, seed, tuple(requests), bool(body.return_token_ids), {"grammar": grammar_name})
+    return Job(job_id, info.id, seed, tuple(requests), bool(body.return_token_ids), _names(grammar_name))

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import math
-from collections.abc import AsyncGenerator, Awaitable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
@@ -67,16 +67,17 @@ async def _first(main: asyncio.Task[T], watcher: asyncio.Task[None]) -> bool:
 
 
 class EventStreamResponse(Response):
-    """Server-sent events from an async generator, which is always closed: at the end, when the client goes
-    away, and when the server cancels the request. Ray Serve does the last on a disconnect, at a moment when
-    the generator may be suspended in a `yield`, where cancellation alone does not reach it."""
+    """Server-sent events. `on_close` is awaited whatever happens: at the end, when the client goes away, and
+    when the server cancels the request. Ray Serve does the last on a disconnect, at a moment when the
+    generator may be suspended in a `yield`, where cancellation alone does not reach it."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], on_close: Callable[[], Awaitable[None]]) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events = events
+        self._on_close = on_close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def produce() -> None:
@@ -91,6 +92,7 @@ class EventStreamResponse(Response):
             if await _first(main, watcher):
                 await main
         finally:
+            await self._on_close()
             await self._events.aclose()
 
 

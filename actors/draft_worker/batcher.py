@@ -1,0 +1,241 @@
+"""The drafting thread: takes the waiting rounds of all target workers and serves them as one batch."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from actors.drafting.errors import DrafterError
+from actors.drafting.interface import SessionDraft, SessionOpen, SessionUpdate
+from actors.drafting.selector import DrafterPool
+
+logger = logging.getLogger(__name__)
+
+ReplyCallback = Callable[[list[SessionDraft]], None]
+_IDLE_S = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One target worker's message, decoded. `deadline` is monotonic time in seconds after which drafts are
+    useless (infinite for none). `reply` is called once, from the drafting thread or from `submit`."""
+
+    stream_id: int
+    reply: ReplyCallback
+    opens: tuple[SessionOpen, ...] = ()
+    closes: tuple[int, ...] = ()
+    updates: tuple[SessionUpdate, ...] = ()
+    reset: bool = False
+    deadline: float = float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class BatcherState:
+    sessions: int
+    streams: int
+    queued_rounds: int
+    kv_blocks_used: int
+    kv_blocks_free: int
+    rounds: int
+    drafted_tokens: int
+
+
+@dataclass(slots=True)
+class _Answers:
+    """Replies of one round, by place of its updates."""
+
+    round: Round
+    drafts: dict[int, SessionDraft] = field(default_factory=dict)
+
+
+class DraftBatcher:
+    """Owns a `DrafterPool` and the thread that drives it.
+
+    Session ids are scoped by stream. A round is answered by one reply, with a draft for each update that has
+    a budget or an error. When `max_queued` rounds wait, further ones are answered with error "capacity" at
+    once; their closes still count, and their sessions have to be opened again. Background work (prompt
+    prefill) is done in small pieces while no round waits.
+    """
+
+    def __init__(self, pool: DrafterPool, max_queued: int = 256) -> None:
+        if max_queued < 1:
+            raise ValueError("max_queued must be positive")
+        self._pool = pool
+        self._max_queued = max_queued
+        self._changed = threading.Condition()
+        self._queue: deque[Round] = deque()
+        self._ended: list[int] = []
+        self._closing: list[tuple[int, int]] = []
+        self._streams: set[int] = set()
+        self._next_stream = 0
+        self._stopped = False
+        # Owned by the drafting thread from here on.
+        self._ids: dict[int, dict[int, int]] = {}
+        self._next_id = 0
+        self._rounds = 0
+        self._drafted = 0
+        self._thread = threading.Thread(target=self._run, name="s2d-drafting", daemon=True)
+
+    @property
+    def pool(self) -> DrafterPool:
+        """For its names and limits; everything else belongs to the drafting thread."""
+        return self._pool
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 5.0) -> None:
+        """End the thread; rounds that still wait are answered with empty drafts."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+
+    def attach(self) -> int:
+        """A new stream's id."""
+        with self._changed:
+            self._next_stream += 1
+            self._streams.add(self._next_stream)
+            return self._next_stream
+
+    def detach(self, stream_id: int) -> None:
+        """The stream has ended: forget its sessions."""
+        with self._changed:
+            self._streams.discard(stream_id)
+            self._ended.append(stream_id)
+            self._changed.notify()
+
+    def submit(self, round_: Round) -> None:
+        with self._changed:
+            accepted = len(self._queue) < self._max_queued and not self._stopped
+            if accepted:
+                self._queue.append(round_)
+            else:
+                self._closing.extend((round_.stream_id, sid) for sid in round_.closes)
+            self._changed.notify()
+        if not accepted:
+            message = f"{self._max_queued} rounds wait already"
+            round_.reply([_failed(u, DrafterError("capacity", message)) for u in round_.updates])
+
+    def state(self) -> BatcherState:
+        used, free = self._pool.kv_blocks
+        return BatcherState(
+            sessions=self._pool.num_sessions,
+            streams=len(self._streams),
+            queued_rounds=len(self._queue),
+            kv_blocks_used=used,
+            kv_blocks_free=free,
+            rounds=self._rounds,
+            drafted_tokens=self._drafted,
+        )
+
+    def _run(self) -> None:
+        idle = False
+        while True:
+            with self._changed:
+                if idle and not (self._queue or self._ended or self._closing or self._stopped):
+                    self._changed.wait(_IDLE_S)
+                rounds = list(self._queue)
+                self._queue.clear()
+                ended, self._ended = self._ended, []
+                closing, self._closing = self._closing, []
+                stopped = self._stopped
+            for stream_id, sid in closing:
+                self._close(stream_id, sid)
+            if rounds:
+                self._serve(rounds)
+            for stream_id in ended:
+                for internal in self._ids.pop(stream_id, {}).values():
+                    self._pool.close(internal)
+            if stopped:
+                return
+            idle = not rounds and not self._pool.work()
+
+    def _serve(self, rounds: list[Round]) -> None:
+        answers = [_Answers(r) for r in rounds]
+        try:
+            self._draft(answers)
+        except Exception as error:
+            logger.exception("a batch of %d rounds failed", len(rounds))
+            failure = DrafterError("internal", f"{type(error).__name__}: {error}")
+            for answer in answers:
+                for place, update in enumerate(answer.round.updates):
+                    answer.drafts.setdefault(place, _failed(update, failure))
+        for answer in answers:
+            answer.round.reply([answer.drafts[place] for place in sorted(answer.drafts)])
+
+    def _draft(self, answers: list[_Answers]) -> None:
+        """Tell the pool everything in order, then ask once for the last wish of each session."""
+        wishes: dict[int, tuple[_Answers, int, SessionUpdate]] = {}
+        for answer in answers:
+            for place, update in self._tell(answer):
+                superseded = wishes.pop(update.session_id, None)
+                if superseded is not None:
+                    _put_empty(superseded[0], superseded[1])
+                wishes[update.session_id] = (answer, place, update)
+        now = time.monotonic()
+        asked: list[tuple[_Answers, int, SessionUpdate]] = []
+        for answer, place, update in wishes.values():
+            if answer.round.deadline < now:
+                _put_empty(answer, place)
+            else:
+                asked.append((answer, place, update))
+        drafts = self._pool.propose([update for _, _, update in asked])
+        for (answer, place, _), draft in zip(asked, drafts, strict=True):
+            session_id = answer.round.updates[place].session_id
+            answer.drafts[place] = replace(draft, session_id=session_id)
+            self._drafted += len(draft.token_ids)
+        self._rounds += len(answers)
+
+    def _tell(self, answer: _Answers) -> list[tuple[int, SessionUpdate]]:
+        """Apply one round; returns (place, update with internal id) of what wants a draft."""
+        round_ = answer.round
+        if round_.reset:
+            self._pool.reset()
+        for sid in round_.closes:
+            self._close(round_.stream_id, sid)
+        ids = self._ids.setdefault(round_.stream_id, {})
+        refused: dict[int, DrafterError] = {}
+        for session in round_.opens:
+            self._close(round_.stream_id, session.session_id)
+            self._next_id += 1
+            try:
+                self._pool.open(replace(session, session_id=self._next_id))
+                ids[session.session_id] = self._next_id
+            except DrafterError as error:
+                refused[session.session_id] = error
+        wanted: list[tuple[int, SessionUpdate]] = []
+        for place, update in enumerate(round_.updates):
+            internal = ids.get(update.session_id)
+            try:
+                if internal is None:
+                    raise refused.get(update.session_id) or DrafterError(
+                        "unknown_session", f"session {update.session_id} is not open on this stream"
+                    )
+                scoped = replace(update, session_id=internal)
+                self._pool.apply(scoped)
+            except DrafterError as error:
+                answer.drafts[place] = _failed(update, error)
+                continue
+            if update.budget > 0:
+                wanted.append((place, scoped))
+        return wanted
+
+    def _close(self, stream_id: int, session_id: int) -> None:
+        internal = self._ids.get(stream_id, {}).pop(session_id, None)
+        if internal is not None:
+            self._pool.close(internal)
+
+
+def _failed(update: SessionUpdate, error: DrafterError) -> SessionDraft:
+    return SessionDraft(update.session_id, update.epoch, error=error.code, error_message=error.message)
+
+
+def _put_empty(answer: _Answers, place: int) -> None:
+    update = answer.round.updates[place]
+    answer.drafts[place] = SessionDraft(update.session_id, update.epoch)

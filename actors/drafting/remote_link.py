@@ -1,0 +1,302 @@
+"""The connection of a target worker to a draft worker: one bidirectional gRPC stream, kept alive.
+
+A supervisor thread chooses a lease, connects, watches and reconnects with backoff; a reader thread per
+connection hands replies on. Neither ever holds the engine up: sending puts a message into a bounded queue.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import grpc
+
+from protos.s2d.v1 import drafting_pb2 as pb
+from protos.s2d.v1 import drafting_pb2_grpc as pb_grpc
+
+logger = logging.getLogger(__name__)
+
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+Lease = Mapping[str, object]
+"""What a draft worker publishes: id, incarnation, address ("host:port") and load (a number, optional)."""
+LeaseProvider = Callable[[], Sequence[Lease]]
+_REFUSALS = (
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.UNIMPLEMENTED,
+)
+
+
+class TLSFiles(Protocol):
+    """PEM files: own certificate chain and key, and the authority that signed the other side."""
+
+    @property
+    def cert(self) -> Path: ...
+
+    @property
+    def key(self) -> Path: ...
+
+    @property
+    def ca(self) -> Path: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TargetIdentity:
+    """What `hello` says of this target worker. `vocab_size` is in tokens."""
+
+    target_id: str
+    model: str
+    vocab_size: int
+    tokenizer_hash: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkOptions:
+    """Times in seconds.
+
+    token: shared secret. tls: files for a mutual TLS connection; server_name overrides the name that the
+    worker's certificate must carry. keepalive_s: a ping after this long, and as long to wait for its echo, so
+    that a dead peer is noticed within twice that. stuck_s: a round unanswered for this long ends the
+    connection. vanished_polls: consecutive looks at the leases without ours that end it.
+    """
+
+    connect_timeout_s: float = 3.0
+    backoff_s: float = 0.1
+    max_backoff_s: float = 3.0
+    keepalive_s: float = 1.0
+    stuck_s: float = 10.0
+    lease_poll_s: float = 1.0
+    vanished_polls: int = 3
+    send_queue: int = 64
+    token: str | None = None
+    tls: TLSFiles | None = None
+    server_name: str | None = None
+
+
+class LinkEvents(Protocol):
+    """What a link reports, from its own threads."""
+
+    def link_up(self, connection: Connection, hello: pb.DraftReply) -> None: ...
+
+    def link_down(self, connection: Connection, reason: str) -> None: ...
+
+    def link_reply(self, connection: Connection, reply: pb.DraftReply) -> None: ...
+
+    def link_idle(self, connection: Connection) -> None:
+        """Nothing was sent for a while: a chance to send what waits for a round."""
+        ...
+
+
+class Connection:
+    """One stream to one worker."""
+
+    def __init__(
+        self, lease: Lease, identity: TargetIdentity, options: LinkOptions, events: LinkEvents
+    ) -> None:
+        self.worker_id = str(lease["id"])
+        self.address = str(lease["address"])
+        self.incarnation = ""
+        """The worker's own; known once up."""
+        self.lease_incarnation = lease.get("incarnation")
+        self.up = threading.Event()
+        self.down = threading.Event()
+        self.refused = False
+        self._events = events
+        self._outgoing: queue.Queue[pb.DraftRound | None] = queue.Queue(options.send_queue)
+        self._sent: dict[int, float] = {}
+        self._round_id = 1
+        hello = pb.Hello(
+            target_id=identity.target_id,
+            model=identity.model,
+            vocab_size=identity.vocab_size,
+            tokenizer_hash=identity.tokenizer_hash,
+        )
+        self._channel = _open_channel(self.address, options)
+        metadata = (("authorization", f"Bearer {options.token}"),) if options.token else None
+        self._call = pb_grpc.DraftServiceStub(self._channel).Draft(  # type: ignore[no-untyped-call]
+            self._requests(pb.DraftRound(round_id=1, hello=hello)), metadata=metadata
+        )
+        self._reader = threading.Thread(target=self._read, name="s2d-draft-reader", daemon=True)
+        self._reader.start()
+
+    def send(self, message: pb.DraftRound) -> bool:
+        """Queue a round; False when the queue is full or the stream has ended."""
+        if self.down.is_set():
+            return False
+        self._round_id += 1
+        message.round_id = self._round_id
+        try:
+            self._outgoing.put_nowait(message)
+        except queue.Full:
+            return False
+        self._sent[message.round_id] = time.monotonic()
+        return True
+
+    def answered(self, round_id: int) -> float | None:
+        """Seconds since the round was sent, once; None for rounds that are not under way."""
+        sent = self._sent.pop(round_id, None)
+        return None if sent is None else time.monotonic() - sent
+
+    def oldest_wait(self) -> float:
+        """Seconds that the oldest unanswered round has waited."""
+        sent = next(iter(self._sent.copy().values()), None)
+        return 0.0 if sent is None else time.monotonic() - sent
+
+    def cancel(self) -> None:
+        """End the stream; `link_down` follows from the reader."""
+        self._call.cancel()
+
+    def close(self, timeout_s: float = 2.0) -> None:
+        self._call.cancel()
+        self._reader.join(timeout_s)
+        self._channel.close()
+
+    def _requests(self, hello: pb.DraftRound) -> Iterator[pb.DraftRound]:
+        yield hello
+        while not self.down.is_set():
+            try:
+                message = self._outgoing.get(timeout=0.1)
+            except queue.Empty:
+                if self.up.is_set():
+                    self._events.link_idle(self)
+                continue
+            if message is None:
+                return
+            yield message
+
+    def _read(self) -> None:
+        reason = "the worker ended the stream"
+        try:
+            for reply in self._call:
+                if not self.up.is_set():
+                    self.incarnation = reply.incarnation
+                    self._events.link_up(self, reply)
+                    self.up.set()
+                else:
+                    self._events.link_reply(self, reply)
+        except grpc.RpcError as error:
+            code = error.code()
+            self.refused = code in _REFUSALS
+            reason = f"{code.name}: {error.details()}"
+        except Exception as error:  # A reply that cannot be read must not leave the engine waiting.
+            logger.exception("reading from draft worker %s failed", self.address)
+            reason = f"{type(error).__name__}: {error}"
+            self._call.cancel()
+        finally:
+            self.down.set()
+            self.up.set()
+            try:
+                self._outgoing.put_nowait(None)
+            except queue.Full:
+                logger.debug("send queue to %s is full; the writer sees the end by itself", self.address)
+            self._events.link_down(self, reason)
+
+
+class RemoteLink:
+    """Keeps one `Connection` up while there is a lease to connect to."""
+
+    def __init__(
+        self, leases: LeaseProvider, identity: TargetIdentity, options: LinkOptions, events: LinkEvents
+    ) -> None:
+        self._leases = leases
+        self._identity = identity
+        self._options = options
+        self._events = events
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="s2d-draft-link", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        backoff = self._options.backoff_s
+        while not self._stop.is_set():
+            lease = self._choose()
+            if lease is not None:
+                connection = Connection(lease, self._identity, self._options, self._events)
+                connection.up.wait(self._options.connect_timeout_s)
+                if connection.up.is_set() and not connection.down.is_set():
+                    backoff = self._options.backoff_s
+                    self._watch(connection)
+                connection.close()
+                if connection.refused:
+                    backoff = self._options.max_backoff_s
+            # Full jitter would let a fleet of targets reconnect at once now and then; half keeps a floor.
+            self._stop.wait(backoff * random.uniform(0.5, 1.0))
+            backoff = min(self._options.max_backoff_s, backoff * 2.0)
+
+    def _current(self) -> list[Lease] | None:
+        """The leases, or None when they cannot be read (then an existing connection goes on)."""
+        try:
+            return list(self._leases())
+        except Exception as error:
+            logger.warning("reading the draft workers' leases failed: %s: %s", type(error).__name__, error)
+            return None
+
+    def _choose(self) -> Lease | None:
+        leases = self._current()
+        return min(leases, key=_load, default=None) if leases else None
+
+    def _watch(self, connection: Connection) -> None:
+        """Return when the connection is over, has to be given up, or the link is closed."""
+        next_poll = time.monotonic() + self._options.lease_poll_s
+        missed = 0
+        while not self._stop.is_set() and not connection.down.wait(0.1):
+            if connection.oldest_wait() > self._options.stuck_s:
+                logger.warning("draft worker %s does not answer; reconnecting", connection.address)
+                return
+            if time.monotonic() < next_poll:
+                continue
+            next_poll = time.monotonic() + self._options.lease_poll_s
+            leases = self._current()
+            if leases is None:
+                continue
+            ours = next((lease for lease in leases if lease["id"] == connection.worker_id), None)
+            missed = 0 if ours is not None else missed + 1
+            replaced = ours is not None and ours.get("incarnation") != connection.lease_incarnation
+            if replaced or missed >= self._options.vanished_polls:
+                logger.info("the lease of draft worker %s is gone; reconnecting", connection.worker_id)
+                return
+
+
+def _load(lease: Lease) -> float:
+    load = lease.get("load", 0.0)
+    return float(load) if isinstance(load, (int, float)) else 0.0
+
+
+def _open_channel(address: str, options: LinkOptions) -> grpc.Channel:
+    keepalive_ms = int(options.keepalive_s * 1000)
+    args: list[tuple[str, int | str]] = [
+        ("grpc.keepalive_time_ms", keepalive_ms),
+        ("grpc.keepalive_timeout_ms", keepalive_ms),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        # Backoff is ours: a channel must not inherit the waiting time of a former one.
+        ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.enable_http_proxy", 0),
+    ]
+    if options.tls is None:
+        return grpc.insecure_channel(address, options=args)
+    if options.server_name:
+        args.append(("grpc.ssl_target_name_override", options.server_name))
+    credentials = grpc.ssl_channel_credentials(
+        root_certificates=options.tls.ca.read_bytes(),
+        private_key=options.tls.key.read_bytes(),
+        certificate_chain=options.tls.cert.read_bytes(),
+    )
+    return grpc.secure_channel(address, credentials, options=args)

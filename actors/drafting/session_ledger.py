@@ -1,0 +1,181 @@
+"""What a target knows of its sessions on one draft worker: builds round messages, reads replies. No I/O.
+
+Epochs on the wire are the ledger's own: rounds that need no message (budget 0) and rounds lost with a
+connection do not exist for the worker, whose rule is that epochs follow one another without gaps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from actors.drafting import codec
+from actors.drafting.interface import DraftSampling, SessionDraft, SessionOpen, SessionUpdate
+from protos.s2d.v1 import drafting_pb2 as pb
+
+RETRY_S = 1.0
+"""A session that the worker had no room for, or failed on, is not asked for again before this long."""
+MAX_UNSENT_CANDIDATES = 256
+"""Verified rows kept for learning drafters while a session has no reason to send; older ones are dropped."""
+MAX_OPEN_TOKENS = 1 << 18
+"""Tokens of opened sessions in one message; sessions past it are opened by a later round."""
+
+
+@dataclass(slots=True)
+class _Session:
+    """`tokens` is the whole sequence. `unsent` of its last tokens are not known to the worker. `wire_epoch`
+    is the last one used; `asked` the caller's epoch that its answer belongs to, None when no draft is wanted;
+    `open_epoch` the wire epoch of the last open, answers up to which belong to a former life."""
+
+    tokens: list[int]
+    prompt_len: int
+    sampling: DraftSampling
+    opened: bool = False
+    wire_epoch: int = 0
+    open_epoch: int = -1
+    asked: int | None = None
+    unsent: int = 0
+    candidates: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
+    drafted: int = 0
+    accepted: int = 0
+    retry_at: float = 0.0
+
+
+class SessionLedger:
+    """Args:
+    flush_tokens: tokens that a session without a wish accumulates before they are sent anyway.
+    """
+
+    def __init__(self, flush_tokens: int = 64) -> None:
+        if flush_tokens < 1:
+            raise ValueError("flush_tokens must be positive")
+        self._flush_tokens = flush_tokens
+        self._sessions: dict[int, _Session] = {}
+        self._closes: list[int] = []
+        self._reset = False
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def open(self, session: SessionOpen) -> None:
+        """Remember a session; the worker is told when a draft is first wanted."""
+        self.close(session.session_id)
+        self._sessions[session.session_id] = _Session(
+            list(session.token_ids), session.prompt_len, session.sampling
+        )
+
+    def close(self, session_id: int) -> None:
+        session = self._sessions.pop(session_id, None)
+        if session is not None and session.opened:
+            self._closes.append(session_id)
+
+    def reset(self) -> None:
+        """Ask the worker, with the next message, to forget what sessions share."""
+        self._reset = True
+
+    def disconnected(self) -> None:
+        """The worker's sessions ended with the stream: open them again when next wanted."""
+        self._closes.clear()
+        for session in self._sessions.values():
+            session.opened = False
+            session.asked = None
+
+    def awaits(self, session_id: int, epoch: int) -> bool:
+        """Whether an answer to the caller's `epoch` is under way."""
+        session = self._sessions.get(session_id)
+        return session is not None and session.asked == epoch
+
+    def record(self, updates: Sequence[SessionUpdate]) -> None:
+        """Keep tokens in step while there is nobody to send to."""
+        for update in updates:
+            session = self._sessions.get(update.session_id)
+            if session is not None:
+                session.tokens.extend(update.new_tokens)
+                session.asked = None
+
+    def round(self, updates: Sequence[SessionUpdate], now: float) -> pb.DraftRound | None:
+        """One message for all updates, closes and resets due; None when there is nothing to say.
+
+        `now` is monotonic time in seconds. The caller fills in round_id and deadline.
+        """
+        message = pb.DraftRound()
+        open_tokens = 0
+        for update in updates:
+            session = self._sessions.get(update.session_id)
+            if session is None:
+                continue
+            self._absorb(session, update)
+            wants = update.budget > 0 and now >= session.retry_at
+            if not session.opened:
+                if not wants or (open_tokens and open_tokens + len(session.tokens) > MAX_OPEN_TOKENS):
+                    continue
+                open_tokens += len(session.tokens)
+                message.opens.append(self._open_message(update.session_id, session))
+            elif not wants and session.unsent < self._flush_tokens:
+                continue
+            message.updates.append(self._update_message(session, update, wants))
+        self._add_pending(message)
+        return message if message.updates or message.closes or message.reset_shared_state else None
+
+    def flush(self) -> pb.DraftRound | None:
+        """Closes and resets that no round has taken along; None when there are none."""
+        return self.round((), 0.0)
+
+    def answer(self, draft: SessionDraft, now: float) -> SessionDraft | None:
+        """A reply's draft with the caller's epoch; None when it is stale or nobody asked."""
+        session = self._sessions.get(draft.session_id)
+        if session is None or draft.epoch <= session.open_epoch:
+            return None
+        if draft.error in ("unknown_session", "stale_epoch"):
+            session.opened = False
+        elif draft.error in ("capacity", "internal"):
+            session.retry_at = now + RETRY_S
+        if draft.epoch != session.wire_epoch or session.asked is None:
+            return None
+        epoch, session.asked = session.asked, None
+        return replace(draft, epoch=epoch)
+
+    def _absorb(self, session: _Session, update: SessionUpdate) -> None:
+        session.tokens.extend(update.new_tokens)
+        session.unsent += len(update.new_tokens)
+        session.candidates.extend(update.candidates)
+        del session.candidates[:-MAX_UNSENT_CANDIDATES]
+        session.drafted += update.drafted
+        session.accepted += update.accepted
+        session.asked = None
+
+    def _open_message(self, session_id: int, session: _Session) -> pb.SessionOpen:
+        session.opened = True
+        session.open_epoch = session.wire_epoch
+        session.unsent = session.drafted = session.accepted = 0
+        return codec.open_to_proto(
+            SessionOpen(
+                session_id, tuple(session.tokens), session.prompt_len, session.sampling, session.wire_epoch
+            )
+        )
+
+    def _update_message(self, session: _Session, update: SessionUpdate, wants: bool) -> pb.SessionUpdate:
+        session.wire_epoch += 1
+        session.asked = update.epoch if wants else None
+        message = codec.update_to_proto(
+            SessionUpdate(
+                session_id=update.session_id,
+                epoch=session.wire_epoch,
+                new_tokens=tuple(session.tokens[len(session.tokens) - session.unsent :]),
+                budget=update.budget if wants else 0,
+                drafted=session.drafted,
+                accepted=session.accepted,
+                candidates=tuple(session.candidates),
+                drafter=update.drafter,
+                exit_depth=update.exit_depth,
+            )
+        )
+        session.unsent = session.drafted = session.accepted = 0
+        session.candidates.clear()
+        return message
+
+    def _add_pending(self, message: pb.DraftRound) -> None:
+        message.closes.extend(self._closes)
+        self._closes.clear()
+        message.reset_shared_state = self._reset
+        self._reset = False

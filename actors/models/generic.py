@@ -1,0 +1,227 @@
+"""Any decoder-only architecture of transformers, over our paged KV pool.
+
+The model's own modules run unchanged on packed tokens; only attention is ours, through transformers'
+attention interface. What an architecture does beyond that interface (recurrent state, position biases,
+chunked attention) cannot be served this way. It is found out at load: a probe runs a few tokens through the
+model's own attention and through ours, in chunks and in a batch, and the logits must agree.
+"""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoModelForCausalLM
+
+from actors.models.attention import AttentionPlan, plan_attention
+from actors.models.hf_attention import ATTENTION_NAME, PagedPass, freeze_rope, paged_attention
+from actors.models.linear import MatrixProduct, pack
+from actors.models.llama_load import UnsupportedModelError, architecture_of, context_limit, load_config
+from actors.models.runner import BLOCK_SIZE, ModelInfo, RaggedBatch
+
+REFUSED_LAYERS = ("chunked_attention", "linear_attention", "recurrent")
+PROBE_TOKENS = 24
+PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+"""Difference of a typical row's logits in the probe, as a share of their spread (both root mean squares).
+Typical is the median of a chunk: in bfloat16 a mixture of experts may route single tokens differently."""
+
+
+class Float32Head(nn.Module):
+    """Replaces an output embedding: the same product, returned in float32 and never rounded before."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        bias = None if linear.bias is None else linear.bias.detach()
+        self._product: MatrixProduct = pack(linear.weight.detach(), bias, float32_output=True)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self._product(hidden.flatten(0, -2).float()).float().view(*hidden.shape[:-1], -1)
+
+
+class GenericModel:
+    """A transformers model whose attention is ours, probed, without a KV pool yet.
+
+    Raises `UnsupportedModelError`, naming the architecture, for one that cannot be served this way.
+    """
+
+    def __init__(self, model: Any, info: ModelInfo) -> None:
+        self.model, self.info = model.eval().requires_grad_(False), info
+        self.windows = _windows(model.config.get_text_config())
+        self._takes_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
+        freeze_rope(model, info.max_model_len)
+        head = model.get_output_embeddings()
+        if isinstance(head, nn.Linear):
+            model.set_output_embeddings(Float32Head(head))
+        elif info.dtype != torch.float32:
+            raise self.unsupported(
+                "it has no linear output embedding, which float32 logits need: use float32"
+            )
+        self.kv_shapes = self._probe()
+
+    def unsupported(self, reason: str) -> UnsupportedModelError:
+        return UnsupportedModelError(f"{self.info.architecture} is not supported: {reason}")
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        width = sum(kv_heads * (key_dim + value_dim) for kv_heads, key_dim, value_dim in self.kv_shapes)
+        return width * self.info.dtype.itemsize
+
+    @torch.no_grad()
+    def forward(self, batch: RaggedBatch, state: PagedPass) -> Tensor:
+        """float32 logits [N, V] of the batch's `logit_rows`."""
+        device = self.info.device
+        rows = batch.logit_rows.to(device)
+        out = self.model(
+            input_ids=batch.token_ids.to(device)[None],
+            position_ids=batch.positions.to(device)[None],
+            use_cache=False,
+            s2d_pass=state,
+            **({"logits_to_keep": rows} if self._takes_rows else {}),
+        )
+        logits: Tensor = out.logits[0]
+        return (logits if self._takes_rows else logits[rows]).float()
+
+    def _probe(self) -> list[tuple[int, int, int]]:
+        """Compare with the model's own attention; returns (kv_heads, key dim, value dim) of each layer."""
+        config, device = self.model.config.get_text_config(), self.info.device
+        unservable = [t for t in (getattr(config, "layer_types", None) or ()) if t in REFUSED_LAYERS]
+        if unservable or getattr(config, "attention_chunk_size", None):
+            raise self.unsupported(
+                f"it has layers of type {unservable[0] if unservable else 'chunked_attention'}"
+            )
+        length = min(PROBE_TOKENS, self.info.max_model_len)
+        ids = torch.randint(0, self.info.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+        try:
+            with torch.no_grad():
+                own = self.model(input_ids=ids.to(device), use_cache=False).logits.float()
+            AttentionInterface.register(ATTENTION_NAME, paged_attention)
+            self.model.set_attn_implementation(ATTENTION_NAME)
+            if config._attn_implementation != ATTENTION_NAME:
+                raise ValueError("it does not use transformers' attention interface")
+            state = PagedPass(AttentionPlan(torch.empty(0), ()), 2, {}, self.windows)
+            parts = [
+                self._probe_part(ids, low, high, state)
+                for low, high in ((0, length // 2), (length // 2, length))
+            ]
+        except (ValueError, TypeError, AttributeError, KeyError, IndexError, RuntimeError) as error:
+            raise self.unsupported(str(error)) from error
+        layers = self.info.num_layers
+        if sorted(state.called) != sorted([*range(layers)] * 2):
+            raise self.unsupported("not every layer attends exactly once (recurrent state or shared KV)")
+        spread = float(own.std())
+        for part, expected in zip(parts, own.split([p.shape[1] for p in parts], dim=1), strict=True):
+            distance = float((part - expected).square().mean(-1).sqrt().median())
+            if not distance <= PROBE_TOLERANCE[self.info.dtype] * spread:
+                raise self.unsupported("paged attention does not reproduce the model's own logits")
+        return [
+            (k.shape[2], k.shape[3], v.shape[3]) for k, v in (state.pools[layer] for layer in range(layers))
+        ]
+
+    def _probe_part(self, ids: Tensor, low: int, high: int, state: PagedPass) -> Tensor:
+        """Logits [2, high - low, V] of one chunk of both sequences, packed."""
+        size = high - low
+        batch = RaggedBatch(
+            token_ids=ids[:, low:high].flatten(),
+            positions=torch.arange(low, high).repeat(2),
+            query_start=torch.tensor([0, size, 2 * size]),
+            context_lens=torch.tensor([high, high]),
+            block_tables=torch.tensor([[1], [0]], dtype=torch.int32),
+            logit_rows=torch.arange(2 * size),
+        )
+        state.plan = plan_attention(batch, self.info.device)
+        return self.forward(batch, state).view(2, size, -1)
+
+
+class GenericRunner:
+    """`ModelRunner` for a `GenericModel`."""
+
+    row_invariant = False
+    supports_trees = True
+
+    def __init__(self, model: GenericModel, num_blocks: int) -> None:
+        if num_blocks < 1:
+            raise ValueError("num_blocks must be at least 1")
+        self._model, self._num_blocks = model, num_blocks
+        options: dict[str, Any] = {"dtype": model.info.dtype, "device": model.info.device}
+        self._pools = {
+            layer: (
+                torch.zeros(num_blocks, BLOCK_SIZE, kv_heads, key_dim, **options),
+                torch.zeros(num_blocks, BLOCK_SIZE, kv_heads, value_dim, **options),
+            )
+            for layer, (kv_heads, key_dim, value_dim) in enumerate(model.kv_shapes)
+        }
+
+    @property
+    def info(self) -> ModelInfo:
+        return self._model.info
+
+    @property
+    def num_blocks(self) -> int:
+        return self._num_blocks
+
+    def forward(self, batch: RaggedBatch) -> Tensor:
+        """Write the batch's KV, return float32 logits [N, V] of `logit_rows`."""
+        plan = plan_attention(batch, self.info.device)
+        return self._model.forward(batch, PagedPass(plan, self._num_blocks, self._pools, self._model.windows))
+
+    @torch.no_grad()
+    def copy_slots(self, source: Tensor, target: Tensor) -> None:
+        """Copy KV slots in every layer; all sources are read before any target is written."""
+        source, target = source.to(self.info.device), target.to(self.info.device)
+        for pair in self._pools.values():
+            for pool in pair:
+                flat = pool.flatten(0, 1)
+                flat[target] = flat[source]
+
+
+def load_generic(
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    name: str | None = None,
+    max_model_len: int | None = None,
+) -> GenericModel:
+    """Load and probe any causal model of a local folder. Raises `UnsupportedModelError` or ValueError."""
+    config = load_config(folder)
+    architecture = architecture_of(config)
+    text = config.get_text_config()
+    try:
+        limit = context_limit(config, max_model_len)
+        heads = text.num_attention_heads
+        layers = text.num_hidden_layers
+    except AttributeError as error:
+        raise UnsupportedModelError(
+            f"{architecture} is not supported: it is no attention decoder ({error})"
+        ) from error
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation="eager", local_files_only=True
+        )
+    except (ValueError, KeyError) as error:
+        raise UnsupportedModelError(f"{architecture} is not supported: {error}") from error
+    info = ModelInfo(
+        name=name or folder.name,
+        architecture=architecture,
+        num_layers=layers,
+        hidden_size=text.hidden_size,
+        num_heads=heads,
+        num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        vocab_size=text.vocab_size,
+        max_model_len=limit,
+        dtype=dtype,
+        device=device,
+    )
+    return GenericModel(model.to(device), info)
+
+
+def _windows(config: Any) -> tuple[int | None, ...]:
+    """Attention window of each layer, for architectures that put it only into the mask."""
+    types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    window = getattr(config, "sliding_window", None)
+    return tuple(window if kind == "sliding_attention" else None for kind in types)

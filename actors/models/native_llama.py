@@ -1,0 +1,266 @@
+"""The Llama family on the native CPU core: blocked weights, float32 activations, one call for many layers.
+
+Row-invariant by construction: every sum has a fixed order, whatever else is in the batch (see
+actors/native/kernels.h). Weights are float32 or bfloat16; activations, the residual stream and the logits are
+float32 in both, and the KV pool has the weights' type. Trees are exact too: a token of a tree gets the bits that
+the chain of its ancestors would give it.
+
+While it waits, a thread of the core spins for 60 microseconds and then sleeps. torch's own threads spin for
+milliseconds after every parallel operation unless the process runs with OMP_WAIT_POLICY=passive or
+`torch.set_num_threads(1)`; a process that uses this runner wants one of the two.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+import weakref
+
+import torch
+from torch import Tensor
+
+from actors.models.llama_weights import LlamaWeights
+from actors.models.runner import BLOCK_SIZE, ModelInfo, RaggedBatch
+from actors.native.library import Batch, NativeLibrary, Shape, load_library, pointer
+
+_QKV, _O, _GATE_UP, _DOWN, _HEAD = range(5)
+_INPUT_NORM, _POST_NORM, _QKV_BIAS, _Q_NORM, _K_NORM, _FINAL_NORM, _COS, _SIN = range(8)
+_LANES, _BLOCK, _MAX_GROUP = 16, 32, 64  # of kernels.h
+
+_ERRORS = {
+    1: "a token id is outside the vocabulary",
+    2: "a position is outside the model's context",
+    3: "query_start, context_lens and block_tables do not fit together",
+    4: "a block table names a block outside the pool",
+    5: "a parent must be -1 or an earlier token of the same sequence",
+    6: "a slot is outside the pool",
+    7: "the range of layers is outside the model",
+}
+_NO_MEMORY = 8
+
+
+def _check(status: int) -> None:
+    if status == _NO_MEMORY:
+        raise MemoryError("the native core got no memory")
+    if status != 0:
+        raise ValueError(_ERRORS[status])
+
+
+class NativeLlamaRunner:
+    """`LayeredRunner` on the native core, with a KV pool of its own.
+
+    Args:
+        weights: read during construction; only an embedding that is not tied to the head is kept.
+        info: describes the same model, on the CPU, in float32 or bfloat16.
+        num_blocks: KV blocks of `BLOCK_SIZE` tokens.
+        threads: threads of a pass, the caller's included; None takes all cores that the process may use.
+        isa: instruction set (see `load_library`).
+
+    Raises:
+        NativeUnavailableError: the core is not there.
+        ValueError: the model's shape is not supported; the message names why.
+        MemoryError: weights or KV pool do not fit.
+    """
+
+    row_invariant = True
+    supports_trees = True
+
+    def __init__(
+        self, weights: LlamaWeights, info: ModelInfo, num_blocks: int, *, threads: int | None = None,
+        isa: str | None = None,
+    ) -> None:
+        _require_supported(weights, info, num_blocks)
+        self._info = info
+        self._num_blocks = num_blocks
+        self._library = load_library(isa)
+        self.threads = threads if threads is not None else len(os.sched_getaffinity(0))
+        if self.threads < 1:
+            raise ValueError(f"threads must be at least 1, not {self.threads}")
+        tied = weights.head.data_ptr() == weights.embed.data_ptr()
+        positions = info.max_model_len
+        shape = Shape(
+            layers=len(weights.layers), hidden=info.hidden_size, heads=weights.num_heads,
+            kv_heads=weights.num_kv_heads, head_dim=weights.head_dim, intermediate=weights.layers[0].down.shape[1],
+            vocab=weights.head.shape[0], blocks=num_blocks, max_position=positions,
+            bf16=info.dtype == torch.bfloat16, tied=tied, eps=weights.rms_norm_eps,
+        )
+        model = self._library.c.s2d_create(ctypes.byref(shape), self.threads, self._library.isa_code)
+        if not model:
+            raise MemoryError("no memory for the weights and the KV pool, or no thread could be started")
+        self._handle: int | None = model
+        self._close = weakref.finalize(self, _destroy, self._library, model)
+        self._table = None if tied else weights.embed.contiguous()
+        if self._table is not None:
+            self._library.c.s2d_set_table(self._model, pointer(self._table, info.dtype))
+        self._fill(weights, positions)
+
+    def _fill(self, weights: LlamaWeights, positions: int) -> None:
+        for index, layer in enumerate(weights.layers):
+            for which, matrix in ((_QKV, layer.qkv), (_O, layer.o), (_GATE_UP, layer.gate_up), (_DOWN, layer.down)):
+                self._set_matrix(index, which, matrix)
+            for which, vector in (
+                (_INPUT_NORM, layer.input_norm), (_POST_NORM, layer.post_norm), (_QKV_BIAS, layer.qkv_bias),
+                (_Q_NORM, layer.q_norm), (_K_NORM, layer.k_norm),
+            ):
+                if vector is not None:
+                    self._set_vector(index, which, vector)
+        self._set_matrix(0, _HEAD, weights.head)
+        self._set_vector(0, _FINAL_NORM, weights.final_norm)
+        angles = torch.outer(torch.arange(positions, dtype=torch.float32), weights.inv_freq.float())
+        self._set_vector(0, _COS, angles.cos() * weights.attention_scaling)
+        self._set_vector(0, _SIN, angles.sin() * weights.attention_scaling)
+
+    def _set_matrix(self, layer: int, which: int, matrix: Tensor) -> None:
+        matrix = matrix.detach().contiguous()
+        _check(self._library.c.s2d_set_matrix(self._model, layer, which, pointer(matrix, self._info.dtype)))
+
+    def _set_vector(self, layer: int, which: int, vector: Tensor) -> None:
+        vector = vector.detach().float().contiguous()
+        _check(self._library.c.s2d_set_vector(self._model, layer, which, pointer(vector, torch.float32)))
+
+    @property
+    def info(self) -> ModelInfo:
+        return self._info
+
+    @property
+    def num_blocks(self) -> int:
+        return self._num_blocks
+
+    @property
+    def isa(self) -> str:
+        """Name of the instruction set in use."""
+        return self._library.isa
+
+    @property
+    def library(self) -> NativeLibrary:
+        return self._library
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights that a pass over all layers and the head reads."""
+        return int(self._library.c.s2d_weight_bytes(self._model))
+
+    def forward(self, batch: RaggedBatch) -> Tensor:
+        """Write the batch's KV, return float32 logits [N, V] of `logit_rows`."""
+        hidden = self._run(self.embed(batch.token_ids), 0, self._info.num_layers, batch)
+        return self.logits(hidden if _is_all(batch) else hidden.index_select(0, batch.logit_rows))
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """float32 [T, H] of token ids int64 [T]. Raises ValueError for an id outside the vocabulary."""
+        ids = token_ids.contiguous()
+        out = torch.empty(ids.numel(), self._info.hidden_size)
+        _check(self._library.c.s2d_embed(self._model, pointer(ids, torch.int64), ids.numel(), out.data_ptr()))
+        return out
+
+    def run_layers(self, hidden: Tensor, first: int, last: int, batch: RaggedBatch) -> Tensor:
+        """Run layers first..last-1 on hidden float32 [T, H], writing their KV; `hidden` is not changed.
+
+        Raises ValueError when batch, positions, block tables or layers do not fit together.
+        """
+        return self._run(hidden.clone(memory_format=torch.contiguous_format), first, last, batch)
+
+    def _run(self, hidden: Tensor, first: int, last: int, batch: RaggedBatch) -> Tensor:
+        if hidden.shape != (batch.num_tokens, self._info.hidden_size):
+            raise ValueError(f"hidden is {tuple(hidden.shape)} for {batch.num_tokens} tokens")
+        arrays = [t.contiguous() for t in (batch.positions, batch.query_start, batch.context_lens)]
+        tables = batch.block_tables.contiguous()
+        parents = None if batch.parents is None else batch.parents.contiguous()
+        if parents is not None and parents.numel() != batch.num_tokens:
+            raise ValueError("one parent a token")
+        packed = Batch(
+            batch.num_tokens, batch.num_seqs, tables.shape[1],
+            *(pointer(t, torch.int64) for t in arrays),
+            pointer(tables, torch.int32), None if parents is None else pointer(parents, torch.int64),
+        )
+        _check(
+            self._library.c.s2d_run_layers(
+                self._model, pointer(hidden, torch.float32), first, last, ctypes.byref(packed)
+            )
+        )
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final norm and head of hidden float32 [N, H]: float32 [N, V]."""
+        hidden = hidden.contiguous()
+        if hidden.dim() != 2 or hidden.shape[1] != self._info.hidden_size:
+            raise ValueError(f"hidden is {tuple(hidden.shape)}, not [N, {self._info.hidden_size}]")
+        out = torch.empty(hidden.shape[0], self._info.vocab_size)
+        _check(
+            self._library.c.s2d_logits(
+                self._model, pointer(hidden, torch.float32), hidden.shape[0], out.data_ptr()
+            )
+        )
+        return out
+
+    def copy_slots(self, source: Tensor, target: Tensor) -> None:
+        """Copy KV slots (int64 flat slot indices, block * BLOCK_SIZE + offset) in every layer. All sources are
+        read before any target is written. Raises ValueError for a slot outside the pool."""
+        if source.shape != target.shape:
+            raise ValueError("one target slot a source slot")
+        source, target = source.contiguous(), target.contiguous()
+        _check(
+            self._library.c.s2d_copy_slots(
+                self._model, pointer(source, torch.int64), pointer(target, torch.int64), source.numel()
+            )
+        )
+
+    def weight_read_seconds(self) -> float:
+        """Time to read all weights once with this runner's threads: the floor under the time of a pass."""
+        started = time.perf_counter()
+        self._library.c.s2d_read_weights(self._model)
+        return time.perf_counter() - started
+
+    def close(self) -> None:
+        """Free weights, KV pool and threads. Any use afterwards raises RuntimeError."""
+        self._handle = None
+        self._close()
+
+    @property
+    def _model(self) -> int:
+        if self._handle is None:
+            raise RuntimeError("the runner was closed")
+        return self._handle
+
+
+def _destroy(library: NativeLibrary, model: int) -> None:
+    library.c.s2d_destroy(model)
+
+
+def _is_all(batch: RaggedBatch) -> bool:
+    """Whether logits of every token are wanted, in order."""
+    n = batch.num_tokens
+    return batch.logit_rows.numel() == n and torch.equal(batch.logit_rows, torch.arange(n))
+
+
+def _require_supported(weights: LlamaWeights, info: ModelInfo, num_blocks: int) -> None:
+    dim, group = weights.head_dim, weights.num_heads // weights.num_kv_heads
+    inner = weights.layers[0].down.shape[1] if weights.layers else 0
+    qkv_rows = (weights.num_heads + 2 * weights.num_kv_heads) * dim
+    problems = (
+        (info.device.type != "cpu", f"it runs on cpu, not on {info.device}"),
+        (info.dtype not in (torch.float32, torch.bfloat16), f"weights are {info.dtype}, not float32 or bfloat16"),
+        (weights.embed.dtype != info.dtype, f"weights are {weights.embed.dtype}, the model's dtype is {info.dtype}"),
+        (not weights.layers, "the model has no layers"),
+        (BLOCK_SIZE != _BLOCK, f"KV blocks have {BLOCK_SIZE} slots, not {_BLOCK}"),
+        (num_blocks < 1, f"num_blocks is {num_blocks}"),
+        (info.hidden_size % _LANES != 0, f"hidden_size {info.hidden_size} is not a multiple of {_LANES}"),
+        (inner % _LANES != 0, f"intermediate_size {inner} is not a multiple of {_LANES}"),
+        (dim % _LANES != 0, f"head_dim {dim} is not a multiple of {_LANES}"),
+        (weights.num_heads % weights.num_kv_heads != 0, "num_heads is not a multiple of num_kv_heads"),
+        (group > _MAX_GROUP, f"{group} query heads share a KV head, more than {_MAX_GROUP}"),
+        (weights.inv_freq.numel() != dim // 2, "rotary embedding of only a part of the head"),
+        (
+            any(
+                layer.qkv.shape != (qkv_rows, info.hidden_size)
+                or layer.o.shape != (info.hidden_size, weights.num_heads * dim)
+                or layer.gate_up.shape != (2 * inner, info.hidden_size)
+                or layer.down.shape != (info.hidden_size, inner)
+                for layer in weights.layers
+            ),
+            "the shapes of the layers' weights do not fit together",
+        ),
+    )
+    for wrong, why in problems:
+        if wrong:
+            raise ValueError(f"the native core does not support this model: {why}")

@@ -1,0 +1,34 @@
+"""How many compute threads this process should use."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+CPU_ROOT = Path("/sys/devices/system/cpu")
+CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+def physical_cores(cpu_root: Path = CPU_ROOT, cgroup_quota: Path = CGROUP_QUOTA) -> int:
+    """Physical cores this process may run on: its CPU affinity without hyperthread siblings, and no more than
+    its container's CPU quota (cgroup v2), rounded up. At least 1."""
+    allowed = os.sched_getaffinity(0)
+    cores = set()
+    for cpu in allowed:
+        topology = cpu_root / f"cpu{cpu}" / "topology"
+        try:
+            package = (topology / "physical_package_id").read_text().strip()
+            core = (topology / "core_id").read_text().strip()
+        except OSError:  # a sandbox without /sys: every CPU counts as a core
+            package, core = "", str(cpu)
+        cores.add((package, core))
+    return max(1, min(len(cores), _quota(cgroup_quota) or len(cores)))
+
+
+def _quota(file: Path) -> int | None:
+    try:
+        quota, period = file.read_text().split()[:2]
+        return None if quota == "max" else math.ceil(int(quota) / int(period))
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,139 @@
+// The C interface of the native core, called by actors/native/library.py through ctypes. Nothing here throws.
+#include <algorithm>
+#include <new>
+#include <string.h>
+
+#include "model.h"
+
+#define S2D_API extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+using namespace s2d;
+
+// isa: 0 the best that this machine has, 1 plain, 2 avx2, 3 avx512. Null where the machine lacks it.
+const Kernels* choose(int32_t isa) {
+#if defined(__x86_64__)
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (isa == 3 || (isa == 0 && avx512)) return avx512 ? &avx512_kernels() : nullptr;
+    if (isa == 2 || (isa == 0 && avx2)) return avx2 ? &avx2_kernels() : nullptr;
+#else
+    if (isa > 1) return nullptr;
+#endif
+    return &plain_kernels();
+}
+
+template <typename Body>
+int32_t guarded(Body&& body) {
+    try {
+        return body();
+    } catch (...) {  // only memory can run out
+        return NO_MEMORY;
+    }
+}
+
+}  // namespace
+
+// Raised whenever a signature below changes.
+S2D_API int32_t s2d_abi_version() { return 1; }
+
+S2D_API const char* s2d_isa_name(int32_t isa) {
+    const Kernels* kernels = choose(isa);
+    return kernels ? kernels->name : nullptr;
+}
+
+S2D_API void* s2d_create(const Shape* shape, int32_t threads, int32_t isa) {
+    const Kernels* kernels = choose(isa);
+    if (!kernels) return nullptr;
+    try {
+        return new Model(*shape, threads, *kernels);
+    } catch (...) {
+        return nullptr;
+    }
+}
+
+S2D_API void s2d_destroy(void* model) { delete static_cast<Model*>(model); }
+
+S2D_API int32_t s2d_set_matrix(void* model, int64_t layer, int64_t which, const void* rows) {
+    return guarded([&] { return static_cast<Model*>(model)->set_matrix(layer, which, rows), OK; });
+}
+
+S2D_API int32_t s2d_set_vector(void* model, int64_t layer, int64_t which, const float* values) {
+    return guarded([&] { return static_cast<Model*>(model)->set_vector(layer, which, values), OK; });
+}
+
+S2D_API void s2d_set_table(void* model, const void* rows) { static_cast<Model*>(model)->set_table(rows); }
+
+S2D_API int32_t s2d_embed(void* model, const int64_t* ids, int64_t count, float* out) {
+    return guarded([&] { return static_cast<Model*>(model)->embed(ids, count, out); });
+}
+
+S2D_API int32_t s2d_run_layers(void* model, float* hidden, int64_t first, int64_t last, const Batch* batch) {
+    return guarded([&] { return static_cast<Model*>(model)->run_layers(hidden, first, last, *batch); });
+}
+
+S2D_API int32_t s2d_logits(void* model, const float* hidden, int64_t rows, float* out) {
+    return guarded([&] { return static_cast<Model*>(model)->logits(hidden, rows, out); });
+}
+
+S2D_API int32_t s2d_copy_slots(void* model, const int64_t* source, const int64_t* target, int64_t count) {
+    return guarded([&] { return static_cast<Model*>(model)->copy_slots(source, target, count); });
+}
+
+S2D_API int64_t s2d_weight_bytes(void* model) { return static_cast<Model*>(model)->weight_bytes(); }
+
+S2D_API float s2d_read_weights(void* model) { return static_cast<Model*>(model)->read_weights(); }
+
+// y [rows, n] = x [rows, k] w [n, k]^T, w of float32 or bfloat16 bits, on one thread: for tests of the products.
+S2D_API int32_t s2d_product(int32_t isa, const float* x, int64_t rows, const void* w, int32_t bf16, int64_t n, int64_t k,
+                            float* y) {
+    return guarded([&] {
+        const Kernels* kernels = choose(isa);
+        if (!kernels) return BAD_RANGE;
+        Arena arena(static_cast<size_t>(matrix_bytes(n, k, bf16)));
+        for (int64_t g = 0; g < groups_of(n); ++g) {
+            char* to = arena.data() + g * group_bytes(k, bf16);
+            if (bf16) block_group(static_cast<const uint16_t*>(w), n, k, g * LANES, reinterpret_cast<uint16_t*>(to));
+            else block_group(static_cast<const float*>(w), n, k, g * LANES, reinterpret_cast<float*>(to));
+        }
+        kernels->product({x, k, rows, arena.data(), group_bytes(k, bf16), bf16 != 0, k, n, 0, groups_of(n), y, n, nullptr,
+                          nullptr, Epilogue::store});
+        return OK;
+    });
+}
+
+// Gumbel noise -log(-log1p(-w)), w = min((x + 1/2) 2^-32, 1 - 2^-24), x the uint32 of Philox4x32-10 with counter
+// (v >> 2, low32(position), high32(position), stream) and lane v & 3: the contract of actors/sampling/noise.py.
+// v = ids[i], or i where ids is null. One thread.
+S2D_API int32_t s2d_gumbel(int32_t isa, uint64_t key, int64_t position, uint32_t stream, const int64_t* ids, int64_t n,
+                           float* out) {
+    const Kernels* kernels = choose(isa);
+    if (!kernels) return BAD_RANGE;
+    kernels->gumbel(key, position, stream, ids, n, out);
+    return OK;
+}
+
+// The k (at most 16) best values of each row [n, v] in float32, best first, equal ones by lower index. Rows with
+// fewer than k numbers (NaN is none) are filled up with index -1 and value -infinity.
+S2D_API int32_t s2d_topk(int32_t isa, const float* rows, int64_t n, int64_t v, int64_t k, int64_t* index, float* value) {
+    const Kernels* kernels = choose(isa);
+    if (!kernels || k < 1 || k > MAX_TOP) return BAD_RANGE;
+    for (int64_t r = 0; r < n; ++r) {
+        const int64_t held = kernels->topk(rows + r * v, v, k, index + r * k, value + r * k);
+        for (int64_t i = held; i < k; ++i) {
+            index[r * k + i] = -1;
+            value[r * k + i] = -__builtin_inff();
+        }
+    }
+    return OK;
+}
+
+// The index of the greatest value of each row, the first of equal ones; 0 for a row of NaN.
+S2D_API int32_t s2d_argmax(int32_t isa, const float* rows, int64_t n, int64_t v, int64_t* out) {
+    const Kernels* kernels = choose(isa);
+    if (!kernels) return BAD_RANGE;
+    for (int64_t r = 0; r < n; ++r) out[r] = kernels->argmax(rows + r * v, v);
+    return OK;
+}

@@ -1,0 +1,200 @@
+"""Loading the native CPU core: a shared library with a plain C interface, called through ctypes.
+
+ctypes releases the interpreter lock during a call. Building the core is optional; `unavailable_reason` says why
+it is not there. The environment variable S2D_NATIVE_ISA (plain, avx2 or avx512) forces an instruction set, which
+is otherwise the widest that the machine has.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ABI_VERSION = 1
+ISA_VARIABLE = "S2D_NATIVE_ISA"
+ISA_CODES = {"auto": 0, "plain": 1, "avx2": 2, "avx512": 3}
+MAX_TOP = 16
+"""Most entries a row that `NativeLibrary.topk` returns."""
+
+
+class NativeUnavailableError(RuntimeError):
+    """The native core cannot be used here; the message says why."""
+
+
+class Shape(ctypes.Structure):
+    """Sizes of a model, as `struct Shape` of model.h has them."""
+
+    _fields_ = (
+        *(
+            (name, c_int64)
+            for name in ("layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate", "vocab", "blocks",
+                         "max_position")
+        ),
+        ("bf16", c_int32),
+        ("tied", c_int32),
+        ("eps", c_float),
+    )
+
+
+class Batch(ctypes.Structure):
+    """The packed tokens of a pass, as `struct Batch` of model.h has them."""
+
+    _fields_ = (
+        ("tokens", c_int64),
+        ("seqs", c_int64),
+        ("table_width", c_int64),
+        ("positions", c_void_p),
+        ("query_start", c_void_p),
+        ("context_lens", c_void_p),
+        ("tables", c_void_p),
+        ("parents", c_void_p),
+    )
+
+
+_SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "s2d_abi_version": (c_int32, ()),
+    "s2d_isa_name": (c_char_p, (c_int32,)),
+    "s2d_create": (c_void_p, (POINTER(Shape), c_int32, c_int32)),
+    "s2d_destroy": (None, (c_void_p,)),
+    "s2d_set_matrix": (c_int32, (c_void_p, c_int64, c_int64, c_void_p)),
+    "s2d_set_vector": (c_int32, (c_void_p, c_int64, c_int64, c_void_p)),
+    "s2d_set_table": (None, (c_void_p, c_void_p)),
+    "s2d_embed": (c_int32, (c_void_p, c_void_p, c_int64, c_void_p)),
+    "s2d_run_layers": (c_int32, (c_void_p, c_void_p, c_int64, c_int64, POINTER(Batch))),
+    "s2d_logits": (c_int32, (c_void_p, c_void_p, c_int64, c_void_p)),
+    "s2d_copy_slots": (c_int32, (c_void_p, c_void_p, c_void_p, c_int64)),
+    "s2d_weight_bytes": (c_int64, (c_void_p,)),
+    "s2d_read_weights": (c_float, (c_void_p,)),
+    "s2d_product": (c_int32, (c_int32, c_void_p, c_int64, c_void_p, c_int32, c_int64, c_int64, c_void_p)),
+    "s2d_gumbel": (c_int32, (c_int32, c_uint64, c_int64, c_uint32, c_void_p, c_int64, c_void_p)),
+    "s2d_topk": (c_int32, (c_int32, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p)),
+    "s2d_argmax": (c_int32, (c_int32, c_void_p, c_int64, c_int64, c_void_p)),
+}
+
+
+def pointer(tensor: Tensor, dtype: torch.dtype) -> int:
+    """Address of a contiguous CPU tensor's data. Raises ValueError for any other tensor: C code cannot check."""
+    if tensor.dtype != dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise ValueError(f"need a contiguous {dtype} tensor on cpu, got {tensor.dtype} on {tensor.device}")
+    return tensor.data_ptr()
+
+
+class NativeLibrary:
+    """The loaded core on one instruction set (`isa`, a name)."""
+
+    def __init__(self, path: Path, isa: str) -> None:
+        try:
+            self.c = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise NativeUnavailableError(f"the native core {path.name} does not load: {error}") from error
+        try:
+            for name, (result, arguments) in _SIGNATURES.items():
+                function = getattr(self.c, name)
+                function.restype, function.argtypes = result, arguments
+        except AttributeError as error:
+            raise NativeUnavailableError(f"the native core {path.name} is of another version: {error}") from error
+        if (version := self.c.s2d_abi_version()) != ABI_VERSION:
+            raise NativeUnavailableError(
+                f"the native core {path.name} has interface version {version}, not {ABI_VERSION}: build it again"
+            )
+        self.isa_code = ISA_CODES[isa]
+        name = self.c.s2d_isa_name(self.isa_code)
+        if name is None:
+            raise NativeUnavailableError(f"this machine has no {isa}")
+        self.isa: str = name.decode()
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """float32 [M, K] times weight [N, K] (float32 or bfloat16) transposed: float32 [M, N], on one thread.
+        The weight is blocked at every call, so this is for tests of the products."""
+        bf16 = weight.dtype == torch.bfloat16
+        out = torch.empty(x.shape[0], weight.shape[0])
+        status = self.c.s2d_product(
+            self.isa_code, pointer(x, torch.float32), x.shape[0],
+            pointer(weight, torch.bfloat16 if bf16 else torch.float32), bf16, *weight.shape, out.data_ptr(),
+        )
+        if status != 0:
+            raise MemoryError("no memory for a blocked weight")
+        return out
+
+    def gumbel(self, key: int, position: int, stream: int, ids: Tensor | None, out: Tensor) -> None:
+        """Position-keyed Gumbel noise of `actors.sampling.noise` into `out` (float32, any shape): of tokens
+        `ids` (int64, as many as `out`), or of 0..n-1. The same bits on every instruction set."""
+        if ids is not None and ids.numel() != out.numel():
+            raise ValueError(f"{ids.numel()} ids, but room for {out.numel()} values")
+        self.c.s2d_gumbel(
+            self.isa_code, key, position, stream, None if ids is None else pointer(ids, torch.int64), out.numel(),
+            pointer(out, torch.float32),
+        )
+
+    def argmax(self, rows: Tensor) -> Tensor:
+        """Index of the greatest value of each row of float32 [N, V], the first of equal ones: int64 [N]. NaN is
+        never the greatest; a row of NaN gives 0."""
+        out = torch.empty(rows.shape[0], dtype=torch.int64)
+        self.c.s2d_argmax(self.isa_code, pointer(rows, torch.float32), *rows.shape, out.data_ptr())
+        return out
+
+    def topk(self, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k best of each row of float32 [N, V], best first, equal ones by lower index: values float32 [N, k]
+        and indices int64 [N, k]. NaN is never taken; where a row has fewer than k numbers the rest is -inf at
+        index -1. Raises ValueError unless 1 <= k <= `MAX_TOP`."""
+        if not 1 <= k <= MAX_TOP:
+            raise ValueError(f"k must be between 1 and {MAX_TOP}, not {k}")
+        values = torch.empty(rows.shape[0], k)
+        indices = torch.empty(rows.shape[0], k, dtype=torch.int64)
+        self.c.s2d_topk(
+            self.isa_code, pointer(rows, torch.float32), *rows.shape, k, indices.data_ptr(), values.data_ptr()
+        )
+        return values, indices
+
+
+def load_library(isa: str | None = None) -> NativeLibrary:
+    """The core on the given instruction set; None takes S2D_NATIVE_ISA, or what the machine does best.
+
+    Raises:
+        NativeUnavailableError: it was not built, does not load, or the machine lacks the instruction set.
+        ValueError: the name is none of `ISA_CODES`.
+    """
+    chosen = isa if isa is not None else os.environ.get(ISA_VARIABLE, "auto")
+    if chosen not in ISA_CODES:
+        raise ValueError(f"{ISA_VARIABLE}={chosen!r}: use one of {', '.join(ISA_CODES)}")
+    return _load(chosen)
+
+
+@cache
+def _load(isa: str) -> NativeLibrary:
+    built = sorted(Path(__file__).parent.glob("_core*.so"))
+    if not built:
+        raise NativeUnavailableError(
+            "the native core was not built (no C++ compiler at installation); "
+            "`python setup.py build_ext --inplace` builds it"
+        )
+    return NativeLibrary(built[0], isa)
+
+
+def unavailable_reason() -> str | None:
+    """Why the native core cannot be used here; None when it can."""
+    try:
+        load_library()
+    except NativeUnavailableError as error:
+        return str(error)
+    return None
+
+
+def available() -> bool:
+    return unavailable_reason() is None
+
+
+def _gumbel() -> Callable[[int, int, int, Tensor | None, Tensor], None] | None:
+    return load_library().gumbel if available() else None
+
+
+gumbel = _gumbel()
+"""`NativeLibrary.gumbel`, or None where the core is not available."""

@@ -1,0 +1,360 @@
+#include "model.h"
+
+#include <math.h>
+
+#include <algorithm>
+
+namespace s2d {
+namespace {
+
+constexpr int64_t CHUNK = 512;  // rows worked on at a time: bounds the scratch memory
+constexpr int64_t FEW = 4;      // rows below which waking the team costs more than it saves
+
+void share(int64_t count, int thread, int threads, int64_t& begin, int64_t& end) {
+    begin = count * thread / threads;
+    end = count * (thread + 1) / threads;
+}
+
+int64_t weight_room(const Shape& s) {
+    const bool bf16 = s.bf16;
+    const auto vector = [](int64_t n) { return static_cast<int64_t>(Arena::round(static_cast<size_t>(n) * 4)); };
+    const int64_t layer = matrix_bytes(s.qkv(), s.hidden, bf16) + matrix_bytes(s.hidden, s.heads * s.head_dim, bf16) +
+                          matrix_bytes(2 * s.intermediate, s.hidden, bf16) +
+                          matrix_bytes(s.hidden, s.intermediate, bf16) + 2 * vector(s.hidden) + vector(s.qkv()) +
+                          2 * vector(s.head_dim);
+    return s.layers * layer + matrix_bytes(s.vocab, s.hidden, bf16) + vector(s.hidden) +
+           2 * vector(s.max_position * (s.head_dim / 2));
+}
+
+}  // namespace
+
+Model::Model(const Shape& shape, int threads, const Kernels& kernels)
+    : shape_(shape),
+      kernels_(kernels),
+      pool_(threads),
+      head_bytes_(2 * BLOCK * shape.head_dim * (shape.bf16 ? 2 : 4)),
+      block_bytes_(head_bytes_ * shape.kv_heads),
+      weights_(static_cast<size_t>(weight_room(shape))),
+      kv_(static_cast<size_t>(shape.layers * shape.blocks * block_bytes_)),
+      layers_(static_cast<size_t>(shape.layers)),
+      paths_(static_cast<size_t>(pool_.threads())),
+      tails_(static_cast<size_t>(pool_.threads())) {}
+
+// which: 0 qkv, 1 o, 2 gate_up, 3 down, 4 head.
+void Model::set_matrix(int64_t layer, int64_t which, const void* rows) {
+    const Shape& s = shape_;
+    const int64_t n = which == 0 ? s.qkv() : which == 2 ? 2 * s.intermediate : which == 4 ? s.vocab : s.hidden;
+    const int64_t k = which == 1 ? s.heads * s.head_dim : which == 3 ? s.intermediate : s.hidden;
+    char* out = weights_.take<char>(static_cast<size_t>(matrix_bytes(n, k, s.bf16)));
+    pool_.parallel([&](int thread, int threads) {
+        int64_t begin, end;
+        share(groups_of(n), thread, threads, begin, end);
+        for (int64_t g = begin; g < end; ++g) {
+            // gate and up groups in turn, so that one thread holds both halves of what it activates
+            const int64_t row = (which == 2 ? g % 2 * (n / 2 / LANES) + g / 2 : g) * LANES;
+            char* to = out + g * group_bytes(k, s.bf16);
+            if (s.bf16) {
+                block_group(static_cast<const uint16_t*>(rows), n, k, row, reinterpret_cast<uint16_t*>(to));
+            } else {
+                block_group(static_cast<const float*>(rows), n, k, row, reinterpret_cast<float*>(to));
+            }
+        }
+    });
+    if (which == 4) {
+        head_ = out;
+    } else {
+        Layer& l = layers_[static_cast<size_t>(layer)];
+        (which == 0 ? l.qkv : which == 1 ? l.o : which == 2 ? l.gate_up : l.down) = out;
+    }
+}
+
+// which: 0 input_norm, 1 post_norm, 2 qkv bias, 3 q_norm, 4 k_norm, 5 final_norm, 6 cos table, 7 sin table.
+void Model::set_vector(int64_t layer, int64_t which, const float* values) {
+    const Shape& s = shape_;
+    const int64_t n = which == 2                 ? s.qkv()
+                      : which == 3 || which == 4 ? s.head_dim
+                      : which >= 6               ? s.max_position * (s.head_dim / 2)
+                                                 : s.hidden;
+    float* out = weights_.take<float>(static_cast<size_t>(n) * sizeof(float));
+    std::copy(values, values + n, out);
+    if (which >= 5) {
+        (which == 5 ? final_norm_ : which == 6 ? cos_ : sin_) = out;
+    } else {
+        Layer& l = layers_[static_cast<size_t>(layer)];
+        (which == 0 ? l.input_norm : which == 1 ? l.post_norm : which == 2 ? l.bias : which == 3 ? l.q_norm : l.k_norm) = out;
+    }
+}
+
+void Model::multiply(const float* x, int64_t ldx, int64_t rows, const char* w, int64_t n, int64_t k, int64_t begin,
+                     int64_t end, float* y, int64_t ldy, const float* bias, Epilogue epilogue) const {
+    const bool bf16 = shape_.bf16;
+    kernels_.product({x, ldx, rows, w, group_bytes(k, bf16), bf16, k, n, begin, end, y, ldy, bias, nullptr, epilogue});
+}
+
+template <typename T>
+void Model::embed_rows(const int64_t* ids, int64_t begin, int64_t end, float* out) const {
+    constexpr int64_t PER_WORD = 4 / sizeof(T);
+    const int64_t hidden = shape_.hidden;
+    for (int64_t r = begin; r < end; ++r) {
+        const int64_t id = ids[r];
+        float* to = out + r * hidden;
+        if (shape_.tied) {
+            const T* group = reinterpret_cast<const T*>(head_ + id / LANES * group_bytes(hidden, shape_.bf16));
+            for (int64_t i = 0; i < hidden; ++i) {
+                to[i] = widen(group[(i / PER_WORD * LANES + id % LANES) * PER_WORD + i % PER_WORD]);
+            }
+        } else {
+            const T* row = static_cast<const T*>(table_) + id * hidden;
+            for (int64_t i = 0; i < hidden; ++i) to[i] = widen(row[i]);
+        }
+    }
+}
+
+Status Model::embed(const int64_t* ids, int64_t count, float* out) {
+    for (int64_t i = 0; i < count; ++i) {
+        if (ids[i] < 0 || ids[i] >= shape_.vocab) return BAD_TOKEN;
+    }
+    const auto rows = [&](int64_t begin, int64_t end) {
+        if (shape_.bf16) embed_rows<uint16_t>(ids, begin, end, out);
+        else embed_rows<float>(ids, begin, end, out);
+    };
+    if (count <= FEW) {
+        rows(0, count);
+    } else {
+        pool_.parallel([&](int thread, int threads) {
+            int64_t begin, end;
+            share(count, thread, threads, begin, end);
+            rows(begin, end);
+        });
+    }
+    return OK;
+}
+
+Status Model::logits(const float* hidden, int64_t rows, float* out) {
+    const Shape& s = shape_;
+    if (rows == 0) return OK;
+    float* normed = work_.normed.reserve(rows * s.hidden);
+    pool_.parallel([&](int thread, int threads) {
+        int64_t begin, end;
+        share(rows, thread, threads, begin, end);
+        for (int64_t r = begin; r < end; ++r) {
+            kernels_.rms_norm(hidden + r * s.hidden, final_norm_, s.eps, s.hidden, normed + r * s.hidden);
+        }
+        pool_.barrier();
+        share(groups_of(s.vocab), thread, threads, begin, end);
+        multiply(normed, s.hidden, rows, head_, s.vocab, s.hidden, begin, end, out, s.vocab, nullptr, Epilogue::store);
+    });
+    return OK;
+}
+
+Status Model::prepare(const Batch& b) {
+    tokens_.resize(static_cast<size_t>(b.tokens));
+    if (b.query_start[0] != 0 || b.query_start[b.seqs] != b.tokens) return BAD_RAGGED;
+    for (int64_t r = 0; r < b.seqs; ++r) {
+        const int64_t begin = b.query_start[r], end = b.query_start[r + 1];
+        const int64_t base = b.context_lens[r] - (end - begin);
+        if (begin > end || base < 0 || b.context_lens[r] > b.table_width * BLOCK) return BAD_RAGGED;
+        const int32_t* table = b.tables + r * b.table_width;
+        if (begin < end) {
+            for (int64_t i = 0; i * BLOCK < b.context_lens[r]; ++i) {
+                if (table[i] < 0 || table[i] >= shape_.blocks) return BAD_BLOCK;
+            }
+        }
+        for (int64_t t = begin; t < end; ++t) {
+            const int64_t position = b.positions[t], index = base + (t - begin);
+            if (position < 0 || position >= shape_.max_position) return BAD_POSITION;
+            Token& token = tokens_[static_cast<size_t>(t)];
+            token = {table, position, index, base, index + 1, true};
+            if (!b.parents) continue;
+            const int64_t parent = b.parents[t];
+            if (parent != -1 && (parent < begin || parent >= t)) return BAD_PARENT;
+            const Token* above = parent == -1 ? nullptr : &tokens_[static_cast<size_t>(parent)];
+            token.keys = above ? above->keys + 1 : base + 1;
+            token.straight = token.keys == index + 1;
+        }
+    }
+    return OK;
+}
+
+Status Model::run_layers(float* hidden, int64_t first, int64_t last, const Batch& batch) {
+    const Shape& s = shape_;
+    if (first < 0 || last > s.layers || first > last) return BAD_RANGE;
+    if (batch.tokens == 0 || first == last) return OK;
+    if (const Status status = prepare(batch); status != OK) return status;
+    const int64_t rows = std::min(batch.tokens, CHUNK);
+    work_.normed.reserve(rows * s.hidden);
+    work_.qkv.reserve(rows * s.qkv());
+    work_.attended.reserve(rows * s.heads * s.head_dim);
+    work_.gate_up.reserve(rows * 2 * s.intermediate);
+    work_.active.reserve(rows * s.intermediate);
+    if (batch.parents) {
+        int64_t longest = 0;
+        for (const Token& token : tokens_) longest = std::max(longest, token.keys - token.base);
+        for (size_t t = 0; t < tails_.size(); ++t) {
+            paths_[t].resize(static_cast<size_t>(longest));
+            tails_[t].reserve((longest / BLOCK + 2) * head_bytes_ / 4);
+        }
+    }
+    for (int64_t at = 0; at < batch.tokens; at += CHUNK) {
+        run_chunk(hidden + at * s.hidden, first, last, at, std::min(CHUNK, batch.tokens - at), batch);
+    }
+    return OK;
+}
+
+void Model::run_chunk(float* hidden, int64_t first, int64_t last, int64_t at, int64_t rows, const Batch& batch) {
+    const Shape& s = shape_;
+    const int64_t query = s.heads * s.head_dim, inner = s.intermediate;
+    float *normed = work_.normed.data(), *qkv = work_.qkv.data(), *attended = work_.attended.data();
+    float *gate_up = work_.gate_up.data(), *active = work_.active.data();
+    pool_.parallel([&](int thread, int threads) {
+        int64_t row0, row1, begin, end;
+        share(rows, thread, threads, row0, row1);
+        const auto norm = [&](const float* weight) {
+            for (int64_t r = row0; r < row1; ++r) {
+                kernels_.rms_norm(hidden + r * s.hidden, weight, s.eps, s.hidden, normed + r * s.hidden);
+            }
+            pool_.barrier();
+        };
+        for (int64_t l = first; l < last; ++l) {
+            const Layer& w = layers_[static_cast<size_t>(l)];
+            norm(w.input_norm);
+            share(groups_of(s.qkv()), thread, threads, begin, end);
+            multiply(normed, s.hidden, rows, w.qkv, s.qkv(), s.hidden, begin, end, qkv, s.qkv(), w.bias, Epilogue::store);
+            pool_.barrier();
+            for (int64_t u = thread; u < rows * s.kv_heads; u += threads) {
+                write_kv(l, u / s.kv_heads, u % s.kv_heads, tokens_[static_cast<size_t>(at + u / s.kv_heads)]);
+            }
+            pool_.barrier();
+            for (int64_t u = thread; u < rows * s.kv_heads; u += threads) {
+                attend(l, u / s.kv_heads, u % s.kv_heads, at, thread, batch);
+            }
+            pool_.barrier();
+            share(groups_of(s.hidden), thread, threads, begin, end);
+            multiply(attended, query, rows, w.o, s.hidden, query, begin, end, hidden, s.hidden, nullptr, Epilogue::add);
+            pool_.barrier();
+            norm(w.post_norm);
+            share(inner / LANES, thread, threads, begin, end);
+            multiply(normed, s.hidden, rows, w.gate_up, 2 * inner, s.hidden, 2 * begin, 2 * end, gate_up, 2 * inner,
+                     nullptr, Epilogue::store);
+            for (int64_t r = 0; r < rows; ++r) {
+                kernels_.silu_mul(gate_up + r * 2 * inner + 2 * begin * LANES, (end - begin) * LANES,
+                                  active + r * inner + begin * LANES);
+            }
+            pool_.barrier();
+            share(groups_of(s.hidden), thread, threads, begin, end);
+            multiply(active, inner, rows, w.down, s.hidden, inner, begin, end, hidden, s.hidden, nullptr, Epilogue::add);
+            pool_.barrier();
+        }
+    });
+}
+
+// Normalises and rotates the query heads of one KV head and its key, and writes key and value to their slot.
+void Model::write_kv(int64_t layer, int64_t row, int64_t head, const Token& token) {
+    const Shape& s = shape_;
+    const Layer& w = layers_[static_cast<size_t>(layer)];
+    const int64_t d = s.head_dim, group = s.heads / s.kv_heads;
+    float* qkv = work_.qkv.data() + row * s.qkv();
+    const float* cos = cos_ + token.position * (d / 2);
+    const float* sin = sin_ + token.position * (d / 2);
+    for (int64_t h = head * group; h < (head + 1) * group; ++h) {
+        float* q = qkv + h * d;
+        if (w.q_norm) kernels_.rms_norm(q, w.q_norm, s.eps, d, q);
+        kernels_.rotate(q, cos, sin, d / 2);
+    }
+    float* k = qkv + (s.heads + head) * d;
+    if (w.k_norm) kernels_.rms_norm(k, w.k_norm, s.eps, d, k);
+    kernels_.rotate(k, cos, sin, d / 2);
+    const float* v = qkv + (s.heads + s.kv_heads + head) * d;
+    char* block = head_pool(layer, head) + token.table[token.index / BLOCK] * block_bytes_;
+    if (s.bf16) HeadBlock<uint16_t>::write(reinterpret_cast<uint16_t*>(block), token.index % BLOCK, k, v, d);
+    else HeadBlock<float>::write(reinterpret_cast<float*>(block), token.index % BLOCK, k, v, d);
+}
+
+// The last blocks of a token in a tree, its own entries moved to where they would be in a chain: the sums are
+// then those of the chain, bit for bit.
+const char* Model::assemble(const Token& token, int64_t packed, char* pool, int thread, const Batch& batch) {
+    const int64_t d = shape_.head_dim, first = token.base / BLOCK;
+    auto& path = paths_[static_cast<size_t>(thread)];
+    for (int64_t i = token.keys - token.base - 1, t = packed; i >= 0; --i, t = batch.parents[t]) {
+        path[static_cast<size_t>(i)] = tokens_[static_cast<size_t>(t)].index;
+    }
+    char* tail = reinterpret_cast<char*>(tails_[static_cast<size_t>(thread)].data());
+    for (int64_t j = first * BLOCK; j < token.keys; ++j) {
+        const int64_t index = j < token.base ? j : path[static_cast<size_t>(j - token.base)];
+        const char* from = pool + token.table[index / BLOCK] * block_bytes_;
+        char* to = tail + (j / BLOCK - first) * head_bytes_;
+        if (shape_.bf16) {
+            HeadBlock<uint16_t>::copy(reinterpret_cast<const uint16_t*>(from), index % BLOCK,
+                                      reinterpret_cast<uint16_t*>(to), j % BLOCK, d);
+        } else {
+            HeadBlock<float>::copy(reinterpret_cast<const float*>(from), index % BLOCK, reinterpret_cast<float*>(to),
+                                   j % BLOCK, d);
+        }
+    }
+    return tail;
+}
+
+void Model::attend(int64_t layer, int64_t row, int64_t head, int64_t at, int thread, const Batch& batch) {
+    const Shape& s = shape_;
+    const Token& token = tokens_[static_cast<size_t>(at + row)];
+    const int64_t group = s.heads / s.kv_heads, first = head * group * s.head_dim;
+    char* pool = head_pool(layer, head);
+    Attention a{work_.qkv.data() + row * s.qkv() + first,
+                work_.attended.data() + row * s.heads * s.head_dim + first,
+                group, s.head_dim, 1.0f / sqrtf(static_cast<float>(s.head_dim)), token.keys,
+                pool, token.table, block_bytes_, nullptr, (token.keys + BLOCK - 1) / BLOCK, s.bf16 != 0};
+    if (!token.straight) {
+        a.tail = assemble(token, at + row, pool, thread, batch);
+        a.tail_from = token.base / BLOCK;
+    }
+    kernels_.attention(a);
+}
+
+Status Model::copy_slots(const int64_t* source, const int64_t* target, int64_t count) {
+    const Shape& s = shape_;
+    for (int64_t i = 0; i < count; ++i) {
+        for (const int64_t slot : {source[i], target[i]}) {
+            if (slot < 0 || slot >= s.blocks * BLOCK) return BAD_SLOT;
+        }
+    }
+    if (count == 0) return OK;
+    const int64_t staged_blocks = (count + BLOCK - 1) / BLOCK;
+    const int64_t d = s.head_dim;
+    for (Scratch& tail : tails_) tail.reserve(staged_blocks * head_bytes_ / 4);
+    const auto copy = [&](const char* from, int64_t a, char* to, int64_t b) {
+        if (s.bf16) {
+            HeadBlock<uint16_t>::copy(reinterpret_cast<const uint16_t*>(from), a, reinterpret_cast<uint16_t*>(to), b, d);
+        } else {
+            HeadBlock<float>::copy(reinterpret_cast<const float*>(from), a, reinterpret_cast<float*>(to), b, d);
+        }
+    };
+    pool_.parallel([&](int thread, int threads) {
+        char* staged = reinterpret_cast<char*>(tails_[static_cast<size_t>(thread)].data());
+        for (int64_t u = thread; u < s.layers * s.kv_heads; u += threads) {
+            char* pool = head_pool(u / s.kv_heads, u % s.kv_heads);
+            for (int64_t i = 0; i < count; ++i) {  // all are read before any is written
+                copy(pool + source[i] / BLOCK * block_bytes_, source[i] % BLOCK, staged + i / BLOCK * head_bytes_, i % BLOCK);
+            }
+            for (int64_t i = 0; i < count; ++i) {
+                copy(staged + i / BLOCK * head_bytes_, i % BLOCK, pool + target[i] / BLOCK * block_bytes_, target[i] % BLOCK);
+            }
+        }
+    });
+    return OK;
+}
+
+float Model::read_weights() {
+    std::vector<float> sums(static_cast<size_t>(pool_.threads()));
+    const int64_t lines = static_cast<int64_t>(weights_.used()) / 64;
+    pool_.parallel([&](int thread, int threads) {
+        int64_t begin, end;
+        share(lines, thread, threads, begin, end);
+        sums[static_cast<size_t>(thread)] =
+            kernels_.read_stream(reinterpret_cast<const float*>(weights_.data() + begin * 64), (end - begin) * 64);
+    });
+    float total = 0.0f;
+    for (const float sum : sums) total += sum;
+    return total;
+}
+
+}  // namespace s2d

@@ -1,0 +1,101 @@
+// A Llama-family decoder with its own paged KV pool.
+#pragma once
+
+#include <vector>
+
+#include "layout.h"
+#include "pool.h"
+
+namespace s2d {
+
+enum Status : int32_t {
+    OK = 0,
+    BAD_TOKEN = 1,
+    BAD_POSITION = 2,
+    BAD_RAGGED = 3,
+    BAD_BLOCK = 4,
+    BAD_PARENT = 5,
+    BAD_SLOT = 6,
+    BAD_RANGE = 7,
+    NO_MEMORY = 8,
+};
+
+struct Shape {
+    int64_t layers, hidden, heads, kv_heads, head_dim, intermediate, vocab, blocks, max_position;
+    int32_t bf16, tied;
+    float eps;
+
+    int64_t qkv() const { return (heads + 2 * kv_heads) * head_dim; }
+};
+
+struct Layer {
+    char *qkv = nullptr, *o = nullptr, *gate_up = nullptr, *down = nullptr;
+    float *input_norm = nullptr, *post_norm = nullptr, *bias = nullptr, *q_norm = nullptr, *k_norm = nullptr;
+};
+
+// The packed tokens of a pass, as actors/models/runner.py's RaggedBatch has them.
+struct Batch {
+    int64_t tokens, seqs, table_width;
+    const int64_t *positions, *query_start, *context_lens;
+    const int32_t* tables;
+    const int64_t* parents;  // null for chains
+};
+
+// One token of a pass. Its KV is entry `index` of its sequence; it attends to `keys` entries: the `base` entries
+// before the pass, then those of this pass that lead to it.
+struct Token {
+    const int32_t* table;
+    int64_t position, index, base, keys;
+    bool straight;  // its entries are 0..index, in order
+};
+
+class Model {
+public:
+    Model(const Shape& shape, int threads, const Kernels& kernels);
+
+    void set_matrix(int64_t layer, int64_t which, const void* rows);
+    void set_vector(int64_t layer, int64_t which, const float* values);
+    void set_table(const void* rows) { table_ = rows; }
+
+    Status embed(const int64_t* ids, int64_t count, float* out);
+    Status run_layers(float* hidden, int64_t first, int64_t last, const Batch& batch);
+    Status logits(const float* hidden, int64_t rows, float* out);
+    Status copy_slots(const int64_t* source, const int64_t* target, int64_t count);
+    float read_weights();
+    int64_t weight_bytes() const { return static_cast<int64_t>(weights_.used()); }
+
+private:
+    struct Work {
+        Scratch normed, qkv, attended, gate_up, active;
+    };
+
+    Status prepare(const Batch& batch);
+    void run_chunk(float* hidden, int64_t first, int64_t last, int64_t at, int64_t rows, const Batch& batch);
+    void write_kv(int64_t layer, int64_t row, int64_t head, const Token& token);
+    void attend(int64_t layer, int64_t row, int64_t head, int64_t at, int thread, const Batch& batch);
+    const char* assemble(const Token& token, int64_t packed, char* pool, int thread, const Batch& batch);
+    void multiply(const float* x, int64_t ldx, int64_t rows, const char* w, int64_t n, int64_t k, int64_t begin,
+                  int64_t end, float* y, int64_t ldy, const float* bias, Epilogue epilogue) const;
+    template <typename T>
+    void embed_rows(const int64_t* ids, int64_t begin, int64_t end, float* out) const;
+
+    char* head_pool(int64_t layer, int64_t head) {
+        return kv_.data() + layer * shape_.blocks * block_bytes_ + head * head_bytes_;
+    }
+
+    const Shape shape_;
+    const Kernels& kernels_;
+    Pool pool_;
+    const int64_t head_bytes_, block_bytes_;
+    Arena weights_, kv_;
+    std::vector<Layer> layers_;
+    char* head_ = nullptr;
+    float *final_norm_ = nullptr, *cos_ = nullptr, *sin_ = nullptr;
+    const void* table_ = nullptr;  // embedding rows where not tied to the head; owned by the caller
+    Work work_;
+    std::vector<Token> tokens_;
+    std::vector<std::vector<int64_t>> paths_;  // a thread's list of the entries of this pass a token sees
+    std::vector<Scratch> tails_;
+};
+
+}  // namespace s2d

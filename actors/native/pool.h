@@ -1,0 +1,159 @@
+// A fixed team of threads with a barrier. Waiting spins for SPIN microseconds, then sleeps: two processes that
+// share a machine's cores do not burn each other's time, as OpenMP's default (milliseconds of spinning, set by the
+// environment for the whole process) would.
+#pragma once
+
+#include <pthread.h>
+#include <signal.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+namespace s2d {
+
+inline void relax() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+// A counter that threads wait on until it leaves a value.
+class Event {
+public:
+    uint32_t value() const { return value_.load(std::memory_order_acquire); }
+
+    void advance() {
+        value_.fetch_add(1);
+        if (sleepers_.load() > 0) {
+            { std::lock_guard<std::mutex> lock(mutex_); }
+            awake_.notify_all();
+        }
+    }
+
+    void wait(uint32_t old) {
+        for (int i = 0; i < 64; ++i) {
+            if (value() != old) return;
+            relax();
+        }
+        const auto until = std::chrono::steady_clock::now() + SPIN;
+        do {
+            for (int i = 0; i < 32; ++i) {
+                if (value() != old) return;
+                relax();
+            }
+        } while (std::chrono::steady_clock::now() < until);
+        std::unique_lock<std::mutex> lock(mutex_);
+        sleepers_.fetch_add(1);  // before the check, as advance() counts after its change: none is missed
+        while (value_.load() == old) awake_.wait(lock);
+        sleepers_.fetch_sub(1);
+    }
+
+private:
+    static constexpr std::chrono::microseconds SPIN{60};
+
+    alignas(64) std::atomic<uint32_t> value_{0};
+    alignas(64) std::atomic<int> sleepers_{0};
+    std::mutex mutex_;
+    std::condition_variable awake_;
+};
+
+class Pool {
+public:
+    // fn(context, thread, threads) runs once on every thread, 0 being the caller's.
+    using Function = void (*)(void*, int, int);
+
+    explicit Pool(int threads) : threads_(threads < 1 ? 1 : threads), owner_(getpid()) {
+        sigset_t all, before;  // signals stay with the threads of the interpreter
+        sigfillset(&all);
+        pthread_sigmask(SIG_SETMASK, &all, &before);
+        try {
+            for (int t = 1; t < threads_; ++t) workers_.emplace_back([this, t] { work(t); });
+        } catch (...) {
+            pthread_sigmask(SIG_SETMASK, &before, nullptr);
+            stop();
+            throw;
+        }
+        pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    }
+
+    ~Pool() { stop(); }
+    Pool(const Pool&) = delete;
+    Pool& operator=(const Pool&) = delete;
+
+    int threads() const { return threads_; }
+
+    template <typename Body>
+    void parallel(Body&& body) {
+        run([](void* context, int thread, int threads) { (*static_cast<std::remove_reference_t<Body>*>(context))(thread, threads); }, &body);
+    }
+
+    void run(Function fn, void* context) {
+        std::lock_guard<std::mutex> one_caller(callers_);
+        if (threads_ == 1 || owner_ != getpid()) {  // a forked child has no workers; the results are the same
+            alone_ = true;
+            fn(context, 0, 1);
+            alone_ = false;
+            return;
+        }
+        fn_ = fn;
+        context_ = context;
+        start_.advance();
+        fn(context, 0, threads_);
+        barrier();
+    }
+
+    // All threads of the team meet. Only inside run().
+    void barrier() {
+        if (alone_) return;
+        const uint32_t phase = phase_.value();
+        if (arrived_.fetch_add(1) + 1 == threads_) {
+            arrived_.store(0);
+            phase_.advance();
+        } else {
+            phase_.wait(phase);
+        }
+    }
+
+private:
+    void work(int thread) {
+        for (uint32_t seen = 0;;) {
+            start_.wait(seen);
+            seen = start_.value();
+            if (stopping_.load()) return;
+            fn_(context_, thread, threads_);
+            barrier();
+        }
+    }
+
+    void stop() {
+        if (owner_ == getpid()) {
+            stopping_.store(true);
+            start_.advance();
+            for (auto& worker : workers_) worker.join();
+        } else {
+            for (auto& worker : workers_) worker.detach();
+        }
+    }
+
+    const int threads_;
+    const pid_t owner_;
+    bool alone_ = false;
+    std::vector<std::thread> workers_;
+    std::mutex callers_;
+    std::atomic<bool> stopping_{false};
+    Function fn_ = nullptr;
+    void* context_ = nullptr;
+    Event start_, phase_;
+    alignas(64) std::atomic<int> arrived_{0};
+};
+
+}  // namespace s2d

@@ -1,0 +1,108 @@
+"""One request from prompt to chunks: expand choices, merge their streams, coalesce, report errors."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from actors.engine.async_engine import AsyncEngine, EngineUnavailable, OutputStream, Overloaded
+from actors.engine.messages import EngineRequest, RequestOutput
+from actors.sampling.params import ParameterError
+from actors.target_worker.messages import GenerationChunk, GenerationRequest, RequestError
+from actors.target_worker.output import ChoiceStream, merge
+from actors.target_worker.prepare import ModelLimits, prepare
+from actors.text.tokenizer import TextTokenizer
+
+logger = logging.getLogger(__name__)
+
+
+class GenerationService:
+    """Serves `GenerationRequest`s with an engine.
+
+    A choice's first chunk leaves at once; later ones after each round, or `stream_interval_ms` after the
+    chunk before, whichever is later; the last at once.
+    """
+
+    def __init__(
+        self,
+        tokenizer: TextTokenizer,
+        engine: AsyncEngine,
+        limits: ModelLimits,
+        stream_interval_ms: float = 20.0,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._engine = engine
+        self._limits = limits
+        self._interval_s = stream_interval_ms / 1000.0
+        self._serial = itertools.count()
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
+        """Chunks of all choices. Closing the iterator, or cancelling its consumer, aborts every choice.
+
+        Whatever goes wrong arrives as a last chunk with `error`.
+        """
+        stream: OutputStream | None = None
+        try:
+            prompt, sampling = await prepare(request, self._tokenizer, self._limits)
+            serial = next(self._serial)  # clients may repeat a request id; the engine's must be unique
+            so_far = request.output_ids_so_far
+            choices: dict[str, ChoiceStream] = {}
+            engine_requests: list[EngineRequest] = []
+            for index in range(request.n):
+                engine_id = f"{request.request_id}-{serial}-{index}"
+                choice = ChoiceStream(self._tokenizer, index, prompt, sampling, request.stop, so_far)
+                if choice.finished or (sampling.max_tokens == 0 and sampling.prompt_logprobs is None):
+                    yield choice.push(RequestOutput(engine_id, finish_reason="length"))
+                    continue
+                choices[engine_id] = choice
+                engine_requests.append(
+                    EngineRequest(engine_id, prompt.ids, sampling, request.speculation, index, so_far)
+                )
+            stream = self._engine.submit(engine_requests)
+            async with aclosing(self._chunks(stream, choices)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+            return
+        except ParameterError as bad:
+            error = RequestError("invalid", str(bad), param=bad.param)
+        except Overloaded as full:
+            error = RequestError("overloaded", str(full), retry_after_s=full.retry_after_s)
+        except EngineUnavailable as gone:
+            error = RequestError("unavailable", str(gone))
+        except Exception as bug:
+            logger.exception("request %s failed", request.request_id)
+            error = RequestError("internal", f"{type(bug).__name__}: {bug}")
+        finally:
+            if stream is not None:
+                stream.close()
+        yield GenerationChunk(error=error)
+
+    async def _chunks(
+        self, stream: OutputStream, choices: dict[str, ChoiceStream]
+    ) -> AsyncGenerator[GenerationChunk, None]:
+        pending: dict[str, GenerationChunk] = {}
+        due = dict.fromkeys(choices, 0.0)
+        while stream.open:
+            timeout = min(due[i] for i in pending) - time.monotonic() if pending else None
+            output = await stream.get(timeout)
+            now = time.monotonic()
+            ready: list[str] = []
+            if output is not None:
+                choice, request_id = choices[output.request_id], output.request_id
+                pending[request_id] = merge(pending.get(request_id), choice.push(output))
+                if choice.finished:
+                    stream.abort(request_id)  # a stop string ends it here; the engine may not have stopped
+                if choice.finished or due[request_id] == 0.0:
+                    ready.append(request_id)
+            if not stream.ready:  # a slow reader gets what has piled up in one chunk
+                ready.extend(i for i in pending if due[i] <= now and i not in ready)
+            for request_id in ready:
+                chunk = pending.pop(request_id)
+                if chunk.token_ids:
+                    due[request_id] = now + self._interval_s
+                yield chunk
+                if chunk.error is not None:
+                    return

@@ -1,0 +1,180 @@
+"""A target worker: one model with its engine, tokenizer and grammar compiler, behind asyncio methods."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from actors.drafting.interface import DraftSource
+from actors.engine.async_engine import AsyncEngine
+from actors.engine.interface import TargetEngine
+from actors.models.load import LoadedModel, load_runner
+from actors.sampling.grammar import GrammarCompiler
+from actors.sampling.params import ParameterError
+from actors.target_worker.generation import GenerationService
+from actors.target_worker.messages import (
+    ChatMessage,
+    GenerationChunk,
+    GenerationRequest,
+    TargetInfo,
+    TargetState,
+)
+from actors.target_worker.prepare import ModelLimits
+from actors.text.chat_template import render_async
+from actors.text.tokenizer import INLINE_CHARS, TextTokenizer
+
+if TYPE_CHECKING:
+    from cluster.config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class TargetIdentity:
+    """What a source of drafts must know of the target it drafts for. `tokenizer_hash` is equal for two models
+    exactly when drafts may cross unchanged; vocab_size is the number of logits."""
+
+    model: str
+    vocab_size: int
+    tokenizer_hash: str
+
+
+class DraftSourceFactory(Protocol):
+    def __call__(self, target: TargetIdentity) -> DraftSource: ...
+
+
+class EngineFactory(Protocol):
+    def __call__(
+        self,
+        loaded: LoadedModel,
+        config: ModelConfig,
+        draft_source: DraftSource,
+        grammar_compiler: GrammarCompiler,
+    ) -> TargetEngine: ...
+
+
+class TargetWorker:
+    """Loads the model in the constructor (blocking, seconds to minutes) and serves it until closed.
+
+    The engine thread starts with the first asynchronous call, on whose event loop all later calls must run.
+    The engine owns the draft source and closes it.
+
+    Args:
+        config: the served model.
+        build_draft_source: connects to whoever drafts for this target.
+        build_engine: puts the engine together.
+        load: reads the weights; takes the arguments of `load_runner`.
+        drafters, exits: what requests may pin; by default all drafters of the source, and no exits.
+        replica_id: names this worker in `state`.
+        stream_interval_ms: chunks of one choice are at least this far apart.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        build_draft_source: DraftSourceFactory,
+        build_engine: EngineFactory,
+        load: Callable[..., LoadedModel] = load_runner,
+        drafters: Collection[str] | None = None,
+        exits: Collection[int] = (),
+        replica_id: str = "",
+        stream_interval_ms: float = 20.0,
+    ) -> None:
+        loaded = load(
+            config.source,
+            dtype=config.dtype,
+            backend=config.backend,
+            device=config.device,
+            kv_blocks=config.engine.kv_blocks,
+            kv_memory_gib=config.engine.kv_memory_gib,
+            max_model_len=config.max_model_len,
+            threads=config.engine.threads,
+        )
+        model = loaded.info
+        self._replica_id = replica_id
+        self._tokenizer = TextTokenizer(loaded.tokenizer_folder)
+        source = build_draft_source(TargetIdentity(config.name, model.vocab_size, self._tokenizer.vocab_hash))
+        compiler = GrammarCompiler(self._tokenizer.hf, model.vocab_size, self._tokenizer.eos_token_ids)
+        self._limits = ModelLimits(
+            max_model_len=model.max_model_len,
+            vocab_size=model.vocab_size,
+            drafters=tuple(source.drafters if drafters is None else drafters),
+            exits=tuple(exits),
+        )
+        self._engine = AsyncEngine(
+            build_engine(loaded, config, source, compiler),
+            max_running=config.engine.max_num_seqs,
+            max_queued=config.engine.max_queued,
+        )
+        self._generation = GenerationService(self._tokenizer, self._engine, self._limits, stream_interval_ms)
+        self._info = TargetInfo(
+            id=config.name,
+            source=config.source,
+            max_model_len=model.max_model_len,
+            dtype=str(model.dtype).removeprefix("torch."),
+            architecture=model.architecture,
+            vocab_size=model.vocab_size,
+            backend=loaded.backend,
+            drafters=tuple(self._limits.drafters),
+            row_invariant=loaded.runner.row_invariant,
+        )
+
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
+        """See `GenerationService.generate`."""
+        return self._generation.generate(request)
+
+    async def tokenize(self, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:
+        """Ids of `text`. Raises ParameterError("prompt") when it is not valid Unicode."""
+        ids, _ = await self._tokenizer.encode_async(text, add_special_tokens)
+        return tuple(ids)
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Text of `token_ids`, special tokens included. Raises ParameterError("tokens") for unknown ids."""
+        for token_id in token_ids:
+            if not 0 <= token_id < self._limits.vocab_size:
+                raise ParameterError("tokens", f"token id {token_id} is not in this model's vocabulary")
+        if len(token_ids) <= INLINE_CHARS:
+            return self._tokenizer.decode(token_ids)
+        return await asyncio.to_thread(self._tokenizer.decode, token_ids)
+
+    async def render(
+        self, messages: Sequence[ChatMessage], add_generation_prompt: bool = True
+    ) -> tuple[int, ...]:
+        """Ids of the conversation under the model's chat template. Raises ParameterError("messages")."""
+        return tuple(await render_async(self._tokenizer, messages, add_generation_prompt))
+
+    def info(self) -> TargetInfo:
+        return self._info
+
+    async def state(self) -> TargetState:
+        """A fresh snapshot. Raises TimeoutError when the engine does not answer."""
+        stats = await self._engine.stats()
+        engine: dict[str, Any] = dataclasses.asdict(stats)
+        workers = stats.draft_source.get("workers", ())
+        return TargetState(
+            info=self._info,
+            replica_id=self._replica_id,
+            engine=engine,
+            draft_workers=tuple(w for w in workers if isinstance(w, dict))
+            if isinstance(workers, list | tuple)
+            else (),
+        )
+
+    async def reset(self) -> None:
+        """Drop what requests share: prefix cache, recycling matrices, acceptance averages."""
+        await self._engine.reset()
+
+    def check_health(self) -> None:
+        """Raises RuntimeError when the engine thread is dead or hangs."""
+        if not self._engine.healthy():
+            raise RuntimeError("the engine is dead or hangs")
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Accept nothing more, wait for what runs; False when some of it had to be aborted."""
+        return await self._engine.drain(timeout_s)
+
+    async def close(self, timeout_s: float = 10.0) -> bool:
+        """Stop the engine. False when it did not stop in time."""
+        return await self._engine.close(timeout_s)

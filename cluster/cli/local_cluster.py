@@ -1,0 +1,305 @@
+"""Starting Ray and the Serve application on this machine, and leaving nothing of them behind."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from cluster.config import ClusterConfig, GatewayConfig
+
+OBJECT_STORE_BYTES = 200 * 1024 * 1024
+START_TIMEOUT_S = 900.0
+"""Includes the first download or conversion of weights."""
+SERVE_SHUTDOWN_S = 30.0
+PROCESS_EXIT_S = 10.0
+POLL_S = 0.2
+Phase = Callable[[str], AbstractContextManager[object]]
+
+
+class StartupError(Exception):
+    """Why the cluster did not come up, in one line."""
+
+
+class StopSignal:
+    """SIGINT and SIGTERM as a flag. A third signal ends the process at once."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self._count = 0
+        self._previous: dict[int, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        return self._event.is_set()
+
+    @property
+    def urgent(self) -> bool:
+        """Asked a second time: do not wait for running requests."""
+        return self._count > 1
+
+    def wait(self, seconds: float) -> bool:
+        return self._event.wait(seconds)
+
+    def install(self) -> None:
+        """May be called again: Ray replaces the SIGTERM handler when it starts."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous = signal.signal(number, self._handle)
+            self._previous.setdefault(number, previous)
+
+    def restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._count += 1
+        self._event.set()
+        if self._count > 2:
+            os._exit(130)
+
+
+def port_problem(gateway: GatewayConfig) -> str | None:
+    """Why a port cannot be listened on, or None."""
+    if gateway.http_port == gateway.grpc_port:
+        return f"port {gateway.http_port} cannot serve both HTTP and gRPC"
+    # Serve's gRPC proxy listens on every interface, whatever the host.
+    wildcard = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"
+    http, grpc = (gateway.host, gateway.http_port, "--port"), (wildcard, gateway.grpc_port, "--grpc-port")
+    for host, port, name in (http, grpc):
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            try:
+                probe.bind((host, port))
+                probe.listen(1)
+            except OSError as error:
+                return f"cannot listen on {host}:{port} ({error.strerror}); choose another with {name}"
+    return None
+
+
+def cpus_needed(config: ClusterConfig) -> float:
+    targets = sum(m.num_cpus * m.replicas for m in config.models)
+    return targets + config.draft_pool.num_cpus * config.draft_pool.replicas + config.gateway.num_cpus
+
+
+class LocalCluster:
+    """Ray, Serve and the application, started by this process and ended by it."""
+
+    def __init__(self, config: ClusterConfig, stop: StopSignal) -> None:
+        self._config = config
+        self._stop = stop
+        self._handle: Any = None
+        self._ray_started = False
+
+    def start(self, phase: Phase) -> None:
+        """Returns when every model answers, or early when asked to stop. Raises `StartupError`."""
+        with phase("Ray"):
+            self._start_ray()
+        if self._stop.requested:
+            return
+        self._run_application(phase)
+        if self._stop.requested:
+            return
+        with phase("ready"):
+            self._wait_ready()
+
+    def _start_ray(self) -> None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+        import ray
+        from ray import serve
+
+        from cluster.app import serve_options
+
+        cores = len(os.sched_getaffinity(0))
+        try:
+            ray.init(
+                address="local",
+                num_cpus=max(cores, math.ceil(cpus_needed(self._config))),
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                namespace="s2d",
+            )
+            self._ray_started = True
+            self._stop.install()
+            serve.start(**serve_options(self._config), logging_config={"log_level": "WARNING"})
+        except (RuntimeError, ValueError, OSError, ConnectionError, TimeoutError) as error:
+            raise StartupError(f"Ray did not start: {_last_line(error)}") from error
+
+    def _run_application(self, phase: Phase) -> None:
+        """Deploy in a thread and show each deployment's progress meanwhile."""
+        from ray import serve
+
+        from cluster.app import APP_NAME, DRAFT_POOL, GATEWAY, build_app, deployment_name
+
+        failure: list[BaseException] = []
+
+        def deploy() -> None:
+            try:
+                self._handle = serve.run(
+                    build_app(self._config),
+                    name=APP_NAME,
+                    route_prefix="/",
+                    logging_config={"log_level": "INFO", "enable_access_log": False},
+                )
+            except BaseException as error:
+                failure.append(error)
+
+        thread = threading.Thread(target=deploy, name="s2d-deploy", daemon=True)
+        thread.start()
+        waiting = {deployment_name(m.name): f"weights and engine of {m.name}" for m in self._config.models}
+        if self._config.draft_pool.replicas:
+            waiting[DRAFT_POOL] = "draft workers"
+        waiting[GATEWAY] = "gateway"
+        deadline = time.monotonic() + START_TIMEOUT_S
+        with contextlib.ExitStack() as unfinished:
+            shown = {name: contextlib.ExitStack() for name in waiting}
+            for name, text in waiting.items():
+                unfinished.enter_context(shown[name])
+                shown[name].enter_context(phase(text))
+            while thread.is_alive() and not self._stop.requested:
+                if time.monotonic() > deadline:
+                    raise StartupError(f"the models did not start within {START_TIMEOUT_S:.0f} s; {_logs()}")
+                for name in _healthy_deployments(APP_NAME) & shown.keys():
+                    shown.pop(name).close()
+                self._stop.wait(POLL_S)
+            if failure:
+                raise StartupError(f"{_last_line(failure[0])}; {_logs()}") from failure[0]
+
+    def _wait_ready(self) -> None:
+        deadline = time.monotonic() + 60.0
+        names: list[str] = []
+        while not self._stop.requested:
+            with contextlib.suppress(TimeoutError):
+                names = self._handle.unready.remote().result(timeout_s=10.0)
+                if not names:
+                    return
+            if time.monotonic() > deadline:
+                raise StartupError(f"models that do not answer: {', '.join(names)}; {_logs()}")
+            self._stop.wait(POLL_S)
+
+    def wait(self) -> None:
+        """Until asked to stop."""
+        while not self._stop.wait(60.0):
+            pass
+
+    def close(self, drain_timeout_s: float) -> None:
+        """Refuse new requests, wait for running ones, end every process. Safe in any state."""
+        if not self._ray_started:
+            return
+        import ray
+
+        self._drain(drain_timeout_s)
+        processes = descendants(os.getpid())
+        # In a thread, because it waits for the controller, which may be gone.
+        ended = threading.Thread(target=_shutdown_serve, name="s2d-shutdown", daemon=True)
+        ended.start()
+        ended.join(SERVE_SHUTDOWN_S)
+        processes |= descendants(os.getpid())
+        ray.shutdown()  # type: ignore[no-untyped-call]
+        self._ray_started = False
+        end_processes(processes, PROCESS_EXIT_S)
+
+    def _drain(self, timeout_s: float) -> None:
+        if self._handle is None or timeout_s <= 0 or self._stop.urgent:
+            return
+        response = self._handle.drain.remote(timeout_s)
+        deadline = time.monotonic() + timeout_s + 5.0
+        while time.monotonic() < deadline and not self._stop.urgent:
+            try:
+                response.result(timeout_s=POLL_S)
+            except TimeoutError:
+                continue
+            except Exception as error:
+                # Whatever failed there, what remains is to end the processes.
+                logging.getLogger(__name__).warning("draining failed: %s", _last_line(error))
+            return
+
+
+def _shutdown_serve() -> None:
+    from ray import serve
+
+    try:
+        serve.shutdown()
+    except Exception as error:
+        # The processes are ended right after this in any case.
+        logging.getLogger(__name__).warning("Serve did not shut down by itself: %s", _last_line(error))
+
+
+def _healthy_deployments(app: str) -> set[str]:
+    from ray import serve
+
+    try:
+        application = serve.status().applications.get(app)
+    except Exception:
+        return set()  # not up yet; the deploying thread reports failures
+    if application is None:
+        return set()
+    return {name for name, d in application.deployments.items() if d.status == "HEALTHY"}
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _logs() -> str:
+    return "logs are in /tmp/ray/session_latest/logs/serve"
+
+
+def _stat(pid: int) -> tuple[int, int] | None:
+    """(parent, start time in clock ticks) of a process, None when it is gone or a zombie."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    fields = text[text.rindex(")") + 2 :].split()
+    return None if fields[0] in "ZX" else (int(fields[1]), int(fields[19]))
+
+
+def descendants(root: int) -> dict[int, int]:
+    """Processes below `root`: pid to start time, which tells a process from a later one of the same pid."""
+    stats = {int(p.name): _stat(int(p.name)) for p in Path("/proc").iterdir() if p.name.isdigit()}
+    found: dict[int, int] = {}
+    frontier = {root}
+    while frontier:
+        children = {
+            pid: stat[1]
+            for pid, stat in stats.items()
+            if stat is not None and stat[0] in frontier and pid not in found
+        }
+        found |= children
+        frontier = set(children)
+    return found
+
+
+def _alive(pid: int, started: int) -> bool:
+    stat = _stat(pid)
+    return stat is not None and stat[1] == started
+
+
+def end_processes(processes: dict[int, int], timeout_s: float) -> None:
+    """Wait for processes to end by themselves, then kill those that have not."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if not any(_alive(pid, started) for pid, started in processes.items()):
+            return
+        time.sleep(0.1)
+    for pid, started in processes.items():
+        if _alive(pid, started):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)

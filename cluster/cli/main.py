@@ -1,0 +1,26 @@
+"""`s2d`: serve models, talk to them, look at them."""
+
+from __future__ import annotations
+
+import typer
+
+from cluster.cli.chat import chat
+from cluster.cli.generate import generate
+from cluster.cli.serve import serve
+from cluster.cli.status import models, status
+
+app = typer.Typer(
+    name="s2d",
+    help="Serve many language models at once with one shared family of nested draft models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(serve)
+app.command()(generate)
+app.command()(chat)
+app.command()(status)
+app.command()(models)
+
+if __name__ == "__main__":
+    app()

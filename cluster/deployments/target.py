@@ -1,0 +1,106 @@
+"""One served model as a Serve deployment: a thin shell around a `TargetWorker`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from ray import serve
+
+from actors.target_worker.messages import (
+    ChatMessage,
+    GenerationChunk,
+    GenerationRequest,
+    TargetInfo,
+    TargetState,
+)
+from cluster.config import DraftPoolConfig, ModelConfig
+from cluster.deployments.wiring import build_target_worker
+from cluster.registry import LeaseWatcher, RegistryClient
+from cluster.telemetry.metrics import TargetMetrics
+
+logger = logging.getLogger(__name__)
+METRICS_INTERVAL_S = 2.0
+DRAIN_TIMEOUT_S = 25.0
+
+
+class Target:
+    """Loads its model in the constructor; Serve sends requests once that has returned.
+
+    The init arguments name this model only (see `cluster.app.target_app`).
+    """
+
+    async def __init__(  # type: ignore[misc]
+        self, model: dict[str, Any], draft_pool: dict[str, Any], stream_interval_ms: float
+    ) -> None:
+        config = ModelConfig.model_validate(model)
+        replica_id = serve.get_replica_context().replica_tag
+        self._leases = LeaseWatcher(RegistryClient())
+        self._leases.start()
+        self._worker = await asyncio.to_thread(
+            build_target_worker,
+            config,
+            DraftPoolConfig.model_validate(draft_pool),
+            self._leases.leases,
+            replica_id=replica_id,
+            stream_interval_ms=stream_interval_ms,
+        )
+        self._metrics = TargetMetrics(config.name)
+        self._reporter = asyncio.create_task(self._report_forever())
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationChunk]:
+        """Cancelling the Serve call aborts the request in the engine at once."""
+        stream = self._metrics.observe(self._worker.generate(request))
+        try:
+            async for chunk in stream:
+                yield chunk
+        finally:
+            await stream.aclose()
+
+    async def tokenize(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
+        return await self._worker.tokenize(text, add_special_tokens)
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        return await self._worker.detokenize(token_ids)
+
+    async def render_ids(
+        self, messages: Sequence[ChatMessage], add_generation_prompt: bool
+    ) -> tuple[int, ...]:
+        return await self._worker.render(messages, add_generation_prompt)
+
+    async def info(self) -> TargetInfo:
+        self._worker.check_health()
+        return self._worker.info()
+
+    async def state(self) -> TargetState:
+        return await self._worker.state()
+
+    async def reset(self) -> None:
+        await self._worker.reset()
+
+    async def check_health(self) -> None:
+        self._worker.check_health()
+        if self._reporter.done():
+            raise RuntimeError("metrics are no longer reported")
+
+    async def _report_forever(self) -> None:
+        while True:
+            try:
+                state = await self._worker.state()
+            except Exception as error:  # a snapshot that failed is no reason to stop reporting
+                logger.warning("no engine statistics: %s: %s", type(error).__name__, error)
+            else:
+                self._metrics.record_engine(state.engine)
+            await asyncio.sleep(METRICS_INTERVAL_S)
+
+    async def __del__(self) -> None:
+        reporter = getattr(self, "_reporter", None)
+        if reporter is None:  # the constructor failed
+            return
+        reporter.cancel()
+        await asyncio.gather(reporter, return_exceptions=True)
+        await self._leases.close()
+        await self._worker.drain(DRAIN_TIMEOUT_S)
+        await self._worker.close()

@@ -1,0 +1,83 @@
+"""Puts a target worker together: which loader, which engine, where drafts come from."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+from actors.drafting.fallback_source import FallbackDraftSource
+from actors.drafting.interface import DraftSource
+from actors.drafting.local_source import LocalDraftSource
+from actors.drafting.prompt_lookup import PromptLookupDrafter
+from actors.drafting.remote_link import LinkOptions
+from actors.drafting.remote_link import TargetIdentity as RemoteIdentity
+from actors.drafting.remote_source import RemoteDraftSource
+from actors.drafting.selector import CANDIDATES_WANTED, DrafterPool
+from actors.drafting.token_recycling import TokenRecyclingDrafter
+from actors.engine.build import build_engine
+from actors.engine.interface import TargetEngine
+from actors.models.load import load_runner
+from actors.sampling.grammar import GrammarCompiler
+from actors.target_worker.worker import LoadedModel, TargetIdentity, TargetWorker
+from cluster.config import DraftPoolConfig, ModelConfig
+
+logger = logging.getLogger(__name__)
+Leases = Callable[[], Sequence[Mapping[str, object]]]
+
+
+def local_drafters(max_sessions: int) -> DrafterPool:
+    """The model-free pair: what a target falls back to, and all it has without a draft pool."""
+    drafters = (
+        PromptLookupDrafter(max_sessions=max_sessions),
+        TokenRecyclingDrafter(max_sessions=max_sessions),
+    )
+    return DrafterPool(drafters, max_sessions)
+
+
+def draft_source(
+    pool: DraftPoolConfig, leases: Leases, replica_id: str, max_sessions: int, identity: TargetIdentity
+) -> DraftSource:
+    """The draft pool with a local fallback, or local drafters alone when the pool is empty."""
+    local = LocalDraftSource(local_drafters(max_sessions))
+    if not pool.replicas:
+        return local
+    remote = RemoteDraftSource(
+        leases,
+        RemoteIdentity(replica_id, identity.model, identity.vocab_size, identity.tokenizer_hash),
+        LinkOptions(token=pool.token, tls=pool.tls),
+        expected_drafters=pool.drafters,
+        expected_candidates=CANDIDATES_WANTED if "token_recycling" in pool.drafters else 0,
+    )
+    return FallbackDraftSource(remote, local)
+
+
+def engine(
+    loaded: LoadedModel, config: ModelConfig, draft_source: DraftSource, grammar_compiler: GrammarCompiler
+) -> TargetEngine:
+    """A torch engine that has measured its costs."""
+    return build_engine(
+        loaded.runner, config.engine, config.speculation, draft_source, grammar_compiler.compile
+    )
+
+
+def build_target_worker(
+    config: ModelConfig,
+    pool: DraftPoolConfig,
+    leases: Leases,
+    *,
+    replica_id: str,
+    stream_interval_ms: float,
+) -> TargetWorker:
+    """Load the model and connect to the draft pool. Blocking: seconds to minutes."""
+    max_sessions = config.engine.max_num_seqs + config.engine.max_queued
+    nested = pool.nested if pool.replicas and "nested" in pool.drafters else None
+    return TargetWorker(
+        config,
+        load=partial(load_runner, progress=logger.info),
+        build_draft_source=partial(draft_source, pool, leases, replica_id, max_sessions),
+        build_engine=engine,
+        exits=nested.exits if nested is not None else (),
+        replica_id=replica_id,
+        stream_interval_ms=stream_interval_ms,
+    )

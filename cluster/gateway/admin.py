@@ -1,0 +1,87 @@
+"""Endpoints for operators: /health, /ready, /metrics, /state and POST /admin/reset."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.responses import Response
+
+from cluster.gateway.errors import ApiError, not_ready
+from cluster.gateway.models import ServedModel
+from cluster.gateway.routes import Gateway
+from cluster.gateway.sse import JsonResponse, to_jsonable
+
+STATE_TIMEOUT_S = 3.0
+RESET_TIMEOUT_S = 10.0
+PROMETHEUS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+MetricsReader = Callable[[], Awaitable[str]]
+
+
+async def model_state(model: ServedModel) -> dict[str, Any]:
+    """One model's replicas; `error` says why they could not be read."""
+    body: dict[str, Any] = {"name": model.name, "ready": model.ready, "replicas": [], "error": None}
+    try:
+        states = await asyncio.wait_for(model.client.states(), STATE_TIMEOUT_S)
+    except (ApiError, TimeoutError) as error:
+        body["error"] = str(error) or "timed out"
+    else:
+        body["replicas"] = [to_jsonable(state) for state in states]
+    return body
+
+
+async def draft_state(gateway: Gateway) -> dict[str, Any]:
+    try:
+        workers = await asyncio.wait_for(gateway.draft_pool.states(), STATE_TIMEOUT_S)
+    except (ApiError, TimeoutError) as error:
+        return {"draft_workers": [], "draft_pool_error": str(error) or "timed out"}
+    return {"draft_workers": to_jsonable(workers), "draft_pool_error": None}
+
+
+def build_admin_router(gateway: Gateway, read_metrics: MetricsReader) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/health")
+    async def health() -> Response:
+        """The gateway answers."""
+        return JsonResponse({"status": "ok"})
+
+    @router.get("/ready")
+    async def ready() -> Response:
+        """200 only when every model answers and new requests are accepted."""
+        if gateway.in_flight.draining:
+            raise not_ready("the service is shutting down", retry_after_s=10.0)
+        unready = await gateway.directory.unready()
+        if unready:
+            raise not_ready(f"models that do not answer: {', '.join(unready)}", retry_after_s=2.0)
+        return JsonResponse({"status": "ready", "models": gateway.directory.names()})
+
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        """Prometheus text of all Ray nodes. It lags by Ray's report interval (10 s unless configured)."""
+        return Response(await read_metrics(), media_type=PROMETHEUS_TYPE)
+
+    @router.get("/state")
+    async def state() -> Response:
+        """Live: every replica and every draft worker is asked now."""
+        models, drafts = await asyncio.gather(
+            asyncio.gather(*(model_state(m) for m in gateway.directory.all())), draft_state(gateway)
+        )
+        flight = {"in_flight": gateway.in_flight.count, "draining": gateway.in_flight.draining}
+        return JsonResponse({"gateway": flight, "models": models, **drafts})
+
+    if gateway.config.admin_endpoints:
+
+        @router.post("/admin/reset")
+        async def reset() -> Response:
+            """Drop what requests share: prefix caches, recycling matrices, acceptance averages."""
+            models = gateway.directory.all()
+            try:
+                await asyncio.wait_for(asyncio.gather(*(m.client.reset() for m in models)), RESET_TIMEOUT_S)
+            except TimeoutError as error:
+                raise not_ready("a model did not answer in time") from error
+            return JsonResponse({"status": "reset", "models": gateway.directory.names()})
+
+    return router

@@ -1,0 +1,216 @@
+"""Endpoints of the OpenAI-compatible API: /v1/models, chat, completions, tokenize, detokenize."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fastapi import APIRouter, Request
+from pydantic import ValidationError
+from starlette.responses import Response
+
+from actors.target_worker.messages import TargetInfo
+from cluster.config import GatewayConfig
+from cluster.gateway import openai_chat, openai_completions
+from cluster.gateway.errors import ApiError, from_validation_error, invalid, not_ready
+from cluster.gateway.generation import InFlight, prefetch, run_job
+from cluster.gateway.models import DraftPoolView, ModelClient, ModelDirectory, ServedModel
+from cluster.gateway.openai_format import new_id
+from cluster.gateway.openai_params import (
+    Job,
+    chat_job,
+    chat_messages,
+    check_token_ids,
+    completion_job,
+)
+from cluster.gateway.openai_schema import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from cluster.gateway.sse import EventStreamResponse, JsonResponse, until_disconnect
+
+B = TypeVar("B", bound=Body)
+DRAIN_BODY_FACTOR = 16
+DRAIN_BODY_S = 5.0
+UNARY_TIMEOUT_S = 30.0
+
+
+@dataclass
+class Gateway:
+    """What every endpoint needs; HTTP and gRPC share one."""
+
+    config: GatewayConfig
+    directory: ModelDirectory
+    draft_pool: DraftPoolView
+    in_flight: InFlight
+
+    def named(self, name: str | None) -> ServedModel:
+        """The model asked for; the only one where none is named."""
+        chosen = name if name is not None else self.directory.only_name()
+        if chosen is None:
+            raise invalid("model", "is required when several models are served")
+        return self.directory.find(chosen)
+
+
+async def read_json(request: Request, limit: int) -> Any:
+    """The body as JSON. 413 beyond `limit` bytes, 400 for anything that is not strict JSON.
+
+    A body that is too large is read on for a while and thrown away: a client that is still sending would
+    otherwise see a reset connection instead of the answer.
+    """
+    body = bytearray()
+    too_large = False
+    deadline = asyncio.get_running_loop().time() + DRAIN_BODY_S
+    total = 0
+    async for chunk in request.stream():
+        total += len(chunk)
+        too_large = too_large or total > limit
+        if not too_large:
+            body += chunk
+        elif total > DRAIN_BODY_FACTOR * limit or asyncio.get_running_loop().time() > deadline:
+            break
+    if too_large:
+        raise ApiError(413, f"the body is larger than {limit} bytes", code="body_too_large")
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not allowed")
+
+    try:
+        return json.loads(body, parse_constant=refuse)
+    except RecursionError as error:
+        raise invalid(None, "the body is nested too deeply", code="invalid_json") from error
+    except ValueError as error:
+        raise invalid(None, f"the body is not valid JSON: {error}", code="invalid_json") from error
+
+
+async def parse(request: Request, schema: type[B], limit: int) -> B:
+    data = await read_json(request, limit)
+    if not isinstance(data, dict):
+        raise invalid(None, "the body must be a JSON object", code="invalid_json")
+    try:
+        return schema.model_validate(data)
+    except ValidationError as error:
+        raise from_validation_error(error) from error
+    except RecursionError as error:
+        raise invalid(None, "the body is nested too deeply", code="invalid_json") from error
+
+
+def model_body(model: ServedModel, info: TargetInfo | None) -> dict[str, Any]:
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "s2d",
+        "max_model_len": info.max_model_len if info else None,
+        "dtype": info.dtype if info else None,
+        "architecture": info.architecture if info else None,
+        "backend": info.backend if info else None,
+        "drafters": list(info.drafters) if info else [],
+        "ready": model.ready,
+    }
+
+
+async def unary(work: Any, request: Request) -> Any:
+    """A short call to a worker, cancelled with its client; 503 when the worker does not answer."""
+    try:
+        return await until_disconnect(request, asyncio.wait_for(work, UNARY_TIMEOUT_S))
+    except TimeoutError as error:
+        raise not_ready("the target worker did not answer in time") from error
+
+
+async def known_prompt_ids(job: Job, client: ModelClient) -> list[tuple[int, ...] | None]:
+    """Ids of each prompt where the job asks to return them and the worker would not send them."""
+    ids: list[tuple[int, ...] | None] = []
+    for request in job.requests:
+        if not job.return_token_ids or request.echo:
+            ids.append(None)
+        elif request.messages is not None:
+            ids.append(await client.render_ids(request.messages, True))
+        elif request.prompt_text is not None:
+            ids.append(await client.tokenize(request.prompt_text, True))
+        else:
+            ids.append(request.prompt_ids)
+    return ids
+
+
+async def answer_job(
+    gateway: Gateway, request: Request, job: Job, body: ChatBody | CompletionBody
+) -> Response:
+    """Run a job and answer in the shape of its body's endpoint, streamed or whole."""
+    client = gateway.directory.find(job.model).client
+    chat = isinstance(body, ChatBody)
+    answer_id = job.job_id
+    prompt_ids: Sequence[tuple[int, ...] | None] = await unary(known_prompt_ids(job, client), request)
+    run = run_job(job, client, gateway.config.request_timeout_s, gateway.in_flight)
+    if not body.stream:
+        collected = (
+            openai_chat.collect(job, run, answer_id, prompt_ids[0])
+            if chat
+            else openai_completions.collect(job, run, answer_id, prompt_ids)
+        )
+        try:
+            return JsonResponse(await until_disconnect(request, collected))
+        finally:
+            await run.aclose()
+    try:
+        chunks = await until_disconnect(request, prefetch(run))
+    except BaseException:
+        await run.aclose()
+        raise
+    events = (
+        openai_chat.stream(job, chunks, answer_id, include_usage=body.include_usage, prompt_ids=prompt_ids[0])
+        if chat
+        else openai_completions.stream(
+            job, chunks, answer_id, include_usage=body.include_usage, prompt_ids=prompt_ids
+        )
+    )
+    return EventStreamResponse(events, on_close=run.aclose)
+
+
+def build_router(gateway: Gateway) -> APIRouter:
+    router = APIRouter()
+    limit = gateway.config.max_body_bytes
+
+    @router.get("/v1/models")
+    async def list_models() -> Response:
+        data = [model_body(m, m.last_info) for m in gateway.directory.all()]
+        return JsonResponse({"object": "list", "data": data})
+
+    @router.get("/v1/models/{model_id:path}")
+    async def get_model(model_id: str) -> Response:
+        model = gateway.directory.find(model_id)
+        return JsonResponse(model_body(model, model.last_info))
+
+    @router.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        body = await parse(request, ChatBody, limit)
+        _, info = await gateway.directory.ready_model(body.model)
+        return await answer_job(gateway, request, chat_job(body, info, new_id("chatcmpl")), body)
+
+    @router.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        body = await parse(request, CompletionBody, limit)
+        _, info = await gateway.directory.ready_model(body.model)
+        return await answer_job(gateway, request, completion_job(body, info, new_id("cmpl")), body)
+
+    @router.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        body = await parse(request, TokenizeBody, limit)
+        model, info = await gateway.directory.ready_model(gateway.named(body.model).name)
+        if body.messages is not None:
+            work = model.client.render_ids(chat_messages(body.messages), body.add_generation_prompt)
+        else:
+            work = model.client.tokenize(body.prompt or "", body.add_special_tokens)
+        tokens = await unary(work, request)
+        answer = {"count": len(tokens), "max_model_len": info.max_model_len, "tokens": list(tokens)}
+        return JsonResponse({**answer, "token_strs": None})
+
+    @router.post("/detokenize")
+    async def detokenize(request: Request) -> Response:
+        body = await parse(request, DetokenizeBody, limit)
+        model, info = await gateway.directory.ready_model(gateway.named(body.model).name)
+        check_token_ids(tuple(body.tokens), "tokens", info)
+        text = await unary(model.client.detokenize(body.tokens), request)
+        return JsonResponse({"prompt": text})
+
+    return router

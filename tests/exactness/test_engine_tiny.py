@@ -1,0 +1,231 @@
+"""The engine on a tiny random model: speculation, batching, caching and preemption never change ids."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from actors.drafting.nested import NestedDrafter
+from actors.drafting.prompt_lookup import PromptLookupDrafter
+from actors.drafting.token_recycling import TokenRecyclingDrafter
+from actors.engine.messages import EngineRequest
+from actors.engine.torch_engine import TorchEngine
+from actors.models.torch_llama import TorchLlamaRunner
+from actors.sampling.params import ParameterError, SamplingParams, SpeculationParams
+from tests.exactness.harness import Result, make_engine, run, tiny_llama, torch_runner
+
+OFF = SpeculationParams(enabled=False)
+TINY_LAYERS = 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("tiny"), layers=TINY_LAYERS)
+
+
+@pytest.fixture(scope="module")
+def runner(folder: Path) -> TorchLlamaRunner:
+    return torch_runner(folder)
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path, runner: TorchLlamaRunner) -> Iterator[TorchEngine]:
+    nested = NestedDrafter(torch_runner(folder), exits=(1, 2, TINY_LAYERS))
+    built = make_engine(runner, [PromptLookupDrafter(), TokenRecyclingDrafter(), nested])
+    yield built
+    built.close()
+
+
+def prompts(count: int, seed: int = 1) -> list[tuple[int, ...]]:
+    """Half repetitive, half random."""
+    rng = random.Random(seed)
+    made: list[tuple[int, ...]] = []
+    for index in range(count):
+        if index % 2:
+            made.append(tuple(rng.randrange(320) for _ in range(rng.randint(1, 70))))
+        else:
+            made.append(tuple(rng.randrange(320) for _ in range(rng.randint(2, 5))) * rng.randint(2, 12))
+    return made
+
+
+def request(name: str, prompt: tuple[int, ...], speculation: SpeculationParams = OFF, **sampling: object) -> EngineRequest:
+    fields = {"max_tokens": 40, "temperature": 0.0, **sampling}
+    return EngineRequest(name, prompt, SamplingParams(**fields), speculation)  # type: ignore[arg-type]
+
+
+def forced(length: int, drafter: str, exit_depth: int | None = None) -> SpeculationParams:
+    return SpeculationParams(max_draft_tokens=length, force=True, drafter=drafter, exit_depth=exit_depth)
+
+
+DRAFTERS = [("prompt_lookup", None), ("token_recycling", None), ("nested", 1), ("nested", TINY_LAYERS)]
+
+
+def solo(engine: TorchEngine, one: EngineRequest) -> Result:
+    return run(engine, [dataclasses.replace(one, speculation=OFF)])[one.request_id]
+
+
+def test_greedy_equals_transformers(engine: TorchEngine, folder: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(folder).eval()
+    for index, prompt in enumerate(prompts(8)):
+        ours = solo(engine, request(f"hf-{index}", prompt)).token_ids
+        with torch.inference_mode():
+            theirs = model.generate(
+                torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=40, do_sample=False
+            )
+        assert ours == theirs[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize(("drafter", "exit_depth"), DRAFTERS)
+@pytest.mark.parametrize("length", [1, 3, 8])
+def test_forced_drafts_change_nothing(engine: TorchEngine, drafter: str, exit_depth: int | None, length: int) -> None:
+    batch = [request(f"b{i}", p, forced(length, drafter, exit_depth)) for i, p in enumerate(prompts(16))]
+    together = run(engine, batch, arrive_every=2)
+    for one in batch:
+        alone = run(engine, [one])[one.request_id]
+        plain = solo(engine, one)
+        assert together[one.request_id].token_ids == plain.token_ids
+        assert alone.token_ids == plain.token_ids
+    assert sum(r.drafted for r in together.values()) > 0
+
+
+SAMPLED = [
+    {"temperature": 0.7, "seed": 1},
+    {"temperature": 1.0, "seed": -5, "top_p": 0.8},
+    {"temperature": 2.0, "seed": 2**62, "top_k": 20},
+    {"temperature": 1.0, "seed": 9, "min_p": 0.05},
+    {"temperature": 0.9, "seed": 4, "presence_penalty": 0.7, "frequency_penalty": 0.4, "repetition_penalty": 1.2},
+    {"temperature": 1.0, "seed": 7, "logit_bias": {3: 5.0, 9: -100.0}},
+    {"temperature": 0.0, "repetition_penalty": 1.3, "min_tokens": 10, "stop_token_ids": tuple(range(0, 320, 2))},
+]
+
+
+@pytest.mark.parametrize(("drafter", "exit_depth"), DRAFTERS)
+def test_sampled_drafts_change_nothing(engine: TorchEngine, drafter: str, exit_depth: int | None) -> None:
+    batch = [
+        request(f"s{i}-{j}", prompt, forced(3, drafter, exit_depth), **params)
+        for j, params in enumerate(SAMPLED)
+        for i, prompt in enumerate(prompts(2, seed=j))
+    ]
+    together = run(engine, batch, arrive_every=1)
+    for one in batch:
+        assert together[one.request_id].token_ids == solo(engine, one).token_ids, one.sampling
+
+
+@pytest.mark.parametrize("length", [1, 3, 5])
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 3}, {"temperature": 0.8, "top_p": 0.9, "top_k": 40}])
+def test_a_draft_equal_to_the_target_is_always_right(engine: TorchEngine, length: int, sampling: dict[str, object]) -> None:
+    one = request("full", prompts(1)[0], forced(length, "nested", TINY_LAYERS), max_tokens=220, **sampling)
+    result = run(engine, [one])["full"]
+    assert len(result.token_ids) == 220
+    assert result.drafted > 100
+    assert result.accepted == result.drafted
+
+
+def test_choices_differ_and_each_equals_its_solo_run(engine: TorchEngine) -> None:
+    choices = [
+        dataclasses.replace(request(f"n{c}", prompts(1)[0], forced(3, "nested", 2), temperature=1.0, seed=11), choice=c)
+        for c in range(3)
+    ]
+    together = run(engine, choices)
+    assert len({tuple(r.token_ids) for r in together.values()}) == 3
+    for one in choices:
+        assert together[one.request_id].token_ids == solo(engine, one).token_ids
+
+
+def test_a_request_resumes_with_the_same_ids(engine: TorchEngine) -> None:
+    one = request("r", prompts(2)[1], temperature=1.0, seed=5, presence_penalty=0.5)
+    whole = solo(engine, one).token_ids
+    resumed = dataclasses.replace(one, output_ids_so_far=tuple(whole[:17]))
+    assert solo(engine, resumed).token_ids == whole[17:]
+
+
+def test_warm_prefix_cache_equals_cold(engine: TorchEngine) -> None:
+    engine.reset_shared_state()
+    one = request("p", tuple(range(100)), forced(3, "token_recycling"))
+    cold = run(engine, [one])["p"]
+    warm = run(engine, [one])["p"]
+    assert (cold.cached_tokens, warm.cached_tokens) == (0, 96)
+    assert cold.token_ids == warm.token_ids
+
+
+def test_kv_for_three_serves_sixteen(runner: TorchLlamaRunner, folder: Path) -> None:
+    small = make_engine(torch_runner(folder, num_blocks=12, max_model_len=128), [PromptLookupDrafter()])
+    batch = [request(f"k{i}", p[:60], max_tokens=60) for i, p in enumerate(prompts(16, seed=3))]
+    batch = [dataclasses.replace(one, speculation=SpeculationParams()) for one in batch]
+    together = run(small, batch)
+    assert small.stats().preemptions > 0
+    assert small.stats().kv_blocks_used == 0
+    for one in batch:
+        assert together[one.request_id].token_ids == solo(small, one).token_ids
+
+
+def test_limits_of_the_context(folder: Path) -> None:
+    limit = 64
+    engine = make_engine(torch_runner(folder, num_blocks=8, max_model_len=limit), [PromptLookupDrafter()])
+    for length, expected in ((limit - 1, 1), (limit - 8, 8)):
+        one = request("edge", (1, 2) * (length // 2) + (1,) * (length % 2), forced(8, "prompt_lookup"))
+        result = run(engine, [one])["edge"]
+        assert (len(result.token_ids), result.finish_reason) == (expected, "length")
+        assert result.token_ids == solo(engine, one).token_ids
+    with pytest.raises(ParameterError, match="prompt: has 64 tokens"):
+        engine.add(request("over", (1,) * limit))
+    assert not engine.has_work()
+
+
+def test_ends_inside_an_accepted_block(engine: TorchEngine) -> None:
+    prompt = prompts(1)[0]
+    plain = solo(engine, request("e", prompt, max_tokens=40)).token_ids
+    for place in (1, 2, 5, 11):
+        stop = plain[place]
+        at = plain.index(stop)
+        for sampling in ({"stop_token_ids": (stop,)}, {"eos_token_ids": (stop,)}):
+            one = request("e", prompt, forced(5, "nested", TINY_LAYERS), max_tokens=40, logprobs=0, **sampling)
+            result = run(engine, [one])["e"]
+            assert result.token_ids == plain[: at + 1]
+            assert result.finish_reason == "stop"
+            assert [entry.token_id for entry in result.logprobs] == result.token_ids
+        ignoring = request("e", prompt, forced(5, "nested", TINY_LAYERS), eos_token_ids=(stop,), ignore_eos=True)
+        assert run(engine, [ignoring])["e"].token_ids == plain
+    for count in (1, 2, 4):
+        one = request("e", prompt, forced(5, "nested", TINY_LAYERS), max_tokens=count)
+        result = run(engine, [one])["e"]
+        assert (result.token_ids, result.finish_reason) == (plain[:count], "length")
+
+
+def test_logprobs_do_not_depend_on_speculation(engine: TorchEngine) -> None:
+    one = request("l", prompts(1)[0], forced(4, "nested", 2), temperature=1.0, seed=2, logprobs=3, top_k=5)
+    with_drafts, without = run(engine, [one])["l"], solo(engine, one)
+    assert [e.token_id for e in with_drafts.logprobs] == with_drafts.token_ids
+    for a, b in zip(with_drafts.logprobs, without.logprobs, strict=True):
+        assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
+        assert [t for t, _ in a.top] == [t for t, _ in b.top]
+
+
+def test_abort_frees_everything_at_once(engine: TorchEngine) -> None:
+    engine.reset_shared_state()
+    for index, prompt in enumerate(prompts(20)):
+        engine.add(request(f"a{index}", prompt, SpeculationParams(), max_tokens=200))
+    for _ in range(6):
+        engine.step()
+    for index in range(20):
+        engine.abort(f"a{index}")
+    stats = engine.stats()
+    assert (stats.running, stats.waiting, stats.kv_blocks_used) == (0, 0, 0)
+    assert not engine.has_work()
+
+
+def test_leviathan_is_reproducible_and_serves_every_drafter(engine: TorchEngine) -> None:
+    for drafter, depth in DRAFTERS:
+        speculation = dataclasses.replace(forced(3, drafter, depth), verification="leviathan")
+        one = request("v", prompts(1)[0], speculation, temperature=1.0, seed=8)
+        first, second = run(engine, [one])["v"], run(engine, [one])["v"]
+        assert len(first.token_ids) == 40
+        assert drafter == "token_recycling" or first.token_ids == second.token_ids
+    greedy = request("v", prompts(1)[0], dataclasses.replace(forced(3, "nested", 1), verification="leviathan"))
+    assert run(engine, [greedy])["v"].token_ids == solo(engine, greedy).token_ids

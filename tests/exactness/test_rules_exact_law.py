@@ -1,0 +1,213 @@
+"""Verification rules emit the target's law exactly: chi-square over a toy vocabulary.
+
+A two-token model: the law of the second token depends on the first. One draft is proposed for the first
+token; if it is accepted the same verification gives the second token, otherwise a plain step does. 50,000
+keys a case, all seeds fixed, so the p-values are constants of the code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+
+from actors.sampling.noise import DRAFT, GUMBEL, derive_key, gumbel, philox4x32, to_gumbel
+from actors.sampling.truncation import keep_at_least, survival_threshold
+from actors.verification.registry import get_rule
+from actors.verification.rule import DraftDistribution, VerificationRule
+
+SAMPLES = 50_000
+P_MIN = 1e-4
+VOCAB = 5
+POSITION = 17
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Drafts:
+    """One drafted token a key, and the distribution they were drawn from (none for deterministic drafts)."""
+
+    tokens: list[int]
+    q: tuple[DraftDistribution, ...] = ()
+
+
+Drafter = Callable[[Sequence[int]], Drafts]
+
+
+@pytest.fixture(scope="module")
+def keys() -> list[int]:
+    return [derive_key(seed, 0) for seed in range(SAMPLES)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> object:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def target_logits() -> tuple[Tensor, Tensor]:
+    """float32 [V] for the first token, [V, V] for the second given the first."""
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(VOCAB, generator=generator) * 1.2, torch.randn(VOCAB, VOCAB, generator=generator) * 1.2
+
+
+def draft_logits() -> Tensor:
+    """A draft that is related to the target and clearly differs from it."""
+    generator = torch.Generator().manual_seed(11)
+    return target_logits()[0] + torch.randn(VOCAB, generator=generator)
+
+
+def nucleus(row: Tensor, top_p: float) -> Array:
+    """The exact law by brute force: softmax, cut, renormalise."""
+    p = np.exp(row.double().numpy())
+    p /= p.sum()
+    order = np.argsort(-p)
+    size = int(np.searchsorted(np.cumsum(p[order]), top_p)) + 1
+    law = np.zeros_like(p)
+    law[order[:size]] = p[order[:size]]
+    return law / law.sum()
+
+
+def processed(row: Tensor, top_p: float) -> Tensor:
+    out = row.clone()
+    keep_at_least(out, survival_threshold(out, top_p=top_p))
+    return out
+
+
+def noise_table(keys: Sequence[int], stream: int) -> Tensor:
+    """float32 [N, V]: the noise of each key at `POSITION`, by the tensor form of the generator."""
+    words = torch.tensor([(key & 0xFFFFFFFF, key >> 32) for key in keys])
+    lanes = [
+        word
+        for block in range((VOCAB + 3) // 4)
+        for word in philox4x32((block, POSITION, 0, stream), (words[:, 0], words[:, 1]))
+    ]
+    table = to_gumbel(torch.stack([torch.as_tensor(lane) for lane in lanes[:VOCAB]], dim=1))
+    assert torch.equal(table[7], gumbel(keys[7], POSITION, VOCAB, stream=stream))
+    return table
+
+
+def coupled_drafter(keys: Sequence[int]) -> Drafts:
+    """Adds the target's noise to its own logits."""
+    return Drafts((draft_logits() + noise_table(keys, GUMBEL)).argmax(1).tolist())
+
+
+def wrong_drafter(keys: Sequence[int]) -> Drafts:
+    """Always the target's least likely token."""
+    return Drafts([int(target_logits()[0].argmin())] * len(keys))
+
+
+def likely_drafter(keys: Sequence[int]) -> Drafts:
+    """Always the target's most likely token."""
+    return Drafts([int(target_logits()[0].argmax())] * len(keys))
+
+
+def sampled_drafter(keys: Sequence[int], top_m: int = VOCAB) -> Drafts:
+    """Draws from its own renormalised top-m and ships those pairs."""
+    values, ids = draft_logits().topk(top_m)
+    tokens = ids[(values + noise_table(keys, DRAFT)[:, ids]).argmax(1)].tolist()
+    return Drafts(tokens, ((tuple(ids.tolist()), tuple(torch.softmax(values, 0).tolist())),))
+
+
+def emit(
+    rule: VerificationRule, rows: Tensor, second: Tensor, key: int, draft: int, q: Sequence[DraftDistribution]
+) -> tuple[int, int, bool]:
+    """The first two tokens of one request, and whether its draft was accepted."""
+    verdict = rule.verify(rows, (draft,), q, key=key, first_position=POSITION, greedy=False)
+    token = verdict.next_token
+    if verdict.accepted:
+        return draft, token, True
+    plain = rule.verify(second[token : token + 1], (), (), key=key, first_position=POSITION + 1, greedy=False)
+    return token, plain.next_token, False
+
+
+def p_value(counts: npt.NDArray[np.int64], law: Array) -> float:
+    """Chi-square of counts against probabilities; 0 when something impossible was seen."""
+    possible = law > 0
+    if counts[~possible].any():
+        return 0.0
+    if possible.sum() == 1:
+        return 1.0
+    expected = law[possible] * counts.sum()
+    rare = expected < 5
+    observed = counts[possible]
+    if rare.any():
+        observed = np.append(observed[~rare], observed[rare].sum())
+        expected = np.append(expected[~rare], expected[rare].sum())
+    return float(stats.chisquare(observed, expected).pvalue)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    p_first: float
+    p_joint: float
+    acceptance: float
+
+
+def run(rule: VerificationRule, drafter: Drafter, top_p: float, keys: Sequence[int]) -> Outcome:
+    first_logits, second_logits = target_logits()
+    first = processed(first_logits, top_p)
+    second = torch.stack([processed(row, top_p) for row in second_logits])
+    blocks = [torch.stack((first, row)) for row in second]
+    drafts = drafter(keys)
+    counts = np.zeros((VOCAB, VOCAB), dtype=np.int64)
+    accepted = 0
+    for key, draft in zip(keys, drafts.tokens, strict=True):
+        a, b, hit = emit(rule, blocks[draft], second, key, draft, drafts.q)
+        counts[a, b] += 1
+        accepted += hit
+    law = nucleus(first_logits, top_p)
+    joint = law[:, None] * np.stack([nucleus(row, top_p) for row in second_logits])
+    return Outcome(p_value(counts.sum(1), law), p_value(counts.ravel(), joint.ravel()), accepted / len(keys))
+
+
+def top_2_drafter(keys: Sequence[int]) -> Drafts:
+    return sampled_drafter(keys, 2)
+
+
+@pytest.mark.parametrize(
+    ("rule", "drafter", "top_p"),
+    [
+        ("coupled", coupled_drafter, 1.0),
+        ("coupled", coupled_drafter, 0.8),
+        ("coupled", wrong_drafter, 1.0),
+        ("leviathan", sampled_drafter, 1.0),
+        ("leviathan", sampled_drafter, 0.8),
+        ("leviathan", top_2_drafter, 1.0),
+        ("leviathan", coupled_drafter, 1.0),
+        ("leviathan", likely_drafter, 0.8),
+        ("leviathan", wrong_drafter, 0.8),
+    ],
+)
+def test_rule_emits_the_target_law(rule: str, drafter: Drafter, top_p: float, keys: list[int]) -> None:
+    outcome = run(get_rule(rule), drafter, top_p, keys)
+    assert outcome.p_first >= P_MIN
+    assert outcome.p_joint >= P_MIN
+    if drafter is not wrong_drafter:
+        # Both branches of the rule were taken.
+        assert 0.2 < outcome.acceptance < 0.99
+    if rule == "leviathan" and drafter is sampled_drafter:
+        # Acceptance is sum min(p, q): corollary 3.6 of arXiv 2211.17192.
+        expected = np.minimum(nucleus(target_logits()[0], top_p), nucleus(draft_logits(), 1.0)).sum()
+        assert outcome.acceptance == pytest.approx(expected, abs=4 * np.sqrt(0.25 / len(keys)))
+
+
+def test_the_published_chain_defect_is_caught(keys: list[int]) -> None:
+    """Argmax drafts judged with p/q are not lossless: p=(.5,.3,.2), q=(.6,.3,.1) give (.833, 0, .167)."""
+    p, q = np.array([0.5, 0.3, 0.2]), (0.6, 0.3, 0.1)
+    rule = get_rule("leviathan")
+    scores = torch.tensor(np.log(np.stack((p, p)))).float()
+    counts = np.zeros(3, dtype=np.int64)
+    for key in keys:
+        verdict = rule.verify(scores, (0,), (((0, 1, 2), q),), key=key, first_position=3, greedy=False)
+        counts[0 if verdict.accepted else verdict.next_token] += 1
+    assert p_value(counts, p) < 1e-100
+    assert counts / SAMPLES == pytest.approx([5 / 6, 0, 1 / 6], abs=0.01)

@@ -1,0 +1,345 @@
+"""Model-free drafters, the pool that chooses among drafters, and the sources that run in-process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from actors.drafting.acceptance import RunningAcceptance, confirmed_prefix
+from actors.drafting.errors import DrafterError
+from actors.drafting.fallback_source import FallbackDraftSource
+from actors.drafting.interface import (
+    DraftQuery,
+    DraftSampling,
+    SessionDraft,
+    SessionOpen,
+    SessionUpdate,
+)
+from actors.drafting.local_source import LocalDraftSource
+from actors.drafting.prompt_lookup import PromptLookupDrafter
+from actors.drafting.selector import DrafterPool
+from actors.drafting.token_recycling import MAX_VOCAB, TokenRecyclingDrafter
+from actors.sampling.params import MAX_DRAFT_TOKENS
+
+SAMPLING = DraftSampling(key=1)
+
+
+def session(sid: int, tokens: Sequence[int], epoch: int = 0) -> SessionOpen:
+    return SessionOpen(sid, tuple(tokens), len(tokens), SAMPLING, epoch)
+
+
+def guess(drafter, sid: int = 0, budget: int = 4) -> tuple[int, ...]:  # type: ignore[no-untyped-def]
+    (draft,) = drafter.propose([DraftQuery(sid, 1, budget)])
+    return draft.token_ids
+
+
+def lookup(tokens: Sequence[int], budget: int = 4, **options: int) -> tuple[int, ...]:
+    drafter = PromptLookupDrafter(**options)
+    drafter.open(session(0, tokens))
+    return guess(drafter, budget=budget)
+
+
+def test_prompt_lookup_copies_what_followed_the_suffix() -> None:
+    assert lookup([1, 2, 3, 4, 5, 6, 9, 2, 3]) == (4, 5, 6, 9)
+    assert lookup([1, 2, 3, 4]) == ()
+    assert lookup([5]) == ()
+
+
+def test_prompt_lookup_prefers_the_longest_then_the_most_recent_match() -> None:
+    assert lookup([7, 1, 2, 30, 8, 1, 2, 40, 7, 1, 2], budget=1) == (30,)
+    assert lookup([7, 1, 2, 30, 8, 1, 2, 40, 9, 1, 2], budget=1) == (40,)
+
+
+def test_prompt_lookup_continues_periodic_text() -> None:
+    assert lookup([1, 2, 3, 1, 2, 3], budget=8) == (1, 2, 3, 1, 2, 3, 1, 2)
+    assert lookup([4, 4, 4], budget=5) == (4,) * 5
+
+
+@given(
+    tokens=st.lists(st.integers(0, 3), min_size=1, max_size=60),
+    cuts=st.lists(st.integers(1, 59), max_size=4),
+    budget=st.integers(1, 6),
+)
+def test_prompt_lookup_equals_a_search_of_everything(tokens: list[int], cuts: list[int], budget: int) -> None:
+    """Against brute force; growing by commits gives what opening with all tokens gives."""
+    low, high = 2, 5
+    drafter = PromptLookupDrafter(low, high, max_candidates=1000)
+    bounds = sorted({c for c in cuts if c < len(tokens)} | {len(tokens)})
+    drafter.open(session(0, tokens[: bounds[0]]))
+    for a, b in pairwise(bounds):
+        guess(drafter)
+        drafter.commit(0, tokens[a:b])
+    best, at = 0, -1
+    for i in range(1, len(tokens)):
+        length = 0
+        while length < min(high, i) and tokens[i - 1 - length] == tokens[len(tokens) - 1 - length]:
+            length += 1
+        if length >= low and length >= best:
+            best, at = length, i
+    expected: list[int] = []
+    while at >= 0 and len(expected) < budget:
+        expected.append((tokens + expected)[at + len(expected)])
+    assert guess(drafter, budget=budget) == tuple(expected)
+
+
+def test_prompt_lookup_cost_does_not_grow_with_the_context() -> None:
+    def round_time(length: int) -> float:
+        drafter = PromptLookupDrafter()
+        drafter.open(session(0, [i % 50 for i in range(length)]))
+        best = float("inf")
+        for _ in range(5):
+            started = time.perf_counter()
+            for _ in range(200):
+                drafter.commit(0, [7, 8, 9])
+                guess(drafter, budget=8)
+            best = min(best, time.perf_counter() - started)
+        return best
+
+    assert round_time(200_000) < 8 * round_time(2_000)
+
+
+def test_confidence_follows_acceptance() -> None:
+    drafter = PromptLookupDrafter()
+    drafter.open(session(0, [1, 2, 3, 4] * 4))
+    (before,) = drafter.propose([DraftQuery(0, 1, 3)])
+    for i in range(30):
+        drafter.propose([DraftQuery(0, 1, 3)])
+        drafter.commit(0, [100 + i, 1, 2, 3, 4])
+    (after,) = drafter.propose([DraftQuery(0, 1, 3)])
+    assert len(before.confidence) == 3
+    assert after.confidence[0] < before.confidence[0]
+    drafter.reset()
+    (again,) = drafter.propose([DraftQuery(0, 1, 3)])
+    assert again.confidence[0] > after.confidence[0]
+
+
+def test_confirmed_prefix() -> None:
+    assert confirmed_prefix([1, 2, 3], [1, 2, 3, 4]) == (3, False)
+    assert confirmed_prefix([1, 2, 3], [1, 9]) == (1, True)
+    assert confirmed_prefix([1, 2, 3], [1, 2]) == (2, False)
+    acceptance = RunningAcceptance([0.5])
+    for _ in range(2000):
+        acceptance.observe_draft([0, 1], 2, False)
+    assert acceptance.probability(7) > 0.95
+
+
+def test_token_recycling_learns_and_follows_the_best_chain() -> None:
+    drafter = TokenRecyclingDrafter(width=3, vocab_size=8)
+    drafter.open(session(0, [1]))
+    drafter.open(session(1, [2]))
+    assert guess(drafter) == ()
+    drafter.commit(0, [1], [(1, (2, 9, 9)), (2, (3,)), (3, (5000, 1, 1, 1, 1))])
+    assert guess(drafter, 0) == (2, 3, 5000)
+    assert guess(drafter, 1) == (3, 5000), "rows are shared by sessions"
+    drafter.commit(0, [], [(2, (7,))])
+    assert guess(drafter, 0) == (2, 7), "the last candidates win"
+    assert drafter.known_rows == 3
+    drafter.commit(1, [6000], [(6000, (1,)), (MAX_VOCAB, (1,)), (4, ())])
+    assert guess(drafter, 1, budget=2) == (1, 2), "the matrix grows"
+    assert drafter.known_rows == 4
+    drafter.reset()
+    assert guess(drafter, 0) == ()
+    assert drafter.known_rows == 0
+
+
+class Fixed:
+    """Proposes a constant; `broken` sessions make it raise."""
+
+    learns = False
+
+    def __init__(self, name: str, token: int | None, exits: tuple[int, ...] = ()) -> None:
+        self.name = name
+        self.token = token
+        self.broken: set[int] = set()
+        self.sessions: set[int] = set()
+        self.work_left = 0
+        if exits:
+            self.exits = exits
+
+    def open(self, session: SessionOpen) -> None:
+        self.sessions.add(session.session_id)
+
+    def commit(self, session_id: int, new_tokens: Sequence[int], candidates: object = ()) -> None:
+        assert session_id in self.sessions
+
+    def propose(self, queries: Sequence[DraftQuery]) -> list[SessionDraft]:
+        if any(q.session_id in self.broken for q in queries):
+            raise RuntimeError("broken on purpose")
+        tokens = () if self.token is None else (self.token,)
+        return [SessionDraft(q.session_id, q.epoch, tokens * q.budget, drafter=self.name) for q in queries]
+
+    def close(self, session_id: int) -> None:
+        self.sessions.discard(session_id)
+
+    def reset(self) -> None:
+        self.broken.clear()
+
+    def work(self) -> bool:
+        self.work_left -= 1
+        return self.work_left >= 0
+
+
+def ask(pool: DrafterPool, *updates: SessionUpdate) -> list[SessionDraft]:
+    for update in updates:
+        pool.apply(update)
+    return pool.propose(updates)
+
+
+def wish(sid: int, epoch: int = 1, budget: int = 2, **fields: object) -> SessionUpdate:
+    return replace(SessionUpdate(sid, epoch, (), budget), **fields)  # type: ignore[arg-type]
+
+
+def test_pool_takes_the_first_drafter_with_a_guess() -> None:
+    pool = DrafterPool([PromptLookupDrafter(), TokenRecyclingDrafter()])
+    pool.open(session(0, [1, 2, 3, 1, 2]))
+    pool.open(session(1, [8, 9]))
+    pool.open(session(2, [50]))
+    drafts = ask(pool, wish(0), wish(1, candidates=((9, (4,)), (4, (6,)))), wish(2))
+    assert [(d.drafter, d.token_ids) for d in drafts] == [
+        ("prompt_lookup", (3, 1)),
+        ("token_recycling", (4, 6)),
+        ("", ()),
+    ]
+    assert all(d.error is None for d in drafts)
+    (pinned,) = ask(pool, wish(0, 2, drafter="token_recycling"))
+    assert pinned.token_ids == ()
+    assert pool.wants_candidates == 8
+
+
+def test_pool_refuses_what_it_does_not_have() -> None:
+    pool = DrafterPool([Fixed("a", 1), Fixed("n", 2, exits=(2, 4))])
+    pool.open(session(0, [1]))
+    errors = [
+        ask(pool, wish(0, i + 1, **pin))[0].error
+        for i, pin in enumerate(
+            (
+                {"drafter": "x"},
+                {"exit_depth": 3},
+                {"drafter": "a", "exit_depth": 2},
+                {"exit_depth": 4},
+                {"drafter": "n", "exit_depth": 2},
+            )
+        )
+    ]
+    assert errors == ["unsupported", "unsupported", "unsupported", None, None]
+    assert ask(pool, wish(0, 6, exit_depth=4))[0].drafter == "n"
+    with pytest.raises(DrafterError, match="does not follow"):
+        pool.apply(wish(0, 6))
+    with pytest.raises(DrafterError) as caught:
+        pool.apply(wish(5))
+    assert caught.value.code == "unknown_session"
+
+
+def test_pool_caps_budgets_and_sessions() -> None:
+    pool = DrafterPool([Fixed("a", 1)], max_sessions=1)
+    pool.open(session(0, [1]))
+    assert len(ask(pool, wish(0, budget=10_000))[0].token_ids) == MAX_DRAFT_TOKENS
+    assert ask(pool, wish(0, 2, budget=0))[0].token_ids == ()
+    with pytest.raises(DrafterError) as caught:
+        pool.open(session(1, [1]))
+    assert caught.value.code == "capacity"
+    pool.open(session(0, [1, 2]))
+    assert pool.num_sessions == 1
+
+
+def test_a_failing_drafter_costs_its_sessions_only(caplog: pytest.LogCaptureFixture) -> None:
+    bad, good = Fixed("bad", 1), Fixed("good", 2)
+    pool = DrafterPool([bad, good])
+    for sid in range(3):
+        pool.open(session(sid, [1]))
+    bad.broken = {1}
+    drafts = ask(pool, *(wish(sid) for sid in range(3)))
+    assert [d.drafter for d in drafts] == ["bad", "good", "bad"]
+    assert "broken on purpose" in caplog.text
+    (pinned,) = ask(pool, wish(1, 2, drafter="bad"))
+    assert pinned.error == "unknown_session"
+    assert ask(pool, wish(1, 3))[0].drafter == "good"
+    (other,) = ask(pool, wish(0, 2, drafter="bad"))
+    assert other.token_ids == (1, 1)
+    bad.broken = {0}
+    (failed,) = ask(pool, wish(0, 3, drafter="bad"))
+    assert failed.error == "internal"
+    bad.broken = set()
+    pool.open(session(0, [1], epoch=3))
+    assert ask(pool, wish(0, 4, drafter="bad"))[0].token_ids == (1, 1)
+    for sid in range(3):
+        pool.close(sid)
+    assert bad.sessions == good.sessions == set()
+
+
+def test_pool_does_background_work_until_there_is_none() -> None:
+    drafter = Fixed("a", 1)
+    drafter.work_left = 2
+    pool = DrafterPool([drafter])
+    assert [pool.work(), pool.work(), pool.work()] == [True, True, False]
+
+
+def test_local_source_drafts_for_what_is_collected() -> None:
+    source = LocalDraftSource(DrafterPool([PromptLookupDrafter(), TokenRecyclingDrafter()], max_sessions=2))
+    source.open(session(0, [1, 2, 3, 1]))
+    source.open(session(1, [5]))
+    source.open(session(2, [5]))
+    source.submit([wish(0, 1, new_tokens=(2,)), wish(1), wish(2)])
+    drafts = source.collect({0: 1, 1: 1, 2: 1}, 0.0)
+    assert drafts[0].token_ids == (3, 1)
+    assert drafts[1].token_ids == ()
+    assert drafts[2].error == "capacity"
+    assert 0 not in source.collect({0: 7}, 0.0), "an epoch that was never submitted"
+    source.submit([wish(0, 2, new_tokens=(3,))])
+    assert source.collect({0: 2}, 0.0)[0].token_ids == (1, 2)
+    source.close_session(0)
+    source.open(session(3, [1, 2, 1]))
+    source.submit([wish(3, new_tokens=(2,))])
+    assert source.collect({3: 1}, 0.0)[3].token_ids == (1, 2)
+    source.close()
+    assert source.stats()["sessions"] == 0
+
+
+class Away:
+    """A remote source that answers while it is connected."""
+
+    drafters = ("nested",)
+    wants_candidates = 0
+
+    def __init__(self) -> None:
+        self.connected = True
+
+    def open(self, session: SessionOpen) -> None: ...
+    def submit(self, updates: Sequence[SessionUpdate]) -> None: ...
+    def close_session(self, session_id: int) -> None: ...
+    def reset(self) -> None: ...
+    def close(self) -> None: ...
+
+    def collect(self, wanted: Mapping[int, int], timeout_s: float) -> dict[int, SessionDraft]:
+        if not self.connected:
+            return {}
+        return {sid: SessionDraft(sid, epoch, (77,), drafter="nested") for sid, epoch in wanted.items()}
+
+    def stats(self) -> dict[str, object]:
+        return {"connected": self.connected}
+
+
+def test_fallback_takes_over_in_step_while_the_remote_is_away() -> None:
+    remote = Away()
+    source = FallbackDraftSource(remote, LocalDraftSource(DrafterPool([PromptLookupDrafter()])))
+    assert tuple(source.drafters) == ("nested", "prompt_lookup")
+    source.open(session(0, [1, 2, 3]))
+    source.submit([wish(0, 1, new_tokens=(1,))])
+    assert source.collect({0: 1}, 0.1)[0].token_ids == (77,)
+    remote.connected = False
+    source.submit([wish(0, 2, new_tokens=(2,))])
+    assert source.collect({0: 2}, 0.1)[0].token_ids == (3, 1)
+    source.submit([wish(0, 3, drafter="nested")])
+    pinned = source.collect({0: 3}, 0.1)[0]
+    assert (pinned.token_ids, pinned.error) == ((), None)
+    remote.connected = True
+    source.submit([wish(0, 4)])
+    assert source.collect({0: 4}, 0.1)[0].token_ids == (77,)
+    assert source.stats()["fallback_rounds"] == 2
+    source.close()

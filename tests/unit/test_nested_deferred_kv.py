@@ -1,0 +1,297 @@
+"""Deferred KV gives the logits of a fresh pass, whatever was accepted, rejected, evicted or exited before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from actors.drafting.deferred_kv import DeferredKv
+from actors.drafting.draw import MAX_Q, draw_tokens
+from actors.drafting.errors import DrafterError
+from actors.drafting.interface import DraftQuery, DraftSampling, SessionDraft, SessionOpen
+from actors.drafting.nested import NestedDrafter
+from actors.models.llama_weights import LlamaLayerWeights, LlamaWeights
+from actors.models.runner import BLOCK_SIZE, ModelInfo, RaggedBatch
+from actors.models.torch_llama import TorchLlamaRunner
+from actors.sampling.noise import gumbel
+
+VOCAB, HIDDEN, LAYERS, HEADS, KV_HEADS, DIM, MAX_LEN = 48, 32, 6, 4, 2, 8, 256
+EXITS = (1, 3, LAYERS)
+GREEDY = DraftSampling(key=1)
+
+
+def _weights() -> LlamaWeights:
+    generator = torch.Generator().manual_seed(5)
+
+    def matrix(rows: int, columns: int) -> Tensor:
+        # Large enough that the argmax depends on the whole context.
+        return torch.randn(rows, columns, generator=generator) * 0.5
+
+    layers = tuple(
+        LlamaLayerWeights(
+            qkv=matrix((HEADS + 2 * KV_HEADS) * DIM, HIDDEN),
+            o=matrix(HIDDEN, HEADS * DIM),
+            gate_up=matrix(2 * HIDDEN, HIDDEN),
+            down=matrix(HIDDEN, HIDDEN),
+            input_norm=torch.ones(HIDDEN),
+            post_norm=torch.ones(HIDDEN),
+        )
+        for _ in range(LAYERS)
+    )
+    return LlamaWeights(
+        embed=matrix(VOCAB, HIDDEN),
+        layers=layers,
+        final_norm=torch.ones(HIDDEN),
+        head=matrix(VOCAB, HIDDEN),
+        inv_freq=1.0 / (10000.0 ** (torch.arange(0, DIM, 2).float() / DIM)),
+        attention_scaling=1.0,
+        rms_norm_eps=1e-5,
+        num_heads=HEADS,
+        num_kv_heads=KV_HEADS,
+        head_dim=DIM,
+        max_position=MAX_LEN,
+    )
+
+
+WEIGHTS = _weights()
+
+
+def runner(num_blocks: int = 64) -> TorchLlamaRunner:
+    shape = (LAYERS, HIDDEN, HEADS, KV_HEADS, DIM, VOCAB, MAX_LEN)
+    info = ModelInfo("tiny", "llama", *shape, torch.float32, torch.device("cpu"))
+    return TorchLlamaRunner(WEIGHTS, info, num_blocks, threads=1)
+
+
+_REFERENCE = runner(MAX_LEN // BLOCK_SIZE)
+
+
+def fresh_logits(tokens: Sequence[int], depth: int) -> Tensor:
+    """float32 [V] after the last token, from one pass of the first `depth` layers over everything."""
+    n = len(tokens)
+    batch = RaggedBatch(
+        token_ids=torch.tensor(tokens),
+        positions=torch.arange(n),
+        query_start=torch.tensor([0, n]),
+        context_lens=torch.tensor([n]),
+        block_tables=torch.arange(-(-n // BLOCK_SIZE), dtype=torch.int32)[None],
+        logit_rows=torch.tensor([n - 1]),
+    )
+    hidden = _REFERENCE.run_layers(_REFERENCE.embed(batch.token_ids), 0, depth, batch)
+    return _REFERENCE.logits(hidden[-1:])[0]
+
+
+class CheckedDrafter(NestedDrafter):
+    """Compares every row that it drafts from with a fresh pass."""
+
+    checked = 0
+
+    def _draw(self, logits, proposals, block):  # type: ignore[no-untyped-def]
+        for row, proposal in zip(logits, proposals, strict=True):
+            expected = fresh_logits(proposal.session.seq.tokens, self.exits[block])
+            torch.testing.assert_close(row, expected, atol=2e-3, rtol=1e-3)
+            self.checked += 1
+        super()._draw(logits, proposals, block)
+
+
+def open_session(
+    drafter: NestedDrafter, sid: int, tokens: Sequence[int], sampling: DraftSampling = GREEDY
+) -> None:
+    drafter.open(SessionOpen(sid, tuple(tokens), len(tokens), sampling))
+
+
+def propose(drafter: NestedDrafter, sid: int, budget: int, exit_depth: int | None = None) -> SessionDraft:
+    (draft,) = drafter.propose([DraftQuery(sid, 1, budget, exit_depth)])
+    return draft
+
+
+def absorb(drafter: NestedDrafter) -> None:
+    for _ in range(100):
+        if not drafter.work():
+            return
+    raise AssertionError("background work does not end")
+
+
+step = st.fixed_dictionaries(
+    {
+        "asks": st.lists(
+            st.tuples(st.integers(0, 2), st.integers(1, 5), st.sampled_from((None, *EXITS))),
+            min_size=1,
+            max_size=3,
+            unique_by=lambda ask: ask[0],
+        ),
+        "accept": st.integers(0, 5),
+        "corrections": st.lists(st.integers(0, VOCAB - 1), min_size=0, max_size=3),
+        "work": st.booleans(),
+        "reopen": st.booleans(),
+    }
+)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    prompts=st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=70), min_size=3, max_size=3),
+    history=st.lists(step, min_size=1, max_size=8),
+    thresholds=st.sampled_from((None, (0.3, 0.3), (0.0, 0.0), (1.0, 1.0))),
+    blocks=st.sampled_from((6, 64)),
+)
+def test_drafting_logits_equal_a_fresh_pass(prompts, history, thresholds, blocks):  # type: ignore[no-untyped-def]
+    drafter = CheckedDrafter(
+        runner(blocks), EXITS, thresholds=thresholds, prefill_chunk=16, catch_up=24, keep_rounds=1
+    )
+    truth = [list(p) for p in prompts]
+    for sid, tokens in enumerate(truth):
+        open_session(drafter, sid, tokens)
+    for do in history:
+        if do["work"]:
+            absorb(drafter)
+        drafts = drafter.propose([DraftQuery(sid, 1, budget, depth) for sid, budget, depth in do["asks"]])
+        for (sid, budget, _), draft in zip(do["asks"], drafts, strict=True):
+            assert len(draft.token_ids) <= budget
+            # Accepted drafts, then the target's own tokens (none: the verdict was cut short).
+            new = [*draft.token_ids[: do["accept"]], *do["corrections"]]
+            drafter.commit(sid, new)
+            truth[sid].extend(new)
+        if do["reopen"]:
+            sid = do["asks"][0][0]
+            open_session(drafter, sid, truth[sid])
+    absorb(drafter)
+    before = drafter.checked
+    final = drafter.propose([DraftQuery(sid, 1, 3) for sid in range(3)])
+    assert blocks == 6 or all(len(d.token_ids) == 3 for d in final)
+    assert drafter.checked - before == sum(len(d.token_ids) for d in final)
+    for sid in range(3):
+        drafter.close(sid)
+    assert drafter.kv_blocks_used == 0
+
+
+def test_full_depth_draft_is_the_targets_own_continuation() -> None:
+    sampling = DraftSampling(key=77, temperature=0.9, top_k=20, top_p=0.9, min_p=0.01)
+    for mode in (GREEDY, sampling):
+        drafter = NestedDrafter(runner(), EXITS)
+        tokens = [3, 1, 4, 1, 5]
+        open_session(drafter, 0, tokens, mode)
+        for round_ in range(6):
+            draft = propose(drafter, 0, 1 + round_ % 5, exit_depth=LAYERS)
+            assert draft.exit_depth == LAYERS
+            for token in draft.token_ids:
+                (expected,) = draw_tokens(fresh_logits(tokens, LAYERS)[None], [mode], [len(tokens)])
+                assert token == expected.token_id
+                tokens.append(token)
+            drafter.commit(0, draft.token_ids)
+
+
+def test_shallow_tokens_have_no_kv_in_deeper_blocks_until_asked() -> None:
+    kv = DeferredKv(runner(), EXITS)
+    seq = kv.new_sequence([1, 2, 3, 4])
+    kv.reserve(seq, 4)
+    kv.advance([seq], 0, [4])
+    assert seq.lengths == [4, 0, 0]
+    assert [seq.waiting(b) for b in range(3)] == [0, 4, 0]
+    kv.advance([seq], 1, [4])
+    seq.rollback(2)
+    assert seq.lengths == [2, 2, 0]
+    assert seq.waiting(2) == 2
+    hidden = kv.advance([seq], 2, [2])
+    torch.testing.assert_close(kv.logits(hidden)[0], fresh_logits([1, 2], LAYERS), atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="wait for block"):
+        kv.advance([seq], 2, [1])
+
+
+def test_commit_keeps_the_longest_common_prefix() -> None:
+    drafter = NestedDrafter(runner(), EXITS)
+    open_session(drafter, 0, [1, 2, 3])
+    draft = propose(drafter, 0, 4).token_ids
+    wrong = (draft[2] + 1) % VOCAB
+    drafter.commit(0, [*draft[:2], wrong])
+    seq = drafter._sessions[0].seq
+    assert seq.tokens == [1, 2, 3, *draft[:2], wrong]
+    assert seq.lengths[0] == 5
+
+
+def test_long_prompts_are_absorbed_in_the_background_only() -> None:
+    drafter = NestedDrafter(runner(), EXITS, prefill_chunk=16, catch_up=20)
+    open_session(drafter, 0, [i % VOCAB for i in range(100)])
+    assert propose(drafter, 0, 3).token_ids == ()
+    chunks = 0
+    while drafter.work():
+        chunks += 1
+    assert chunks >= 5
+    assert len(propose(drafter, 0, 3).token_ids) == 3
+    # A deeper exit has its own backlog: it waits for the background, then drafts.
+    assert propose(drafter, 0, 3, exit_depth=LAYERS).token_ids == ()
+    absorb(drafter)
+    assert len(propose(drafter, 0, 3, exit_depth=LAYERS).token_ids) == 3
+
+
+def test_thresholds_choose_the_exit() -> None:
+    for taus, depth in (((0.0, 0.0), 1), ((1.0, 0.0), 3), ((1.0, 1.0), LAYERS)):
+        drafter = NestedDrafter(runner(), EXITS, thresholds=taus)
+        open_session(drafter, 0, [7, 8, 9])
+        assert propose(drafter, 0, 1).exit_depth == depth
+
+
+def test_a_full_pool_refuses_sessions_in_use_and_evicts_idle_ones() -> None:
+    drafter = NestedDrafter(runner(num_blocks=2), EXITS, catch_up=40, keep_rounds=3)
+    prompt = [i % VOCAB for i in range(30)]
+    for sid in range(3):
+        open_session(drafter, sid, prompt)
+    drafts = drafter.propose([DraftQuery(sid, 1, 2) for sid in range(3)])
+    assert [d.error for d in drafts] == [None, None, "capacity"]
+    assert [len(d.token_ids) for d in drafts] == [2, 2, 0]
+    for _ in range(5):
+        assert len(propose(drafter, 0, 2).token_ids) == 2
+    assert len(propose(drafter, 2, 2).token_ids) == 2
+    assert drafter._sessions[1].parked
+    assert not drafter.work()
+    drafter.close(0)
+    assert len(propose(drafter, 1, 2).token_ids) == 2
+
+
+def test_limits_and_errors() -> None:
+    drafter = NestedDrafter(runner(), EXITS, max_sessions=1, catch_up=MAX_LEN)
+    open_session(drafter, 0, [1] * (MAX_LEN - 2))
+    assert len(propose(drafter, 0, 8).token_ids) == 2
+    with pytest.raises(DrafterError) as caught:
+        open_session(drafter, 1, [1])
+    assert caught.value.code == "capacity"
+    assert propose(drafter, 0, 1, exit_depth=2).error == "unsupported"
+    with pytest.raises(DrafterError) as caught:
+        propose(drafter, 9, 1)
+    assert caught.value.code == "unknown_session"
+    for exits in ((), (3, 1), (0, 1), (1, LAYERS + 1)):
+        with pytest.raises(ValueError, match="exits"):
+            NestedDrafter(runner(1), exits)
+
+
+def test_coupled_draws_use_the_targets_noise() -> None:
+    logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(0))
+    sampling = DraftSampling(key=123, temperature=0.7)
+    for position in range(20):
+        (draw,) = draw_tokens(logits[None], [sampling], [position])
+        assert draw.q is None
+        assert draw.token_id == int((logits / 0.7 + gumbel(123, position, VOCAB)).argmax())
+
+
+def test_leviathan_draws_follow_the_shipped_distribution() -> None:
+    logits = torch.randn(200, generator=torch.Generator().manual_seed(1)) * 2
+    sampling = DraftSampling(key=9, temperature=1.0, rule="leviathan")
+    draws = draw_tokens(logits.repeat(1500, 1), [sampling] * 1500, range(1500))
+    ids, probabilities = draws[0].q or ((), ())
+    assert len(ids) == MAX_Q
+    assert sum(probabilities) == pytest.approx(1.0, abs=1e-5)
+    assert set(ids) == set(logits.topk(MAX_Q).indices.tolist())
+    counts = dict.fromkeys(ids, 0)
+    for draw in draws:
+        counts[draw.token_id] += 1
+    # Pearson's statistic over the ids that expect at least 5 draws: mean n, deviation sqrt(2 n).
+    cells = [(counts[i], p * 1500) for i, p in zip(ids, probabilities, strict=True) if p * 1500 >= 5]
+    statistic = sum((seen - mean) ** 2 / mean for seen, mean in cells)
+    assert abs(statistic - len(cells)) < 5 * (2 * len(cells)) ** 0.5
+    (greedy,) = draw_tokens(logits[None], [DraftSampling(key=9, rule="leviathan")], [0])
+    assert greedy.q is None
+    assert greedy.token_id == int(logits.argmax())
