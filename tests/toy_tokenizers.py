@@ -29,9 +29,7 @@ def _save(folder: Path, backend: Tokenizer, template: str | None, end_ids: objec
     return folder
 
 
-def byte_level_folder(
-    folder: Path, template: str | None = CHAT_TEMPLATE, end_ids: object = EOS
-) -> Path:
+def byte_level_folder(folder: Path, template: str | None = CHAT_TEMPLATE, end_ids: object = EOS) -> Path:
     """Byte-level BPE: ids 0-2 special, 256 bytes, then a few merges that cross word and character borders."""
     chars = {byte: char for char, byte in byte_level_alphabet().items()}
 
@@ -42,8 +40,16 @@ def byte_level_folder(
     for byte in range(256):
         vocab[chars[byte]] = len(vocab)
     merges: list[tuple[str, str]] = []
-    for left, right in ((b"e", b"n"), (b"en", b"d"), (b" ", b"t"), (b"\xf0", b"\x9f"), (b"\x82", b"\xac"),
-                        (b"o", b"k"), (b"d", b"!"), (b"end", b"!")):
+    for left, right in (
+        (b"e", b"n"),
+        (b"en", b"d"),
+        (b" ", b"t"),
+        (b"\xf0", b"\x9f"),
+        (b"\x82", b"\xac"),
+        (b"o", b"k"),
+        (b"d", b"!"),
+        (b"end", b"!"),
+    ):
         merges.append((spell(left), spell(right)))
         vocab[spell(left + right)] = len(vocab)
     backend = Tokenizer(models.BPE(vocab=vocab, merges=merges))
@@ -57,18 +63,32 @@ def byte_fallback_folder(folder: Path, metaspace: bool = False) -> Path:
     vocab = {token: i for i, token in enumerate(SPECIALS)}
     for byte in range(256):
         vocab[f"<0x{byte:02X}>"] = len(vocab)
-    for piece in (SPACE_MARK, *"abcdefghijklmnopqrstuvwxyz.!é", "th", "the", SPACE_MARK + "the", SPACE_MARK * 2):
+    for piece in (
+        SPACE_MARK,
+        *"abcdefghijklmnopqrstuvwxyz.!é",
+        "th",
+        "the",
+        SPACE_MARK + "the",
+        SPACE_MARK * 2,
+    ):
         vocab.setdefault(piece, len(vocab))
     merges = [("t", "h"), ("th", "e"), (SPACE_MARK, "the"), (SPACE_MARK, SPACE_MARK)]
     backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=True, unk_token=None))
     if metaspace:
         backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
-        backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="always")])
+        backend.decoder = decoders.Sequence(
+            [decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="always")]
+        )
     else:
         backend.normalizer = normalizers.Sequence(
             [normalizers.Prepend(SPACE_MARK), normalizers.Replace(" ", SPACE_MARK)]
         )
         backend.decoder = decoders.Sequence(
-            [decoders.Replace(SPACE_MARK, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+            [
+                decoders.Replace(SPACE_MARK, " "),
+                decoders.ByteFallback(),
+                decoders.Fuse(),
+                decoders.Strip(" ", 1, 0),
+            ]
         )
     return _save(folder, backend, None, [EOS, PAD])

@@ -6,9 +6,10 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
+from actors.drafting.codec import SCOPE_SHIFT
 from actors.drafting.errors import DrafterError
 from actors.drafting.interface import SessionDraft, SessionOpen, SessionUpdate
 from actors.drafting.selector import DrafterPool
@@ -21,8 +22,11 @@ _IDLE_S = 0.25
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One target worker's message, decoded. `deadline` is monotonic time in seconds after which drafts are
-    useless (infinite for none). `reply` is called once, from the drafting thread or from `submit`."""
+    """One target worker's message, decoded, its session ids scoped to the stream (`DraftBatcher.attach`).
+
+    `deadline` is monotonic time in seconds after which drafts are useless (infinite for none). `reply` is
+    called once, from the drafting thread or from `submit`.
+    """
 
     stream_id: int
     reply: ReplyCallback
@@ -55,7 +59,7 @@ class _Answers:
 class DraftBatcher:
     """Owns a `DrafterPool` and the thread that drives it.
 
-    Session ids are scoped by stream. A round is answered by one reply, with a draft for each update that has
+    A round is answered by one reply, with a draft for each update that has
     a budget or an error. When `max_queued` rounds wait, further ones are answered with error "capacity" at
     once; their closes still count, and their sessions have to be opened again. Background work (prompt
     prefill) is done in small pieces while no round waits.
@@ -69,13 +73,12 @@ class DraftBatcher:
         self._changed = threading.Condition()
         self._queue: deque[Round] = deque()
         self._ended: list[int] = []
-        self._closing: list[tuple[int, int]] = []
+        self._closing: list[int] = []
         self._streams: set[int] = set()
         self._next_stream = 0
         self._stopped = False
         # Owned by the drafting thread from here on.
-        self._ids: dict[int, dict[int, int]] = {}
-        self._next_id = 0
+        self._open: dict[int, set[int]] = {}
         self._rounds = 0
         self._drafted = 0
         self._thread = threading.Thread(target=self._run, name="s2d-drafting", daemon=True)
@@ -97,7 +100,7 @@ class DraftBatcher:
             self._thread.join(timeout_s)
 
     def attach(self) -> int:
-        """A new stream's id."""
+        """A new stream's id; shifted by `codec.SCOPE_SHIFT` it is the scope of the stream's sessions."""
         with self._changed:
             self._next_stream += 1
             self._streams.add(self._next_stream)
@@ -116,7 +119,7 @@ class DraftBatcher:
             if accepted:
                 self._queue.append(round_)
             else:
-                self._closing.extend((round_.stream_id, sid) for sid in round_.closes)
+                self._closing.extend(round_.closes)
             self._changed.notify()
         if not accepted:
             message = f"{self._max_queued} rounds wait already"
@@ -145,13 +148,13 @@ class DraftBatcher:
                 ended, self._ended = self._ended, []
                 closing, self._closing = self._closing, []
                 stopped = self._stopped
-            for stream_id, sid in closing:
-                self._close(stream_id, sid)
+            for sid in closing:
+                self._close(sid)
             if rounds:
                 self._serve(rounds)
             for stream_id in ended:
-                for internal in self._ids.pop(stream_id, {}).values():
-                    self._pool.close(internal)
+                for sid in self._open.pop(stream_id, ()):
+                    self._pool.close(sid)
             if stopped:
                 return
             idle = not rounds and not self._pool.work()
@@ -187,49 +190,40 @@ class DraftBatcher:
                 asked.append((answer, place, update))
         drafts = self._pool.propose([update for _, _, update in asked])
         for (answer, place, _), draft in zip(asked, drafts, strict=True):
-            session_id = answer.round.updates[place].session_id
-            answer.drafts[place] = replace(draft, session_id=session_id)
+            answer.drafts[place] = draft
             self._drafted += len(draft.token_ids)
         self._rounds += len(answers)
 
-    def _tell(self, answer: _Answers) -> list[tuple[int, SessionUpdate]]:
-        """Apply one round; returns (place, update with internal id) of what wants a draft."""
+    def _tell(self, answer: _Answers) -> Iterator[tuple[int, SessionUpdate]]:
+        """Apply one round; yields (place, update) of what wants a draft."""
         round_ = answer.round
         if round_.reset:
             self._pool.reset()
         for sid in round_.closes:
-            self._close(round_.stream_id, sid)
-        ids = self._ids.setdefault(round_.stream_id, {})
+            self._close(sid)
         refused: dict[int, DrafterError] = {}
+        opened = self._open.setdefault(round_.stream_id, set())
         for session in round_.opens:
-            self._close(round_.stream_id, session.session_id)
-            self._next_id += 1
             try:
-                self._pool.open(replace(session, session_id=self._next_id))
-                ids[session.session_id] = self._next_id
+                self._pool.open(session)
+                opened.add(session.session_id)
             except DrafterError as error:
+                opened.discard(session.session_id)
                 refused[session.session_id] = error
-        wanted: list[tuple[int, SessionUpdate]] = []
         for place, update in enumerate(round_.updates):
-            internal = ids.get(update.session_id)
             try:
-                if internal is None:
-                    raise refused.get(update.session_id) or DrafterError(
-                        "unknown_session", f"session {update.session_id} is not open on this stream"
-                    )
-                scoped = replace(update, session_id=internal)
-                self._pool.apply(scoped)
+                if update.session_id in refused:
+                    raise refused[update.session_id]
+                self._pool.apply(update)
             except DrafterError as error:
                 answer.drafts[place] = _failed(update, error)
                 continue
             if update.budget > 0:
-                wanted.append((place, scoped))
-        return wanted
+                yield place, update
 
-    def _close(self, stream_id: int, session_id: int) -> None:
-        internal = self._ids.get(stream_id, {}).pop(session_id, None)
-        if internal is not None:
-            self._pool.close(internal)
+    def _close(self, session_id: int) -> None:
+        self._open.get(session_id >> SCOPE_SHIFT, set()).discard(session_id)
+        self._pool.close(session_id)
 
 
 def _failed(update: SessionUpdate, error: DrafterError) -> SessionDraft:

@@ -118,6 +118,7 @@ class _Stream:
         self._batcher = batcher
         self._incarnation = incarnation
         self._id = batcher.attach()
+        self._scope = self._id << codec.SCOPE_SHIFT
         self._loop = asyncio.get_running_loop()
         self._replies: asyncio.Queue[pb.DraftReply | None] = asyncio.Queue()
         self._room = asyncio.Semaphore(MAX_UNANSWERED)
@@ -169,9 +170,9 @@ class _Stream:
             Round(
                 stream_id=self._id,
                 reply=reply,
-                opens=tuple(codec.open_from_proto(session) for session in message.opens),
-                closes=tuple(message.closes),
-                updates=tuple(codec.update_from_proto(update) for update in message.updates),
+                opens=tuple(codec.open_from_proto(session, self._scope) for session in message.opens),
+                closes=tuple(self._scope + session_id for session_id in message.closes),
+                updates=tuple(codec.update_from_proto(update, self._scope) for update in message.updates),
                 reset=message.reset_shared_state,
                 deadline=deadline,
             )

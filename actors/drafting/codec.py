@@ -1,4 +1,8 @@
-"""Between the drafting dataclasses and their protobuf messages. Decoding raises ValueError on nonsense."""
+"""Between the drafting dataclasses and their protobuf messages. Decoding raises ValueError on nonsense.
+
+A worker tells apart the sessions of its streams by `scope`: an integer above 64 bits that is added to the ids
+of one stream when they come in, and dropped when they go out. So scoping costs no second copy of a message.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from actors.drafting.interface import (
 from protos.s2d.v1 import drafting_pb2 as pb
 
 _UINT64 = (1 << 64) - 1
+SCOPE_SHIFT = 64
 _TO_WIRE: dict[DraftErrorCode, pb.DraftError] = {
     "unknown_session": pb.DRAFT_ERROR_UNKNOWN_SESSION,
     "stale_epoch": pb.DRAFT_ERROR_STALE_EPOCH,
@@ -43,7 +48,7 @@ def open_to_proto(session: SessionOpen) -> pb.SessionOpen:
     )
 
 
-def open_from_proto(message: pb.SessionOpen) -> SessionOpen:
+def open_from_proto(message: pb.SessionOpen, scope: int = 0) -> SessionOpen:
     s = message.sampling
     if not message.token_ids:
         raise ValueError("token_ids must not be empty")
@@ -52,7 +57,7 @@ def open_from_proto(message: pb.SessionOpen) -> SessionOpen:
     if not (s.temperature >= 0.0 and 0.0 < s.top_p <= 1.0 and 0.0 <= s.min_p <= 1.0):
         raise ValueError("sampling is out of range")
     return SessionOpen(
-        session_id=message.session_id,
+        session_id=scope + message.session_id,
         token_ids=tuple(message.token_ids),
         prompt_len=message.prompt_len,
         sampling=DraftSampling(
@@ -81,9 +86,9 @@ def update_to_proto(update: SessionUpdate) -> pb.SessionUpdate:
     )
 
 
-def update_from_proto(message: pb.SessionUpdate) -> SessionUpdate:
+def update_from_proto(message: pb.SessionUpdate, scope: int = 0) -> SessionUpdate:
     return SessionUpdate(
-        session_id=message.session_id,
+        session_id=scope + message.session_id,
         epoch=message.epoch,
         new_tokens=tuple(message.new_token_ids),
         budget=message.budget,
@@ -97,7 +102,7 @@ def update_from_proto(message: pb.SessionUpdate) -> SessionUpdate:
 
 def draft_to_proto(draft: SessionDraft) -> pb.SessionDraft:
     return pb.SessionDraft(
-        session_id=draft.session_id,
+        session_id=draft.session_id & _UINT64,
         epoch=draft.epoch,
         token_ids=draft.token_ids,
         parents=draft.parents,
@@ -110,14 +115,15 @@ def draft_to_proto(draft: SessionDraft) -> pb.SessionDraft:
     )
 
 
-def draft_from_proto(message: pb.SessionDraft) -> SessionDraft:
+def draft_from_proto(message: pb.SessionDraft, epoch: int | None = None) -> SessionDraft:
+    """`epoch` replaces the message's where the caller counts its own."""
     error: DraftErrorCode | None = None
     if message.error != pb.DRAFT_ERROR_UNSPECIFIED:
         # A code of a newer worker: all that matters is that there is no draft.
         error = _FROM_WIRE.get(int(message.error), "internal")
     return SessionDraft(
         session_id=message.session_id,
-        epoch=message.epoch,
+        epoch=message.epoch if epoch is None else epoch,
         token_ids=tuple(message.token_ids),
         parents=tuple(message.parents),
         drafter=message.drafter,

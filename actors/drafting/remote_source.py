@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
 
-from actors.drafting import codec
 from actors.drafting.interface import SessionDraft, SessionOpen, SessionUpdate
 from actors.drafting.remote_link import (
     Connection,
@@ -155,7 +154,6 @@ class RemoteDraftSource:
         logger.info("draft worker at %s: %s", connection.address, reason)
 
     def link_reply(self, connection: Connection, reply: pb.DraftReply) -> None:
-        drafts = [codec.draft_from_proto(draft) for draft in reply.drafts]
         with self._changed:
             if connection is not self._connection:
                 return
@@ -165,7 +163,7 @@ class RemoteDraftSource:
                 self._service_s = _average(self._service_s, reply.service_us * 1e-6)
             self._candidates = reply.candidates_wanted
             now = time.monotonic()
-            for draft in drafts:
+            for draft in reply.drafts:
                 answer = self._ledger.answer(draft, now)
                 if answer is not None:
                     self._drafts[answer.session_id] = answer

@@ -7,7 +7,7 @@ connection do not exist for the worker, whose rule is that epochs follow one ano
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from actors.drafting import codec
 from actors.drafting.interface import DraftSampling, SessionDraft, SessionOpen, SessionUpdate
@@ -121,19 +121,19 @@ class SessionLedger:
         """Closes and resets that no round has taken along; None when there are none."""
         return self.round((), 0.0)
 
-    def answer(self, draft: SessionDraft, now: float) -> SessionDraft | None:
+    def answer(self, draft: pb.SessionDraft, now: float) -> SessionDraft | None:
         """A reply's draft with the caller's epoch; None when it is stale or nobody asked."""
         session = self._sessions.get(draft.session_id)
         if session is None or draft.epoch <= session.open_epoch:
             return None
-        if draft.error in ("unknown_session", "stale_epoch"):
+        if draft.error in (pb.DRAFT_ERROR_UNKNOWN_SESSION, pb.DRAFT_ERROR_STALE_EPOCH):
             session.opened = False
-        elif draft.error in ("capacity", "internal"):
+        elif draft.error in (pb.DRAFT_ERROR_CAPACITY, pb.DRAFT_ERROR_INTERNAL):
             session.retry_at = now + RETRY_S
         if draft.epoch != session.wire_epoch or session.asked is None:
             return None
         epoch, session.asked = session.asked, None
-        return replace(draft, epoch=epoch)
+        return codec.draft_from_proto(draft, epoch)
 
     def _absorb(self, session: _Session, update: SessionUpdate) -> None:
         session.tokens.extend(update.new_tokens)
@@ -157,18 +157,16 @@ class SessionLedger:
     def _update_message(self, session: _Session, update: SessionUpdate, wants: bool) -> pb.SessionUpdate:
         session.wire_epoch += 1
         session.asked = update.epoch if wants else None
-        message = codec.update_to_proto(
-            SessionUpdate(
-                session_id=update.session_id,
-                epoch=session.wire_epoch,
-                new_tokens=tuple(session.tokens[len(session.tokens) - session.unsent :]),
-                budget=update.budget if wants else 0,
-                drafted=session.drafted,
-                accepted=session.accepted,
-                candidates=tuple(session.candidates),
-                drafter=update.drafter,
-                exit_depth=update.exit_depth,
-            )
+        message = pb.SessionUpdate(
+            session_id=update.session_id,
+            epoch=session.wire_epoch,
+            new_token_ids=session.tokens[len(session.tokens) - session.unsent :],
+            budget=update.budget if wants else 0,
+            drafted=session.drafted,
+            accepted=session.accepted,
+            candidates=[pb.Candidates(token_id=t, next_ids=ids) for t, ids in session.candidates],
+            drafter=update.drafter or "",
+            exit_depth=update.exit_depth or 0,
         )
         session.unsent = session.drafted = session.accepted = 0
         session.candidates.clear()

@@ -121,6 +121,11 @@ class AsyncEngine:
         self._finish_interval_s = 1.0
 
     @property
+    def capacity(self) -> int:
+        """Requests that can be inside at most."""
+        return self._capacity
+
+    @property
     def live(self) -> int:
         """Requests inside: running and waiting."""
         return len(self._streams)

@@ -259,7 +259,9 @@ def attend(
 
 def _gather(pool: Tensor, group: QueryGroup, dtype: torch.dtype) -> Tensor:
     """Pool entries of the group's sequences: [R, kv_heads, S, D]."""
-    picked = pool[group.blocks].flatten(1, 2)[:, : group.length]
+    count, blocks = group.blocks.shape
+    rows = pool.index_select(0, group.blocks.view(-1))
+    picked = rows.view(count, blocks * BLOCK_SIZE, *pool.shape[2:])[:, : group.length]
     return picked.transpose(1, 2).to(dtype)
 
 

@@ -136,7 +136,7 @@ def _load_llama(
 
 
 def choose_device(device: str) -> torch.device:
-    """The device meant; "auto" is CUDA where there is one. Raises ValueError for a device that is not there."""
+    """The device meant; "auto" is CUDA where there is one. Raises ValueError for one that is not there."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -28,7 +28,7 @@ struct V {
     __m512 v;
 };
 
-constexpr int MAX_ROWS = 6;
+constexpr int max_rows(bool) { return 6; }
 constexpr int max_groups(int) { return 4; }
 
 inline float madd(float a, float b, float c) { return __builtin_fmaf(a, b, c); }

@@ -1,12 +1,13 @@
 // The kernels, written once and included by each instruction-set variant, which defines before it:
-//   V (16 floats), Broadcast (one float for all lanes), MAX_ROWS (rows of a register tile), max_groups(rows),
+//   V (16 floats), Broadcast (one float for all lanes), max_rows(bf16) (rows of a register tile), max_groups(rows),
 //   zero, load, store, spread, broadcast, even, odd, fma, madd, add, mul, sum, any_greater.
 // No include guard on purpose; everything lives in the includer's unnamed namespace. Only plain functions and C
 // headers are used, so that no inline function compiled for one instruction set can be linked into another.
 
 #define S2D_UNROLL _Pragma("GCC unroll 8")
 
-constexpr int64_t ROW_BYTES = 256 << 10;  // activations of a row block: they stay in a core's own cache
+constexpr int64_t GROUPS_BYTES = 256 << 10;  // weights worked on together where there are many rows
+constexpr int64_t FEW_TILES = 4;
 
 // ---- products -------------------------------------------------------------------------------------------------
 
@@ -41,8 +42,8 @@ __attribute__((noinline)) void tile(const Product& p, int64_t row, int64_t group
         S2D_UNROLL
         for (int g = 0; g < GROUPS; ++g) acc[r][g] = zero();
     }
-    const float* x = p.x + row * p.ldx;
-    const int64_t bytes = p.group_bytes;
+    const int64_t ldx = p.ldx, bytes = p.group_bytes;
+    const float* x = p.x + row * ldx;
     const char* w = static_cast<const char*>(p.w) + group * bytes;
     const int64_t whole = BF16 ? p.k / 2 : p.k;
     for (int64_t i = 0; i < whole; ++i, w += 64, next += step) {
@@ -53,14 +54,14 @@ __attribute__((noinline)) void tile(const Product& p, int64_t row, int64_t group
             for (int g = 0; g < GROUPS; ++g) {
                 const V w0 = even(w + g * bytes);
                 S2D_UNROLL
-                for (int r = 0; r < ROWS; ++r) acc[r][g] = fma(broadcast(x + r * p.ldx + 2 * i), w0, acc[r][g]);
+                for (int r = 0; r < ROWS; ++r) acc[r][g] = fma(broadcast(x + r * ldx + 2 * i), w0, acc[r][g]);
             }
             S2D_UNROLL
             for (int g = 0; g < GROUPS; ++g) {
                 const V w1 = odd(w + g * bytes);
                 S2D_UNROLL
                 for (int r = 0; r < ROWS; ++r) {
-                    acc[r][g] = fma(broadcast(x + r * p.ldx + 2 * i + 1), w1, acc[r][g]);
+                    acc[r][g] = fma(broadcast(x + r * ldx + 2 * i + 1), w1, acc[r][g]);
                 }
             }
         } else {
@@ -68,14 +69,14 @@ __attribute__((noinline)) void tile(const Product& p, int64_t row, int64_t group
             for (int g = 0; g < GROUPS; ++g) {
                 const V w0 = load(reinterpret_cast<const float*>(w + g * bytes));
                 S2D_UNROLL
-                for (int r = 0; r < ROWS; ++r) acc[r][g] = fma(broadcast(x + r * p.ldx + i), w0, acc[r][g]);
+                for (int r = 0; r < ROWS; ++r) acc[r][g] = fma(broadcast(x + r * ldx + i), w0, acc[r][g]);
             }
         }
     }
     if (BF16 && p.k % 2) {  // the last input of an odd count is alone in its word
         for (int g = 0; g < GROUPS; ++g) {
             const V w0 = even(w + g * bytes);
-            for (int r = 0; r < ROWS; ++r) acc[r][g] = fma(broadcast(x + r * p.ldx + 2 * whole), w0, acc[r][g]);
+            for (int r = 0; r < ROWS; ++r) acc[r][g] = fma(broadcast(x + r * ldx + 2 * whole), w0, acc[r][g]);
         }
     }
     alignas(64) float sums[ROWS * GROUPS * LANES];
@@ -110,26 +111,30 @@ inline void tile_rows(const Product& p, int64_t height, int64_t row, int64_t gro
 
 template <bool BF16>
 void product_of(const Product& p) {
-    int64_t block_rows = ROW_BYTES / (p.k * 4) / MAX_ROWS * MAX_ROWS;
-    if (block_rows < 2 * MAX_ROWS) block_rows = 2 * MAX_ROWS;
-    for (int64_t row = 0; row < p.rows; row += block_rows) {
-        const int64_t rows = p.rows - row < block_rows ? p.rows - row : block_rows;
-        const int64_t tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
-        const int64_t base = rows / tiles, larger = rows % tiles;
-        const int64_t most = max_groups(static_cast<int>(base + (larger > 0)));
-        for (int64_t group = p.group_begin; group < p.group_end;) {
-            const int64_t left = p.group_end - group;
-            const int groups = static_cast<int>(left >= most ? most : left >= 2 && most >= 2 ? 2 : 1);
-            const char* next = static_cast<const char*>(p.w) + (group + groups) * p.group_bytes;
-            const int64_t step = (64 + tiles - 1) / tiles;
-            int64_t at = row;
-            for (int64_t t = 0; t < tiles; ++t) {
-                const char* ahead = next + t * (p.group_bytes / tiles);
-                const int64_t height = base + (t < larger);
-                tile_rows<BF16, MAX_ROWS>(p, height, at, group, groups, ahead, step);
-                at += height;
+    constexpr int64_t MOST_ROWS = max_rows(BF16);
+    const int64_t tiles = (p.rows + MOST_ROWS - 1) / MOST_ROWS;
+    const int64_t base = p.rows / tiles, larger = p.rows % tiles;
+    const int64_t width = max_groups(static_cast<int>(base + (larger > 0)));
+    // Few rows: all tiles over one group while it is in the first-level cache, fetching the next group meanwhile.
+    // Many: one tile over as many groups as the second level holds, so that its rows stay in the first.
+    const int64_t held = GROUPS_BYTES / p.group_bytes;
+    const int64_t block = tiles <= FEW_TILES || held <= width ? width : held;
+    for (int64_t first = p.group_begin; first < p.group_end; first += block) {
+        const int64_t last = p.group_end - first < block ? p.group_end : first + block;
+        int64_t row = 0;
+        for (int64_t t = 0; t < tiles; ++t) {
+            const int64_t height = base + (t < larger);
+            for (int64_t group = first; group < last;) {
+                const int64_t left = last - group;
+                const int groups = static_cast<int>(left >= width ? width : left >= 2 && width >= 2 ? 2 : 1);
+                const char* next = static_cast<const char*>(p.w) + (group + groups) * p.group_bytes;
+                const int64_t share = block == width ? tiles : 1;
+                const int64_t part = block == width ? t : 0;
+                tile_rows<BF16, MOST_ROWS>(p, height, row, group, groups, next + part * (p.group_bytes / share),
+                                           (64 + share - 1) / share);
+                group += groups;
             }
-            group += groups;
+            row += height;
         }
     }
 }

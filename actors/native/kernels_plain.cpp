@@ -21,12 +21,12 @@ struct V {
 };
 
 #if defined(__aarch64__)
-constexpr int MAX_ROWS = 4;
+constexpr int max_rows(bool) { return 4; }
 constexpr int max_groups(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 inline Quad madd(Quad a, Quad b, Quad c) { return vfmaq_f32(c, a, b); }
 inline float madd(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 #else
-constexpr int MAX_ROWS = 2;
+constexpr int max_rows(bool) { return 2; }
 constexpr int max_groups(int) { return 1; }
 inline Quad madd(Quad a, Quad b, Quad c) { return a * b + c; }
 inline float madd(float a, float b, float c) { return a * b + c; }

@@ -8,7 +8,7 @@ namespace s2d {
 namespace {
 
 constexpr int64_t CHUNK = 512;  // rows worked on at a time: bounds the scratch memory
-constexpr int64_t FEW = 4;      // rows below which waking the team costs more than it saves
+constexpr int64_t FEW = 8;      // rows up to which repeating a norm on each thread costs less than a barrier
 
 void share(int64_t count, int thread, int threads, int64_t& begin, int64_t& end) {
     begin = count * thread / threads;
@@ -38,7 +38,8 @@ Model::Model(const Shape& shape, int threads, const Kernels& kernels)
       kv_(static_cast<size_t>(shape.layers * shape.blocks * block_bytes_)),
       layers_(static_cast<size_t>(shape.layers)),
       paths_(static_cast<size_t>(pool_.threads())),
-      tails_(static_cast<size_t>(pool_.threads())) {}
+      tails_(static_cast<size_t>(pool_.threads())),
+      own_normed_(static_cast<size_t>(pool_.threads())) {}
 
 // which: 0 qkv, 1 o, 2 gate_up, 3 down, 4 head.
 void Model::set_matrix(int64_t layer, int64_t which, const void* rows) {
@@ -118,7 +119,7 @@ Status Model::embed(const int64_t* ids, int64_t count, float* out) {
         if (shape_.bf16) embed_rows<uint16_t>(ids, begin, end, out);
         else embed_rows<float>(ids, begin, end, out);
     };
-    if (count <= FEW) {
+    if (count <= FEW) {  // not worth waking the team
         rows(0, count);
     } else {
         pool_.parallel([&](int thread, int threads) {
@@ -183,6 +184,7 @@ Status Model::run_layers(float* hidden, int64_t first, int64_t last, const Batch
     if (const Status status = prepare(batch); status != OK) return status;
     const int64_t rows = std::min(batch.tokens, CHUNK);
     work_.normed.reserve(rows * s.hidden);
+    for (Scratch& own : own_normed_) own.reserve(FEW * s.hidden);
     work_.qkv.reserve(rows * s.qkv());
     work_.attended.reserve(rows * s.heads * s.head_dim);
     work_.gate_up.reserve(rows * 2 * s.intermediate);
@@ -204,16 +206,28 @@ Status Model::run_layers(float* hidden, int64_t first, int64_t last, const Batch
 void Model::run_chunk(float* hidden, int64_t first, int64_t last, int64_t at, int64_t rows, const Batch& batch) {
     const Shape& s = shape_;
     const int64_t query = s.heads * s.head_dim, inner = s.intermediate;
-    float *normed = work_.normed.data(), *qkv = work_.qkv.data(), *attended = work_.attended.data();
+    float *qkv = work_.qkv.data(), *attended = work_.attended.data();
     float *gate_up = work_.gate_up.data(), *active = work_.active.data();
     pool_.parallel([&](int thread, int threads) {
-        int64_t row0, row1, begin, end;
-        share(rows, thread, threads, row0, row1);
+        const bool few = rows <= FEW;
+        const bool by_head = few && (rows == 1 || s.kv_heads >= threads);
+        int64_t row0 = 0, row1 = rows, begin, end;
+        float* normed = few ? own_normed_[static_cast<size_t>(thread)].data() : work_.normed.data();
+        if (!few) share(rows, thread, threads, row0, row1);
         const auto norm = [&](const float* weight) {
             for (int64_t r = row0; r < row1; ++r) {
                 kernels_.rms_norm(hidden + r * s.hidden, weight, s.eps, s.hidden, normed + r * s.hidden);
             }
-            pool_.barrier();
+            if (!few) pool_.barrier();
+        };
+        const auto each_head = [&](auto&& body) {  // all rows of a head on one thread, or rows and heads in turn
+            if (by_head) {
+                for (int64_t head = thread; head < s.kv_heads; head += threads) {
+                    for (int64_t row = 0; row < rows; ++row) body(row, head);
+                }
+            } else {
+                for (int64_t u = thread; u < rows * s.kv_heads; u += threads) body(u / s.kv_heads, u % s.kv_heads);
+            }
         };
         for (int64_t l = first; l < last; ++l) {
             const Layer& w = layers_[static_cast<size_t>(l)];
@@ -221,13 +235,11 @@ void Model::run_chunk(float* hidden, int64_t first, int64_t last, int64_t at, in
             share(groups_of(s.qkv()), thread, threads, begin, end);
             multiply(normed, s.hidden, rows, w.qkv, s.qkv(), s.hidden, begin, end, qkv, s.qkv(), w.bias, Epilogue::store);
             pool_.barrier();
-            for (int64_t u = thread; u < rows * s.kv_heads; u += threads) {
-                write_kv(l, u / s.kv_heads, u % s.kv_heads, tokens_[static_cast<size_t>(at + u / s.kv_heads)]);
-            }
-            pool_.barrier();
-            for (int64_t u = thread; u < rows * s.kv_heads; u += threads) {
-                attend(l, u / s.kv_heads, u % s.kv_heads, at, thread, batch);
-            }
+            each_head([&](int64_t row, int64_t head) {
+                write_kv(l, row, head, tokens_[static_cast<size_t>(at + row)]);
+            });
+            if (!by_head) pool_.barrier();
+            each_head([&](int64_t row, int64_t head) { attend(l, row, head, at, thread, batch); });
             pool_.barrier();
             share(groups_of(s.hidden), thread, threads, begin, end);
             multiply(attended, query, rows, w.o, s.hidden, query, begin, end, hidden, s.hidden, nullptr, Epilogue::add);

@@ -95,7 +95,7 @@ private:
     Work work_;
     std::vector<Token> tokens_;
     std::vector<std::vector<int64_t>> paths_;  // a thread's list of the entries of this pass a token sees
-    std::vector<Scratch> tails_;
+    std::vector<Scratch> tails_, own_normed_;  // of a thread
 };
 
 }  // namespace s2d

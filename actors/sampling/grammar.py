@@ -61,7 +61,7 @@ class GrammarMatcher:
         if self.finished:
             return _leading(drafts, self._eos)
         text = list(drafts[: _first(drafts, self._eos)])
-        count = int(self._matcher.validate_tokens(text)) if text else 0
+        count = self._valid(text)
         if count < len(text) or count == len(drafts):
             return count
         for token in text:
@@ -91,8 +91,7 @@ class GrammarMatcher:
         if token in self._eos and self._may_end():
             self._eos_seen += 1
             return
-        if self.finished or self._matcher.validate_tokens([token]) != 1:
-            self._check()
+        if self.finished or self._valid([token]) != 1:
             raise GrammarError(f"token {token} does not satisfy the grammar")
         self._matcher.consume_token(token)
         self._check()
@@ -104,6 +103,15 @@ class GrammarMatcher:
         if count > ends and not self._matcher.rollback(count - ends):
             self._check()
             raise GrammarError(f"cannot take back {count} tokens")
+
+    def _valid(self, tokens: Sequence[int]) -> int:
+        # Asked about an id that does not exist, the library gives up for good.
+        known = next((j for j, token in enumerate(tokens) if not 0 <= token < self._vocab_size), len(tokens))
+        if known == 0:
+            return 0
+        count = int(self._matcher.validate_tokens(list(tokens[:known])))
+        self._check()
+        return count
 
     def _check(self) -> None:
         if self._matcher.is_error():
@@ -215,4 +223,4 @@ def _leading(drafts: Sequence[int], ids: frozenset[int]) -> int:
 
 def _brief(message: str) -> str:
     """The library's message without its dump of the parser's state."""
-    return message.split("<state>")[0].strip()[:_MAX_MESSAGE]
+    return message.split("<state>")[0].replace("<non-verbose/>", "").strip()[:_MAX_MESSAGE]

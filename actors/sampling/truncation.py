@@ -57,7 +57,7 @@ def keep_at_least(row: Tensor, threshold: float) -> None:
     # torch's threshold keeps what is strictly greater; it takes a fifth of the time of a masked fill. The float
     # below zero is subnormal, and a library may have told the processor to take those for zero.
     below = float(np.nextafter(np.float32(threshold), np.float32(-np.inf)))
-    torch.nn.functional.threshold_(row, -_TINY if -_TINY < below < _TINY else below, -math.inf)
+    torch.threshold_(row, -_TINY if -_TINY < below < _TINY else below, -math.inf)
 
 
 def surviving_ids(row: Tensor) -> Tensor:

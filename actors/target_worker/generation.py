@@ -46,6 +46,8 @@ class GenerationService:
         """
         stream: OutputStream | None = None
         try:
+            if request.n > self._engine.capacity:
+                raise ParameterError("n", f"must be at most {self._engine.capacity}, this model's queue")
             prompt, sampling = await prepare(request, self._tokenizer, self._limits)
             serial = next(self._serial)  # clients may repeat a request id; the engine's must be unique
             so_far = request.output_ids_so_far

@@ -210,7 +210,7 @@ class LocalCluster:
         ended.start()
         ended.join(SERVE_SHUTDOWN_S)
         processes |= descendants(os.getpid())
-        ray.shutdown()  # type: ignore[no-untyped-call]
+        ray.shutdown()
         self._ray_started = False
         end_processes(processes, PROCESS_EXIT_S)
 
@@ -234,7 +234,7 @@ def _shutdown_serve() -> None:
     from ray import serve
 
     try:
-        serve.shutdown()
+        serve.shutdown()  # type: ignore[no-untyped-call]
     except Exception as error:
         # The processes are ended right after this in any case.
         logging.getLogger(__name__).warning("Serve did not shut down by itself: %s", _last_line(error))

@@ -12,7 +12,6 @@ from typing import Any
 
 from ray import serve
 
-from actors.draft_worker.server import build_draft_server
 from cluster.config import DraftPoolConfig
 from cluster.registry import RENEW_INTERVAL_S, Lease, RegistryClient
 
@@ -24,6 +23,9 @@ class DraftPool:
     """One draft worker. The lease is renewed every second while the server runs."""
 
     async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]
+        # Imported here: it pulls in torch, which whoever only builds the application need not load.
+        from actors.draft_worker.server import build_draft_server
+
         self._config = DraftPoolConfig.model_validate(config)
         self._registry = RegistryClient()
         worker_id = serve.get_replica_context().replica_tag

@@ -17,7 +17,6 @@ from actors.target_worker.messages import (
     TargetState,
 )
 from cluster.config import DraftPoolConfig, ModelConfig
-from cluster.deployments.wiring import build_target_worker
 from cluster.registry import LeaseWatcher, RegistryClient
 from cluster.telemetry.metrics import TargetMetrics
 
@@ -35,6 +34,9 @@ class Target:
     async def __init__(  # type: ignore[misc]
         self, model: dict[str, Any], draft_pool: dict[str, Any], stream_interval_ms: float
     ) -> None:
+        # Imported here: it pulls in torch, which whoever only builds the application need not load.
+        from cluster.deployments.wiring import build_target_worker
+
         config = ModelConfig.model_validate(model)
         replica_id = serve.get_replica_context().replica_tag
         self._leases = LeaseWatcher(RegistryClient())

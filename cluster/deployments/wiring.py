@@ -17,9 +17,9 @@ from actors.drafting.selector import CANDIDATES_WANTED, DrafterPool
 from actors.drafting.token_recycling import TokenRecyclingDrafter
 from actors.engine.build import build_engine
 from actors.engine.interface import TargetEngine
-from actors.models.load import load_runner
+from actors.models.load import LoadedModel, load_runner
 from actors.sampling.grammar import GrammarCompiler
-from actors.target_worker.worker import LoadedModel, TargetIdentity, TargetWorker
+from actors.target_worker.worker import TargetIdentity, TargetWorker
 from cluster.config import DraftPoolConfig, ModelConfig
 
 logger = logging.getLogger(__name__)

@@ -24,7 +24,8 @@ async def model_state(model: ServedModel) -> dict[str, Any]:
     """One model's replicas; `error` says why they could not be read."""
     body: dict[str, Any] = {"name": model.name, "ready": model.ready, "replicas": [], "error": None}
     try:
-        states = await asyncio.wait_for(model.client.states(), STATE_TIMEOUT_S)
+        async with asyncio.timeout(STATE_TIMEOUT_S):
+            states = await model.client.states()
     except (ApiError, TimeoutError) as error:
         body["error"] = str(error) or "timed out"
     else:
@@ -34,7 +35,8 @@ async def model_state(model: ServedModel) -> dict[str, Any]:
 
 async def draft_state(gateway: Gateway) -> dict[str, Any]:
     try:
-        workers = await asyncio.wait_for(gateway.draft_pool.states(), STATE_TIMEOUT_S)
+        async with asyncio.timeout(STATE_TIMEOUT_S):
+            workers = await gateway.draft_pool.states()
     except (ApiError, TimeoutError) as error:
         return {"draft_workers": [], "draft_pool_error": str(error) or "timed out"}
     return {"draft_workers": to_jsonable(workers), "draft_pool_error": None}
@@ -79,7 +81,8 @@ def build_admin_router(gateway: Gateway, read_metrics: MetricsReader) -> APIRout
             """Drop what requests share: prefix caches, recycling matrices, acceptance averages."""
             models = gateway.directory.all()
             try:
-                await asyncio.wait_for(asyncio.gather(*(m.client.reset() for m in models)), RESET_TIMEOUT_S)
+                async with asyncio.timeout(RESET_TIMEOUT_S):
+                    await asyncio.gather(*(m.client.reset() for m in models))
             except TimeoutError as error:
                 raise not_ready("a model did not answer in time") from error
             return JsonResponse({"status": "reset", "models": gateway.directory.names()})

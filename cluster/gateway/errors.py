@@ -77,7 +77,7 @@ def invalid(param: str | None, message: str, code: str | None = None) -> ApiErro
 
 
 def model_not_found(model: str) -> ApiError:
-    message = f"The model `{model}` does not exist"
+    message = f"`{model}` is not served here"
     return ApiError(404, message, type="not_found_error", param="model", code="model_not_found")
 
 

@@ -50,7 +50,8 @@ class InFlight:
         """Refuse new calls and wait for the running ones; returns how many are left."""
         self.draining = True
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
         return self.count
 
 
@@ -78,7 +79,7 @@ async def run_job(
         finally:
             await aclose(stream)
 
-    # Not asyncio.timeout: a generator may be resumed from another task than the one that began it.
+    # A deadline, because a generator may be resumed from another task than the one that began it.
     deadline = time.monotonic() + timeout_s
     with in_flight.track():
         pumps = [asyncio.create_task(pump(i)) for i in range(len(job.requests))]
@@ -86,7 +87,9 @@ async def run_job(
         open_streams = len(pumps)
         try:
             while open_streams:
-                index, item = await asyncio.wait_for(queue.get(), deadline - time.monotonic())
+                # asyncio.timeout, not wait_for, which may swallow a cancellation (Python 3.11).
+                async with asyncio.timeout(deadline - time.monotonic()):
+                    index, item = await queue.get()
                 if item is None:
                     open_streams -= 1
                     continue

@@ -129,7 +129,8 @@ class GenerationServicer:
             name = self._gateway.named(request.model or None).name
             model, info = await self._gateway.directory.ready_model(name)
             add_special = request.add_special_tokens if request.HasField("add_special_tokens") else True
-            ids = await asyncio.wait_for(model.client.tokenize(request.text, add_special), UNARY_TIMEOUT_S)
+            async with asyncio.timeout(UNARY_TIMEOUT_S):
+                ids = await model.client.tokenize(request.text, add_special)
             return pb.TokenizeResponse(token_ids=ids, count=len(ids), max_model_len=info.max_model_len)
         except ApiError as error:
             set_error(context, error, request_id)

@@ -33,7 +33,9 @@ def error_response(error: ApiError) -> Response:
 def authorized(header: str | None, api_key: str) -> bool:
     """Whether an Authorization header carries the key, compared in constant time."""
     scheme, _, given = (header or "").partition(" ")
-    return scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), api_key.encode())
+    # Header values arrive as Latin-1, whatever the client encoded.
+    raw = given.strip().encode("latin-1", errors="replace")
+    return scheme.lower() == "bearer" and hmac.compare_digest(raw, api_key.encode())
 
 
 def unauthorized() -> ApiError:

@@ -75,7 +75,8 @@ class ServedModel:
     async def probe(self, timeout_s: float) -> bool:
         """Ask the model for its info; remembers the answer. Never raises, except on cancellation."""
         try:
-            self.last_info = await asyncio.wait_for(self.client.info(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                self.last_info = await self.client.info()
         except (ApiError, TimeoutError):
             self.failures += 1
             return False

@@ -113,7 +113,8 @@ def model_body(model: ServedModel, info: TargetInfo | None) -> dict[str, Any]:
 async def unary(work: Any, request: Request) -> Any:
     """A short call to a worker, cancelled with its client; 503 when the worker does not answer."""
     try:
-        return await until_disconnect(request, asyncio.wait_for(work, UNARY_TIMEOUT_S))
+        async with asyncio.timeout(UNARY_TIMEOUT_S):
+            return await until_disconnect(request, work)
     except TimeoutError as error:
         raise not_ready("the target worker did not answer in time") from error
 

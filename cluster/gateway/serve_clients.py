@@ -6,12 +6,12 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import grpc
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
-from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from ray.serve.handle import DeploymentHandle
 
 from actors.sampling.params import ParameterError
 from actors.target_worker.messages import (
@@ -27,7 +27,6 @@ from cluster.registry import Lease, RegistryClient
 from protos.s2d.v1 import drafting_pb2, drafting_pb2_grpc
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 DRAFT_STATE_TIMEOUT_S = 1.0
 
 
@@ -52,7 +51,7 @@ class ServeModelClient:
         self._stream = handle.options(stream=True)
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationChunk]:
-        response = cast(DeploymentResponseGenerator[Any], self._stream.generate.remote(request))
+        response: Any = self._stream.generate.remote(request)
         finished = False
         try:
             async for chunk in response:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import math
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
@@ -108,10 +107,3 @@ async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
     if not await _first(main, watcher):
         raise ClientGoneError
     return main.result()
-
-
-async def bounded(awaitable: Awaitable[T], timeout_s: float, fallback: T) -> T:
-    """The value, or `fallback` when it does not come in time."""
-    with contextlib.suppress(TimeoutError):
-        return await asyncio.wait_for(awaitable, timeout_s)
-    return fallback

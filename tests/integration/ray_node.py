@@ -65,7 +65,7 @@ class RayNode:
         )
 
     def processes(self) -> list[int]:
-        """Living processes that this node started, directly or not: they inherit a mark in their environment."""
+        """Living processes that this node started, directly or not: their environment holds a mark."""
         marked = f"{MARK}={self.mark}".encode()
         found = []
         for folder in Path("/proc").iterdir():

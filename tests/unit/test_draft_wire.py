@@ -222,6 +222,10 @@ def _again(message):  # type: ignore[no-untyped-def]
 # The ledger
 
 
+def reply(ledger: SessionLedger, draft: SessionDraft, now: float = 0.0) -> SessionDraft | None:
+    return ledger.answer(codec.draft_to_proto(draft), now)
+
+
 def test_ledger_opens_lazily_and_accumulates() -> None:
     ledger = SessionLedger(flush_tokens=3)
     ledger.open(session(5, [1, 2]))
@@ -231,9 +235,9 @@ def test_ledger_opens_lazily_and_accumulates() -> None:
     assert list(message.opens[0].token_ids) == [1, 2, 3, 4]
     assert (message.opens[0].prompt_len, message.updates[0].epoch) == (2, 1)
     assert ledger.awaits(5, 2)
-    assert ledger.answer(SessionDraft(5, 1, (9,)), 0.0) == SessionDraft(5, 2, (9,))
+    assert reply(ledger, SessionDraft(5, 1, (9,))) == SessionDraft(5, 2, (9,))
     assert not ledger.awaits(5, 2)
-    assert ledger.answer(SessionDraft(5, 1, (9,)), 0.0) is None, "an answer counts once"
+    assert reply(ledger, SessionDraft(5, 1, (9,))) is None, "an answer counts once"
     assert ledger.round([wish(5, 3, [5], budget=0)], 0.0) is None
     assert ledger.round([wish(5, 4, [6], budget=0)], 0.0) is None
     flushed = ledger.round([wish(5, 5, [7], budget=0)], 0.0)
@@ -250,15 +254,15 @@ def test_ledger_opens_again_after_errors_and_ignores_a_former_life() -> None:
     ledger = SessionLedger()
     ledger.open(session(5, [1]))
     ledger.round([wish(5, 1, [2])], 0.0)
-    answer = ledger.answer(SessionDraft(5, 1, error="unknown_session"), 0.0)
+    answer = reply(ledger, SessionDraft(5, 1, error="unknown_session"))
     assert answer is not None
     assert answer.error == "unknown_session"
     again = ledger.round([wish(5, 2, [3])], 0.0)
     assert again is not None
     assert (list(again.opens[0].token_ids), again.opens[0].epoch, again.updates[0].epoch) == ([1, 2, 3], 1, 2)
-    assert ledger.answer(SessionDraft(5, 1, error="stale_epoch"), 0.0) is None
+    assert reply(ledger, SessionDraft(5, 1, error="stale_epoch")) is None
     assert ledger.awaits(5, 2)
-    ledger.answer(SessionDraft(5, 2, error="capacity"), 10.0)
+    reply(ledger, SessionDraft(5, 2, error="capacity"), 10.0)
     assert ledger.round([wish(5, 3, [4])], 10.0 + RETRY_S / 2) is None
     retry = ledger.round([wish(5, 4, [5])], 10.0 + RETRY_S)
     assert retry is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 
 import pytest
 
@@ -12,7 +12,7 @@ from actors.engine.async_engine import AsyncEngine, EngineUnavailable, Overloade
 from actors.engine.loop import MAX_CONSECUTIVE_FAILURES
 from actors.engine.messages import EngineRequest, RequestOutput
 from actors.sampling.params import ParameterError, SamplingParams
-from tests.scripted_engine import ScriptedEngine, rounds
+from tests.scripted_engine import ScriptedEngine, rounds, until
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -23,12 +23,6 @@ def request(name: str, tokens: int = 3) -> EngineRequest:
 
 def counting(req: EngineRequest) -> list[RequestOutput]:
     return rounds(req, [[10 + i] for i in range(req.sampling.max_tokens)])
-
-
-async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not condition():
-            await asyncio.sleep(0.002)
 
 
 class Rig:

@@ -236,10 +236,9 @@ def test_thresholds_choose_the_exit() -> None:
 
 
 def test_a_full_pool_refuses_sessions_in_use_and_evicts_idle_ones() -> None:
-    drafter = NestedDrafter(runner(num_blocks=2), EXITS, catch_up=40, keep_rounds=3)
-    prompt = [i % VOCAB for i in range(30)]
+    drafter = CheckedDrafter(runner(num_blocks=2), EXITS, catch_up=40, keep_rounds=3)
     for sid in range(3):
-        open_session(drafter, sid, prompt)
+        open_session(drafter, sid, [(sid + i * i) % VOCAB for i in range(30)])
     drafts = drafter.propose([DraftQuery(sid, 1, 2) for sid in range(3)])
     assert [d.error for d in drafts] == [None, None, "capacity"]
     assert [len(d.token_ids) for d in drafts] == [2, 2, 0]

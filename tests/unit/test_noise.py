@@ -180,6 +180,17 @@ def test_tensor_form_equals_the_cpu_forms(vocab_size: int, position: int) -> Non
     )
 
 
+@pytest.mark.skipif(noise.native_gumbel() is None, reason="the native core is not built")
+@pytest.mark.parametrize("stream", [GUMBEL, RESIDUAL])
+def test_native_form_equals_the_array_form(stream: int) -> None:
+    """Integers agree exactly; the two logarithms may differ in the last bit of a few of 10^8 values."""
+    for position in (0, 1, 2**33 + 5):
+        native = gumbel(99, position, 49_155, stream=stream)
+        arrays = noise.to_gumbel(noise.random_words(99, position, 49_155, stream))
+        assert int((native != arrays).sum()) <= 1
+        torch.testing.assert_close(native, arrays, rtol=2e-7, atol=0)
+
+
 @given(
     key=st.integers(0, 2**64 - 1),
     position=st.integers(0, 2**40),

@@ -25,7 +25,9 @@ def test_template_ends_where_the_answer_begins(tokenizer: TextTokenizer) -> None
     ids = render(tokenizer, messages)
     assert ids.count(BOS) == 3  # the template's own, none added
     assert tokenizer.decode(ids) == text
-    assert render_text(tokenizer, messages, add_generation_prompt=False) == text.removesuffix("<s>assistant: ")
+    assert render_text(tokenizer, messages, add_generation_prompt=False) == text.removesuffix(
+        "<s>assistant: "
+    )
 
 
 async def test_long_messages_render_the_same(tokenizer: TextTokenizer) -> None:
@@ -35,7 +37,11 @@ async def test_long_messages_render_the_same(tokenizer: TextTokenizer) -> None:
 
 @pytest.mark.parametrize(
     ("messages", "says"),
-    [([], "empty"), ([ChatMessage("wizard", "hi")], "unknown role wizard"), ([ChatMessage("user", "\ud800")], "Unicode")],
+    [
+        ([], "empty"),
+        ([ChatMessage("wizard", "hi")], "unknown role wizard"),
+        ([ChatMessage("user", "\ud800")], "Unicode"),
+    ],
 )
 def test_bad_messages_are_named(tokenizer: TextTokenizer, messages: list[ChatMessage], says: str) -> None:
     with pytest.raises(ParameterError, match=says) as caught:

@@ -49,7 +49,9 @@ def test_equals_the_naive_search_for_every_split(text: str, stops: list[str], cu
 
 
 @settings(deadline=None)
-@given(text=texts, stops=stop_lists, cuts=st.lists(st.integers(0, 40), max_size=6), inactive=st.integers(0, 7))
+@given(
+    text=texts, stops=stop_lists, cuts=st.lists(st.integers(0, 40), max_size=6), inactive=st.integers(0, 7)
+)
 def test_inactive_parts_do_not_match(text: str, stops: list[str], cuts: list[int], inactive: int) -> None:
     parts = split(text, cuts)
     shown, stop = stream(parts, stops, inactive)

@@ -31,7 +31,9 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TextTokeni
     }
 
 
-def deltas(tokenizer: TextTokenizer, ids: list[int], cuts: list[int], after: tuple[int, ...] = ()) -> list[str]:
+def deltas(
+    tokenizer: TextTokenizer, ids: list[int], cuts: list[int], after: tuple[int, ...] = ()
+) -> list[str]:
     detokenizer = IncrementalDetokenizer(tokenizer, after)
     bounds = [0, *sorted(c % (len(ids) + 1) for c in cuts), len(ids)]
     texts = [detokenizer.feed(ids[a:b]) for a, b in pairwise(bounds)]

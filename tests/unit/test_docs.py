@@ -1,0 +1,79 @@
+"""The documentation names what exists: files, parameters, metrics, endpoints, settings."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from actors.sampling.noise import NOISE_VERSION
+from cluster.config import ClusterConfig
+from cluster.gateway.errors import REFUSED_FIELDS
+from cluster.gateway.openai_schema import ChatBody, CompletionBody, SpeculationBody
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def text(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    for target in targets:
+        if target.startswith(("https://", "http://")):
+            continue
+        name, _, heading = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        assert file.exists(), f"{page.name} links to {target}"
+        if heading:
+            titles = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert heading in anchors, f"{page.name} links to {target}"
+
+
+def test_every_parameter_is_documented() -> None:
+    api = text("docs/api.md")
+    for schema in (ChatBody, CompletionBody, SpeculationBody):
+        for field in schema.model_fields:
+            if field != "modalities":  # accepted for its only value, text
+                assert f"`{field}" in api or f"{field}`" in api, field
+    for field in REFUSED_FIELDS:
+        assert f"`{field}`" in api, field
+
+
+def test_every_endpoint_is_documented() -> None:
+    api = text("docs/api.md")
+    sources = text("cluster/gateway/routes.py") + text("cluster/gateway/admin.py")
+    paths = re.findall(r'@router\.(get|post)\("([^"]+)"\)', sources)
+    assert len(paths) > 8
+    for method, path in paths:
+        assert f"`{method.upper()} {re.sub(r'{.*}', '{id}', path)}`" in api
+
+
+def test_every_metric_is_documented() -> None:
+    names = set(re.findall(r'"(s2d_\w+)"', text("cluster/telemetry/metrics.py")))
+    documented = set(re.findall(r"`(s2d_\w+)`", text("docs/operations.md")))
+    assert names
+    assert names == documented
+
+
+def test_defaults_in_the_text_are_those_of_the_code() -> None:
+    config = ClusterConfig.default()
+    speculation = config.models[0].speculation
+    operations = text("docs/operations.md")
+    assert f"(`gateway.request_timeout_s`, {config.gateway.request_timeout_s:g})" in operations
+    assert f"(`speculation.draft_timeout_ms`, {speculation.draft_timeout_ms:g})" in operations
+    first, last = config.draft_pool.port_range
+    assert f"| {first}-{last} |" in operations
+    assert f"the model's setting ({speculation.max_draft_tokens})" in text("README.md")
+    assert f"Version {NOISE_VERSION} " in text("docs/exactness.md")
+
+
+def test_the_configuration_in_the_readme_is_valid() -> None:
+    (block,) = re.findall(r"```yaml\n(.*?)```", text("README.md"), re.DOTALL)
+    ClusterConfig.model_validate(yaml.safe_load(block))

@@ -1,0 +1,247 @@
+"""The gRPC service in front of fake targets, through a real grpc.aio server and the package's client."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import pytest
+
+from actors.target_worker.messages import GenerationChunk, RequestError
+from cluster.client import RetryPolicy, S2DClient, S2DError
+from cluster.gateway.grpc_service import GenerationServicer
+from cluster.gateway.routes import Gateway
+from protos.s2d.v1 import generation_pb2 as pb
+from protos.s2d.v1 import generation_pb2_grpc
+from tests.unit.fake_target import MODEL, FakeTarget, gateway, refuse
+
+
+class Adapter(generation_pb2_grpc.GenerationServiceServicer):
+    """What the Serve deployment does, without Serve."""
+
+    def __init__(self, served: Gateway) -> None:
+        self._servicer = GenerationServicer(served)
+
+    async def Generate(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        async for chunk in self._servicer.generate(request, context):
+            yield chunk
+
+    async def Chat(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        async for chunk in self._servicer.chat(request, context):
+            yield chunk
+
+    async def Tokenize(self, request: Any, context: Any) -> Any:
+        return await self._servicer.tokenize(request, context)
+
+    async def ListModels(self, request: Any, context: Any) -> Any:
+        return await self._servicer.list_models(context)
+
+    async def GetModelInfo(self, request: Any, context: Any) -> Any:
+        return await self._servicer.get_model_info(request, context)
+
+
+@asynccontextmanager
+async def serving(served: Gateway, **options: Any) -> AsyncIterator[S2DClient]:
+    server = grpc.aio.server()
+    generation_pb2_grpc.add_GenerationServiceServicer_to_server(Adapter(served), server)  # type: ignore[no-untyped-call]
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    options = {"retry": RetryPolicy(attempts=1), **options}
+    try:
+        async with S2DClient(f"127.0.0.1:{port}", timeout_s=10.0, **options) as client:
+            yield client
+    finally:
+        await server.stop(0)
+
+
+async def test_generate() -> None:
+    target = FakeTarget()
+    async with serving(gateway(target)) as client:
+        chunks = [
+            c async for c in client.generate(
+                MODEL, "hi", n=2, logprobs=1, seed=-5, max_tokens=3, prompt_logprobs=0, request_id="r1",
+                logit_bias={3: -1.0}, stop=["x"], speculation={"max_draft_tokens": 2, "force": True},
+            )
+        ]  # fmt: skip
+    for index, text in ((0, "abc"), (1, "bcd")):
+        mine = [c for c in chunks if c.index == index]
+        assert "".join(c.text for c in mine) == text
+        assert [i for c in mine for i in c.token_ids] == [ord(t) for t in text]
+        assert mine[0].seed == -5
+        assert len(mine[0].prompt_logprobs) == 2
+        assert not mine[0].prompt_logprobs[0].HasField("chosen")
+        assert mine[0].logprobs[0].chosen.token == text[0]
+        assert (list(mine[1].tokens_per_round), list(mine[1].accepted_per_round)) == ([1], [1])
+        assert mine[-1].finish_reason == "length"
+    assert [c.HasField("usage") for c in chunks] == [False] * 5 + [True]
+    assert (chunks[-1].usage.prompt_tokens, chunks[-1].usage.completion_tokens) == (5, 6)
+    assert not chunks[-1].HasField("speculation")
+    assert {c.request_id for c in chunks} == {"r1"}
+    request = target.requests[0]
+    assert (request.sampling.logit_bias, request.stop) == ({3: -1.0}, ("x",))
+    assert (request.speculation.max_draft_tokens, request.speculation.force) == (2, True)
+
+
+async def test_chat_defaults_and_speculation() -> None:
+    target = FakeTarget()
+    async with serving(gateway(target)) as client:
+        stream = client.chat(MODEL, [("user", "hi")], grammar={"kind": "regex", "text": "a"})
+        chunks = [c async for c in stream]
+    assert chunks[-1].speculation.acceptance_histogram == [0, 2]
+    assert chunks[-1].speculation.mean_acceptance_length == 2.0
+    assert target.requests[0].max_tokens is None
+    grammar = target.requests[0].sampling.grammar
+    assert grammar is not None
+    assert (grammar.kind, grammar.text) == ("regex", "a")
+
+
+async def test_ids_prompt_and_default_limit() -> None:
+    target = FakeTarget()
+    async with serving(gateway(target)) as client:
+        assert [c async for c in client.generate(MODEL, [1, 2])]
+    assert (target.requests[0].prompt_ids, target.requests[0].max_tokens) == ((1, 2), 16)
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"top_p": 2.0}, "top_p"),
+        ({"logprobs": 99}, "logprobs"),
+        ({"prompt_logprobs": 99}, "prompt_logprobs"),
+        ({"n": 0}, "n"),
+        ({"logit_bias": {5000: 1.0}}, "logit_bias"),
+        ({"stop": [""]}, "stop"),
+        ({"grammar": {"kind": "yaml"}}, "grammar.kind"),
+        ({"speculation": {"force": True}}, "speculation.max_draft_tokens"),
+        ({"speculation": {"drafter": "x"}}, "speculation.drafter"),
+    ],
+)
+async def test_invalid_argument_names_the_field(options: dict[str, Any], field: str) -> None:
+    target = FakeTarget()
+    async with serving(gateway(target)) as client:
+        chat = client.chat(MODEL, [("user", "x")], **options)
+        for stream in (client.generate(MODEL, "x", **options), chat):
+            with pytest.raises(S2DError) as caught:
+                async for _ in stream:
+                    pass
+            assert caught.value.code is grpc.StatusCode.INVALID_ARGUMENT
+            assert caught.value.message.startswith(field)
+    assert target.requests == []
+
+
+async def test_missing_fields() -> None:
+    async with serving(gateway(FakeTarget())) as client:
+        stub: Any = client._stub
+        for call in (stub.Generate(pb.GenerateRequest(model=MODEL)), stub.Chat(pb.ChatRequest(model=MODEL)),
+                     stub.Generate(pb.GenerateRequest(text="x"))):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                async for _ in call:
+                    pass
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "retry"),
+    [
+        ("overloaded", grpc.StatusCode.RESOURCE_EXHAUSTED, 4.0),
+        ("unavailable", grpc.StatusCode.UNAVAILABLE, 4.0),
+        ("internal", grpc.StatusCode.INTERNAL, None),
+        ("invalid", grpc.StatusCode.INVALID_ARGUMENT, None),
+    ],
+)
+async def test_worker_errors(kind: str, code: grpc.StatusCode, retry: float | None) -> None:
+    async with serving(gateway(FakeTarget(script=refuse(kind)))) as client:
+        with pytest.raises(S2DError) as caught:
+            async for _ in client.generate(MODEL, "x"):
+                pass
+    assert (caught.value.code, caught.value.retry_after_s) == (code, retry)
+
+
+async def test_unknown_and_dead_models() -> None:
+    target = FakeTarget()
+    async with serving(gateway(target)) as client:
+        for call in (client.model_info("x"), client.tokenize("x", "t")):
+            with pytest.raises(S2DError) as caught:
+                await call
+            assert caught.value.code is grpc.StatusCode.NOT_FOUND
+        target.alive = False
+        with pytest.raises(S2DError) as caught:
+            await client.tokenize(MODEL, "t")
+        assert caught.value.code is grpc.StatusCode.UNAVAILABLE
+        assert (await client.list_models())[0].ready is False
+
+
+async def test_models_and_tokenize() -> None:
+    served = gateway(FakeTarget())
+    async with serving(served) as client:
+        assert await client.tokenize(MODEL, "ab") == (1, 97, 98)
+        assert await client.tokenize(MODEL, "ab", add_special_tokens=False) == (97, 98)
+        one = await client.model_info(MODEL)
+        assert (one.id, one.max_model_len, one.dtype, one.ready) == (MODEL, 128, "float32", True)
+        assert await client.list_models() == [one]
+
+
+async def test_leaving_a_stream_cancels_the_request() -> None:
+    target = FakeTarget(length=500, hold=asyncio.Event())
+    served = gateway(target)
+    async with serving(served) as client:
+        stream = client.generate(MODEL, "x", max_tokens=400)
+        async for _ in stream:
+            break
+        await stream.aclose()
+        for _ in range(100):
+            if not target.running:
+                break
+            await asyncio.sleep(0.02)
+    assert (target.running, target.cancelled, served.in_flight.count) == (0, 1, 0)
+
+
+async def test_client_retries_before_the_first_chunk_only() -> None:
+    target = FakeTarget()
+    attempts = 0
+
+    def sometimes(request: Any) -> list[GenerationChunk]:
+        nonlocal attempts
+        attempts += 1
+        if attempts < 3:
+            return [GenerationChunk(error=RequestError("unavailable", "later", retry_after_s=0.0))]
+        target.script = None
+        return target.chunks(request)
+
+    target.script = sometimes
+    async with serving(gateway(target), retry=RetryPolicy(attempts=3, initial_backoff_s=0.01)) as client:
+        assert "".join([c.text async for c in client.generate(MODEL, "x")]) == "abcd"
+        assert attempts == 3
+        target.requests.clear()
+        target.script = lambda request: [
+            GenerationChunk(text="a", token_ids=(97,)),
+            GenerationChunk(error=RequestError("unavailable", "x")),
+        ]
+        with pytest.raises(S2DError):
+            async for _ in client.generate(MODEL, "x"):
+                pass
+        assert len(target.requests) == 1
+
+
+async def test_api_key() -> None:
+    served = gateway(FakeTarget(), api_key="k")
+    async with serving(served) as client:
+        for call in (client.list_models(), client.tokenize(MODEL, "x"), client.model_info(MODEL)):
+            with pytest.raises(S2DError) as caught:
+                await call
+            assert caught.value.code is grpc.StatusCode.UNAUTHENTICATED
+    async with serving(served, api_key="k") as client:
+        assert await client.list_models()
+
+
+async def test_request_id_comes_back_in_the_trailers() -> None:
+    async with serving(gateway(FakeTarget())) as client:
+        stub: Any = client._stub
+        call = stub.Generate(pb.GenerateRequest(model=MODEL, text="x", request_id="mine"))
+        assert [c async for c in call]
+        assert ("x-request-id", "mine") in [tuple(t) for t in await call.trailing_metadata()]
