@@ -60,8 +60,8 @@ test-all: $(INSTALLED)  ## Run all tests.
 	@exec $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(INSTALLED)  ## Check style and types.
-	$(BIN)/python -m ruff check .
-	$(BIN)/python -m mypy
+	@status=0; for check in "ruff check ." "mypy"; do \
+	  echo "==> $$check"; $(BIN)/python -m $$check || status=1; done; exit $$status
 
 protos: $(INSTALLED)  ## Generate the Python code of protos/ anew.
 	$(call PROTOC,.)

@@ -22,7 +22,7 @@ from cluster.gateway.ingress import Ingress
 APP_NAME = "s2d"
 GATEWAY = "gateway"
 DRAFT_POOL = "draft-pool"
-GRPC_SERVICER = "protos.s2d.v1.generation_pb2_grpc.add_GenerationServiceServicer_to_server"
+GRPC_SERVICER = "cluster.gateway.grpc_proxy.add_generation_service"
 CONTROL_CALLS = 64
 """Room for info, state, tokenize and health calls beside admitted requests."""
 HEALTH_PERIOD_S = 5.0

@@ -75,6 +75,7 @@ class ScriptedEngine:
         self.added: list[EngineRequest] = []
         self.aborted: list[str] = []
         self.steps = 0
+        self.asked = 0
         self.resets = 0
         self.closed = False
         self.fail_at: set[int] = set()
@@ -117,6 +118,7 @@ class ScriptedEngine:
 
     def has_work(self) -> bool:
         self._same_thread()
+        self.asked += 1
         return any(r.outputs for r in self.running.values())
 
     def stats(self) -> EngineStats:

@@ -19,6 +19,7 @@ from actors.engine.costs import CostModel
 
 _WAIT_SMOOTHING = 0.1
 _FIRST_PROBE, _LAST_PROBE = 4, 64
+_PROBE_LENGTH = 2
 
 
 @dataclass(slots=True)
@@ -28,6 +29,8 @@ class ControlState:
     acceptance: RequestAcceptance = field(default_factory=RequestAcceptance)
     rounds_since_asked: int = 0
     probe_interval: int = _FIRST_PROBE
+    probing: bool = False
+    """Whether the drafts now under way were asked for as a probe."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +89,15 @@ class Controller:
             for _, (c, drafter, drafted) in free
         ]
         chosen, _ = self._admit(curves, base_rows + sum(lengths), emitting, 0.0)
-        for (index, (candidate, _, _)), length in zip(free, chosen, strict=True):
-            lengths[index] = length
+        for (index, (candidate, _, _)), curve, length in zip(free, curves, chosen, strict=True):
+            state = candidate.state
             if length > 0:
-                candidate.state.probe_interval = _FIRST_PROBE
+                state.probe_interval = _FIRST_PROBE
+            elif state.probing:
+                # A probe is verified, a little of it: the costs of such rounds must stay known as well.
+                length = min(_PROBE_LENGTH, len(curve))
+            lengths[index] = length
+            state.probing = False
         return lengths
 
     def _admit(
@@ -122,7 +130,8 @@ class Controller:
             state.rounds_since_asked += 1
             self._decisions["declined"] += 1
             return
-        if self._probe_due(state):
+        state.probing = self._probe_due(state)
+        if state.probing:
             # Until a probe's drafts turn out worth verifying (`trim`), the next one waits longer.
             state.probe_interval = min(_LAST_PROBE, state.probe_interval * 2)
             self._decisions["probes"] += 1

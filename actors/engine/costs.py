@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
 _SMOOTHING = 0.1
+_DRIFT = 0.08
 _OUTLIER = 4.0
 
 
@@ -13,12 +14,15 @@ class CostModel:
     """Seconds of one engine round by the number of token rows in its forward pass.
 
     Known row counts hold exponential averages; others are interpolated linearly, and extrapolated with the
-    slope of the last two known ones. A larger round is never predicted to be cheaper.
+    slope of the last two known ones. Predictions never fall with the row count: neighbours that contradict
+    that are averaged (isotonic regression). A measurement also pulls the other row counts along, so that a
+    profile taken while the machine was busy does not outlive that.
     """
 
     def __init__(self) -> None:
         self._seconds: dict[int, float] = {}
         self._rows: list[int] = []
+        self._fitted: list[float] = []
         self._cache: dict[int, float] = {}
 
     def observe(self, rows: int, seconds: float) -> None:
@@ -28,8 +32,13 @@ class CostModel:
             self._rows.insert(bisect_left(self._rows, rows), rows)
             self._seconds[rows] = seconds
         else:
-            bounded = min(seconds, known * _OUTLIER)
+            bounded = min(max(seconds, known / _OUTLIER), known * _OUTLIER)
             self._seconds[rows] = known + _SMOOTHING * (bounded - known)
+            drift = 1.0 + _DRIFT * (bounded / known - 1.0)
+            for other in self._rows:
+                if other != rows:
+                    self._seconds[other] *= drift
+        self._fitted = []
         self._cache.clear()
 
     def profile(self, run: Callable[[int], float], row_counts: Sequence[int], repeats: int = 3) -> None:
@@ -47,27 +56,34 @@ class CostModel:
     def _predict(self, rows: int) -> float:
         if not self._rows:
             return 0.0
-        best = 0.0
-        for known in self._rows:
-            if known > rows:
-                break
-            best = max(best, self._seconds[known])
+        if not self._fitted:
+            self._fitted = _isotonic([self._seconds[known] for known in self._rows])
         at = bisect_left(self._rows, rows)
-        if at < len(self._rows) and self._rows[at] == rows:
-            return best
         if at == 0:
-            return self._seconds[self._rows[0]]
-        low = self._rows[at - 1]
-        if at == len(self._rows):
-            if at == 1:
-                return best
-            before = self._rows[at - 2]
-            slope = max(0.0, (self._seconds[low] - self._seconds[before]) / (low - before))
-            return best + slope * (rows - low)
-        high = self._rows[at]
-        share = (rows - low) / (high - low)
-        return max(best, self._seconds[low] + share * (self._seconds[high] - self._seconds[low]))
+            return self._fitted[0]
+        if at < len(self._rows):
+            low, high = self._rows[at - 1], self._rows[at]
+            share = (rows - low) / (high - low)
+            return self._fitted[at - 1] + share * (self._fitted[at] - self._fitted[at - 1])
+        if at == 1:
+            return self._fitted[0]
+        run = self._rows[-1] - self._rows[-2]
+        slope = (self._fitted[-1] - self._fitted[-2]) / run
+        return self._fitted[-1] + slope * (rows - self._rows[-1])
 
     def table(self) -> dict[str, float]:
         """Milliseconds by row count, for people."""
         return {str(rows): round(self._seconds[rows] * 1e3, 3) for rows in self._rows}
+
+
+def _isotonic(values: Sequence[float]) -> list[float]:
+    """The non-decreasing sequence closest to `values` in squares (pool adjacent violators)."""
+    blocks: list[tuple[float, int]] = []
+    for value in values:
+        mean, count = value, 1
+        while blocks and blocks[-1][0] > mean:
+            previous, size = blocks.pop()
+            mean = (mean * count + previous * size) / (count + size)
+            count += size
+        blocks.append((mean, count))
+    return [mean for mean, count in blocks for _ in range(count)]

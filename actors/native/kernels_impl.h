@@ -199,10 +199,19 @@ void silu_mul(const float* y, int64_t n, float* out) {
 
 // ---- attention ------------------------------------------------------------------------------------------------
 
+inline float greatest(const float* s) {
+    float top[LANES];
+    for (int64_t j = 0; j < 16; ++j) top[j] = s[j] > s[j + 16] ? s[j] : s[j + 16];
+    for (int64_t j = 0; j < 8; ++j) top[j] = top[j] > top[j + 8] ? top[j] : top[j + 8];
+    for (int64_t j = 0; j < 4; ++j) top[j] = top[j] > top[j + 4] ? top[j] : top[j + 4];
+    const float a = top[0] > top[2] ? top[0] : top[2], b = top[1] > top[3] ? top[1] : top[3];
+    return a > b ? a : b;
+}
+
 template <bool BF16>
 void attention_of(const Attention& a) {
     alignas(64) float scores[MAX_GROUP * BLOCK];
-    float highest[MAX_GROUP], total[MAX_GROUP], rescale[MAX_GROUP];
+    float highest[MAX_GROUP], total[MAX_GROUP], best[MAX_GROUP], mass[MAX_GROUP], rescale[MAX_GROUP];
     const int64_t half_bytes = BLOCK * a.head_dim * (BF16 ? 2 : 4);
     Product qk{a.q, a.head_dim, a.group, nullptr, group_bytes(a.head_dim, BF16), BF16, a.head_dim, BLOCK,
                0, BLOCK / LANES, scores, BLOCK, nullptr, nullptr, Epilogue::store};
@@ -217,17 +226,24 @@ void attention_of(const Attention& a) {
         for (int64_t r = 0; r < a.group; ++r) {
             float* s = scores + r * BLOCK;
             for (int64_t j = 0; j < BLOCK; ++j) s[j] *= a.scale;
-            for (int64_t j = count; j < BLOCK; ++j) s[j] = -INFINITY;
-            float top[LANES];
-            for (int64_t j = 0; j < LANES; ++j) top[j] = s[j] > s[j + LANES] ? s[j] : s[j + LANES];
-            float best = b == 0 ? -INFINITY : highest[r];
-            for (int64_t j = 0; j < LANES; ++j) best = best > top[j] ? best : top[j];
-            for (int64_t j = 0; j < BLOCK; ++j) s[j] = exponential(s[j] - best);
-            for (int64_t j = count; j < BLOCK; ++j) s[j] = 0.0f;
-            const float mass = sum(add(load(s), load(s + LANES)));
-            rescale[r] = b == 0 ? 0.0f : exponential(highest[r] - best);
-            total[r] = b == 0 ? mass : madd(total[r], rescale[r], mass);
-            highest[r] = best;
+            if (count < BLOCK) {
+                for (int64_t j = count; j < BLOCK; ++j) s[j] = -INFINITY;
+            }
+            best[r] = greatest(s);
+            if (b > 0 && highest[r] > best[r]) best[r] = highest[r];
+        }
+        for (int64_t r = 0; r < a.group; ++r) {
+            float* s = scores + r * BLOCK;
+            for (int64_t j = 0; j < BLOCK; ++j) s[j] = exponential(s[j] - best[r]);
+            if (count < BLOCK) {
+                for (int64_t j = count; j < BLOCK; ++j) s[j] = 0.0f;
+            }
+            mass[r] = sum(add(load(s), load(s + LANES)));
+        }
+        for (int64_t r = 0; r < a.group; ++r) {
+            rescale[r] = b == 0 ? 0.0f : exponential(highest[r] - best[r]);
+            total[r] = b == 0 ? mass[r] : madd(total[r], rescale[r], mass[r]);
+            highest[r] = best[r];
         }
         pv.w = keys + half_bytes;
         pv.k = count;

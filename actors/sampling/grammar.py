@@ -33,6 +33,10 @@ _JSON_OPTIONS = {
     "whitespace_pattern": r" |\r?\n[ \t]{0,32}",
 }
 _MAX_MESSAGE = 300
+_JSON_ROW_ITEMS = 2000
+_GRAMMAR_ROW_ITEMS = 400
+"""Earley items of one position at most. A schema with 200 optional properties needs 800; a Lark grammar with
+2000 is so ambiguous that one mask takes half a second, during which everybody waits."""
 
 
 class GrammarError(RuntimeError):
@@ -166,15 +170,25 @@ class GrammarCompiler:
     def _build(self, spec: GrammarSpec) -> llguidance.LLMatcher:
         tokenizer = self._load_tokenizer()
         grammar = _to_llguidance(spec)
-        limits = llguidance.LLParserLimits(verbose_errors=False)
+        row_items = _JSON_ROW_ITEMS if spec.kind.startswith("json") else _GRAMMAR_ROW_ITEMS
+        limits = llguidance.LLParserLimits(max_items_in_row=row_items, verbose_errors=False)
         invalid, messages = llguidance.LLMatcher.validate_grammar_with_warnings(
             grammar, tokenizer, limits=limits
         )
         if invalid:
             raise ParameterError(_PARAM, f"invalid {spec.kind}: {_brief(messages[0])}")
         matcher = llguidance.LLMatcher(tokenizer, grammar, limits=limits, log_level=0)
-        if matcher.is_error():
-            raise ParameterError(_PARAM, f"invalid {spec.kind}: {_brief(matcher.get_error())}")
+        # The first masks tell whether the grammar is too complex from the start (objects show their size
+        # after the brace), and fill the lexer's cache, which copies share.
+        probe = matcher.deep_copy()
+        probe.compute_bitmask()
+        forced = tokenizer.tokenize_bytes(probe.compute_ff_bytes())
+        valid = forced[: probe.validate_tokens(forced)]
+        if valid and probe.consume_tokens(valid):
+            probe.compute_bitmask()
+        for tried in (matcher, probe):
+            if tried.is_error():
+                raise ParameterError(_PARAM, f"invalid {spec.kind}: {_brief(tried.get_error())}")
         return matcher
 
     def _load_tokenizer(self) -> llguidance.LLTokenizer:

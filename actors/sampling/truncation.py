@@ -54,8 +54,8 @@ def keep_at_least(row: Tensor, threshold: float) -> None:
     """Set every score below `threshold` (a float32 value) to -inf, in place."""
     if threshold == -math.inf:
         return
-    # torch's threshold keeps what is strictly greater; it takes a fifth of the time of a masked fill. The float
-    # below zero is subnormal, and a library may have told the processor to take those for zero.
+    # torch's threshold keeps what is strictly greater; it takes a fifth of the time of a masked fill. The
+    # float below zero is subnormal, and a library may have told the processor to take those for zero.
     below = float(np.nextafter(np.float32(threshold), np.float32(-np.inf)))
     torch.threshold_(row, -_TINY if -_TINY < below < _TINY else below, -math.inf)
 
@@ -68,8 +68,8 @@ def surviving_ids(row: Tensor) -> Tensor:
 def _nucleus_threshold(row: Tensor, best: float, threshold: float, top_p: float) -> float:
     kept = row if threshold == -math.inf else row[_where_at_least(row, threshold)]
     total = float((kept - best).to(torch.float64).exp_().sum())
-    # Tokens of probability at most (1 - top_p) / n hold less than 1 - top_p together, so the nucleus lies within
-    # the others: usually a few hundred, and the vocabulary need not be sorted.
+    # Tokens of probability at most (1 - top_p) / n hold less than 1 - top_p together, so the nucleus lies
+    # within the others: usually a few hundred, and the vocabulary need not be sorted.
     cut = best + math.log(total * (1.0 - top_p) / kept.numel() * _SAFETY)
     head = _descending(kept[_where_at_least(kept, min(cut, best))])
     mass = (head - best).to(torch.float64).exp_().cumsum_(0)

@@ -96,7 +96,7 @@ class ChoiceStream:
             taken += 1
         if self._finish is None and output.finish_reason is not None:
             self._end(output.finish_reason, output.stop_token_id)
-        if self._finish is not None and not isinstance(self._stop_reason, str):
+        if self._finish is not None:  # after a match nothing is held
             text.append(self._matcher.flush())
         return replace(
             opening,

@@ -24,6 +24,15 @@ START_TIMEOUT_S = 900.0
 SERVE_SHUTDOWN_S = 30.0
 PROCESS_EXIT_S = 10.0
 POLL_S = 0.2
+CONTROL_PROCESSES = {"raylet", "gcs_server"}
+"""Without either, nothing in the cluster answers any more."""
+RAY_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Workers are the service here, not batch jobs that give way to others.
+    "RAY_worker_niceness": "0",
+    # A machine that is busy loading weights may be slow to start Ray.
+    "RAY_raylet_start_wait_time_s": "120",
+}
 Phase = Callable[[str], AbstractContextManager[object]]
 
 
@@ -116,14 +125,16 @@ class LocalCluster:
             self._wait_ready()
 
     def _start_ray(self) -> None:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+        for name, value in RAY_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
         import ray
         from ray import serve
 
         from cluster.app import serve_options
 
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
         cores = len(os.sched_getaffinity(0))
+        self._ray_started = True  # from here on there may be something to end
         try:
             ray.init(
                 address="local",
@@ -134,10 +145,9 @@ class LocalCluster:
                 logging_level=logging.ERROR,
                 namespace="s2d",
             )
-            self._ray_started = True
             self._stop.install()
             serve.start(**serve_options(self._config), logging_config={"log_level": "WARNING"})
-        except (RuntimeError, ValueError, OSError, ConnectionError, TimeoutError) as error:
+        except Exception as error:  # Ray raises bare Exceptions too
             raise StartupError(f"Ray did not start: {_last_line(error)}") from error
 
     def _run_application(self, phase: Phase) -> None:
@@ -203,14 +213,12 @@ class LocalCluster:
             return
         import ray
 
-        self._drain(drain_timeout_s)
         processes = descendants(os.getpid())
-        # In a thread, because it waits for the controller, which may be gone.
-        ended = threading.Thread(target=_shutdown_serve, name="s2d-shutdown", daemon=True)
-        ended.start()
-        ended.join(SERVE_SHUTDOWN_S)
-        processes |= descendants(os.getpid())
-        ray.shutdown()
+        if ray.is_initialized() and CONTROL_PROCESSES <= names_of(processes):
+            self._drain(drain_timeout_s)
+            _within(SERVE_SHUTDOWN_S, _shutdown_serve)
+            processes |= descendants(os.getpid())
+        _within(PROCESS_EXIT_S, ray.shutdown)
         self._ray_started = False
         end_processes(processes, PROCESS_EXIT_S)
 
@@ -228,6 +236,13 @@ class LocalCluster:
                 # Whatever failed there, what remains is to end the processes.
                 logging.getLogger(__name__).warning("draining failed: %s", _last_line(error))
             return
+
+
+def _within(seconds: float, action: Callable[[], object]) -> None:
+    """In a thread, because it may wait for processes that are gone."""
+    thread = threading.Thread(target=action, name="s2d-stop", daemon=True)
+    thread.start()
+    thread.join(seconds)
 
 
 def _shutdown_serve() -> None:
@@ -285,6 +300,17 @@ def descendants(root: int) -> dict[int, int]:
         found |= children
         frontier = set(children)
     return found
+
+
+def names_of(processes: dict[int, int]) -> set[str]:
+    """Kernel names (15 characters at most) of processes that still run."""
+    names: set[str] = set()
+    for pid, started in processes.items():
+        with contextlib.suppress(OSError):
+            name = Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").strip()
+            if _alive(pid, started):
+                names.add(name)
+    return names
 
 
 def _alive(pid: int, started: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -44,7 +45,7 @@ def serve(
         with phases() as progress:
             cluster.start(lambda name: phase(progress, name))
         if not stop.requested:
-            out.print(banner(settings))
+            out.print(banner(settings), soft_wrap=True)
             cluster.wait()
     except StartupError as error:
         err.print(f"[bold red]error:[/] {error}", soft_wrap=True)
@@ -83,6 +84,7 @@ def phases() -> Progress:
         TextColumn("{task.description}"),
         TimeElapsedColumn(),
         console=err,
+        disable=not err.is_terminal,
     )
 
 
@@ -91,16 +93,20 @@ class phase:
 
     def __init__(self, progress: Progress, name: str) -> None:
         self._progress = progress
+        self._name = name
+        self._began = time.monotonic()
         self._task: TaskID = progress.add_task(name, total=1)
 
     def __enter__(self) -> phase:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self._progress.update(self._task, completed=1)
-        else:
+        if kind is not None:
             self._progress.stop_task(self._task)
+            return
+        self._progress.update(self._task, completed=1)
+        if not self._progress.console.is_terminal:  # a spinner shows nothing there before the end
+            self._progress.console.print(f"✓ {self._name} ({time.monotonic() - self._began:.1f} s)")
 
 
 def urls(gateway: GatewayConfig) -> tuple[str, str]:

@@ -90,9 +90,32 @@ def test_cost_model_interpolates_extrapolates_and_never_falls() -> None:
     assert costs.seconds(3) == 0.0
     for rows, seconds in ((1, 0.010), (5, 0.014), (9, 0.012)):
         costs.observe(rows, seconds)
-    assert abs(costs.seconds(3) - 0.012) < 1e-9
-    assert costs.seconds(9) == 0.014
+    assert abs(costs.seconds(3) - 0.0115) < 1e-9, "5 and 9 contradict each other: their mean is 0.013"
+    assert abs(costs.seconds(9) - 0.013) < 1e-9
+    assert costs.seconds(9) == costs.seconds(5)
     assert costs.seconds(100) >= costs.seconds(9)
     before = costs.seconds(1)
     costs.observe(1, 10.0)
     assert costs.seconds(1) < 2 * before, "one stolen core does not ruin the profile"
+
+
+def test_a_profile_from_a_busy_moment_does_not_last() -> None:
+    costs = CostModel()
+    for rows in (1, 2, 4, 8):
+        costs.observe(rows, 0.1 + 0.01 * rows)
+    for _ in range(200):
+        costs.observe(1, 0.011)
+    assert costs.seconds(4) < 0.03
+    assert costs.seconds(4) >= costs.seconds(1)
+
+
+def test_a_probe_is_verified_a_little() -> None:
+    controller, state = _controller(first_row=0.1, per_row=10.0), ControlState()
+    _teach(controller, state, accepted=0)
+    candidate = Candidate(state, 4, ("d",))
+    verified = []
+    for _ in range(40):
+        asked = controller.plan([candidate])[0]
+        verified.append(controller.trim([(candidate, "d", 4)], 1, 1)[0] if asked else 0)
+    assert 0 < sum(v > 0 for v in verified) < 8
+    assert max(verified) == 2

@@ -169,6 +169,27 @@ def test_invalid_grammars_are_named(compiler: GrammarCompiler, spec: GrammarSpec
     assert "<state>" not in str(caught.value)
 
 
+def test_a_grammar_that_explodes_is_stopped(compiler: GrammarCompiler) -> None:
+    matcher = compiler.compile(GrammarSpec("lark", 'start: a\na: a a | "a" | "b" | a a a\n'))
+
+    def write(count: int) -> None:
+        for _ in range(count):
+            matcher.mask()
+            matcher.advance(ids("a")[0])
+
+    with pytest.raises(GrammarError, match="items"):
+        write(500)
+    with pytest.raises(GrammarError, match="items"):  # and stays stopped
+        matcher.mask()
+
+
+def test_a_schema_too_large_from_the_start_is_refused(compiler: GrammarCompiler) -> None:
+    schema = {"type": "object", "properties": {f"p{i}": {"type": ["string", "null"]} for i in range(1000)}}
+    with pytest.raises(ParameterError, match="items") as caught:
+        compiler.compile(GrammarSpec("json_schema", json.dumps(schema)))
+    assert caught.value.param == "response_format"
+
+
 def test_lark_grammars(compiler: GrammarCompiler) -> None:
     matcher = compiler.compile(GrammarSpec("lark", 'start: "yes" | "no"'))
     assert matcher.admissible(ids("yes")) == len(ids("yes"))

@@ -80,6 +80,14 @@ def test_without_stops_nothing_is_held() -> None:
     assert matcher.flush() == ""
 
 
+def test_an_inactive_match_is_shown_at_once() -> None:
+    matcher = StopStringMatcher(["abc", "bca"])
+    assert matcher.feed("abc", active=False) == ("a", None)  # "bc" may still begin "bca"
+    assert matcher.feed("b") == ("bc", None)
+    assert matcher.held == "b"
+    assert StopStringMatcher(["xy"]).feed("xy", active=False) == ("xy", None)
+
+
 def test_the_longest_of_those_that_complete_together_wins() -> None:
     assert stream(list("x</s>"), [">", "</s>"]) == (["x", "", "", "", ""], "</s>")
 

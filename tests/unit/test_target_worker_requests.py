@@ -1,0 +1,232 @@
+"""What is refused, what a failing engine means, resuming, and the worker's other calls."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from actors.sampling.params import ParameterError, SamplingParams, SpeculationParams
+from actors.target_worker.messages import (
+    ChatMessage,
+    GenerationRequest,
+)
+from actors.target_worker.worker import TargetIdentity
+from actors.text.tokenizer import TextTokenizer
+from tests.scripted_engine import rounds
+from tests.toy_tokenizers import EOS, byte_level_folder
+from tests.worker_rig import CONTEXT, Rig, ask, scripted
+
+pytestmark = pytest.mark.timeout(60)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return byte_level_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path) -> TextTokenizer:
+    return TextTokenizer(folder)
+
+
+# -- refusals -----------------------------------------------------------------------------------------------
+
+
+BAD: list[tuple[Callable[[], GenerationRequest], str, str]] = [
+    (lambda: ask("x" * CONTEXT), "prompt", f"{CONTEXT} tokens.*{CONTEXT} tokens"),
+    (lambda: ask("x" * (CONTEXT + 9)), "prompt", f"{CONTEXT + 9} tokens.*{CONTEXT} tokens"),
+    (lambda: ask(""), "prompt", "at least one token"),
+    (lambda: ask("\ud800"), "prompt", "Unicode"),
+    (lambda: ask(n=0), "n", "at least 1"),
+    (lambda: ask(n=7), "n", "at most 6"),
+    (lambda: ask(stop=("",)), "stop", "empty"),
+    (lambda: ask(max_tokens=-1), "max_tokens", "negative"),
+    (lambda: ask(max_tokens=2, sampling=SamplingParams(min_tokens=3)), "min_tokens", "max_tokens"),
+    (lambda: ask(sampling=SamplingParams(logit_bias={9999: 1.0})), "logit_bias", "9999"),
+    (lambda: ask(sampling=SamplingParams(stop_token_ids=(-1,))), "stop_token_ids", "-1"),
+    (lambda: ask(output_ids_so_far=(9999,)), "output_ids_so_far", "9999"),
+    (lambda: ask(output_ids_so_far=(5,), n=2), "n", "resumed"),
+    (lambda: ask(speculation=SpeculationParams(drafter="eagle")), "speculation.drafter", "eagle"),
+    (lambda: ask(speculation=SpeculationParams(exit_depth=3)), "speculation.exit_depth", "2, 4"),
+    (
+        lambda: ask(speculation=SpeculationParams(drafter="prompt_lookup", exit_depth=2)),
+        "speculation.exit_depth",
+        "no exits",
+    ),
+    (lambda: GenerationRequest("r", SamplingParams(), prompt_ids=(1, 9999)), "prompt", "9999"),
+    (lambda: GenerationRequest("r", SamplingParams(), prompt_ids=()), "prompt", "at least one"),
+    (lambda: GenerationRequest("r", SamplingParams(), messages=()), "messages", "empty"),
+    (
+        lambda: GenerationRequest("r", SamplingParams(), messages=(ChatMessage("user", "x" * CONTEXT),)),
+        "messages",
+        f"{CONTEXT} tokens",
+    ),
+    (
+        lambda: GenerationRequest("r", SamplingParams(), messages=(ChatMessage("user", "x"),), echo=True),
+        "echo",
+        "",
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "param", "says"), BAD, ids=[f"{i}-{b[1]}" for i, b in enumerate(BAD)])
+async def test_bad_requests_name_the_field(
+    folder: Path, make: Callable[[], GenerationRequest], param: str, says: str
+) -> None:
+    async with Rig(folder, scripted([[60]])) as rig:
+        chunks = await rig.chunks(make())
+        assert rig.fake.added == []
+    assert len(chunks) == 1
+    error = chunks[0].error
+    assert error is not None
+    assert (error.kind, error.param) == ("invalid", param)
+    assert error.message.startswith(param)
+    assert re.search(says, error.message), error.message
+
+
+@pytest.mark.parametrize("length", [CONTEXT - 1, CONTEXT - 6])
+@pytest.mark.parametrize("asked", [None, 1, 50])
+async def test_max_tokens_is_cut_to_what_the_context_holds(
+    folder: Path, length: int, asked: int | None
+) -> None:
+    sampling = SamplingParams(min_tokens=1)
+    async with Rig(folder, lambda r: rounds(r, [[60]] * r.sampling.max_tokens)) as rig:
+        whole = await rig.choice(ask("x" * length, max_tokens=asked, sampling=sampling))
+    room = CONTEXT - length
+    assert len(whole.token_ids) == (room if asked is None else min(asked, room))
+    assert whole.finish_reason == "length"
+
+
+async def test_the_engine_gets_the_models_end_ids(folder: Path) -> None:
+    async with Rig(folder, scripted([[60]])) as rig:
+        await rig.choice(ask(speculation=SpeculationParams(drafter="nested", exit_depth=4)))
+        assert rig.fake.added[0].sampling.eos_token_ids == (EOS,)
+        assert rig.fake.added[0].speculation.exit_depth == 4
+
+
+async def test_what_the_engine_rejects_is_invalid(folder: Path) -> None:
+    async with Rig(folder, scripted([[60]])) as rig:
+        rig.fake.add_error = ParameterError("response_format", "invalid json_schema")
+        error = (await rig.chunks(ask(n=2)))[-1].error
+    assert error is not None
+    assert (error.kind, error.param) == ("invalid", "response_format")
+
+
+async def test_a_full_queue_says_when_to_come_back(folder: Path) -> None:
+    async with Rig(folder, lambda r: rounds(r, [[60]] * 5)) as rig:
+        rig.fake.gate.clear()
+        running = asyncio.create_task(rig.chunks(ask(n=6)))
+        await asyncio.sleep(0.05)
+        error = (await rig.chunks(ask()))[-1].error
+        assert error is not None
+        assert error.kind == "overloaded"
+        assert (error.retry_after_s or 0) >= 1.0
+        rig.fake.gate.set()
+        assert len([c for c in await running if c.finish_reason]) == 6
+
+
+async def test_a_failing_engine_is_an_internal_error_of_the_request(folder: Path) -> None:
+    async with Rig(folder, lambda r: rounds(r, [[60]] * 5)) as rig:
+        rig.fake.fail_at = {2}
+        chunks = await rig.chunks(ask())
+        assert chunks[-1].error is not None
+        assert chunks[-1].error.kind == "internal"
+        assert (await rig.choice(ask())).finish_reason == "length"
+        rig.worker.check_health()
+
+
+async def test_draining_refuses_as_unavailable(folder: Path) -> None:
+    async with Rig(folder, scripted([[60]])) as rig:
+        await rig.choice(ask())
+        assert await rig.worker.drain(1.0)
+        error = (await rig.chunks(ask()))[-1].error
+    assert error is not None
+    assert error.kind == "unavailable"
+
+
+async def test_an_aborted_request_is_unavailable(folder: Path) -> None:
+    async with Rig(folder, lambda r: rounds(r, [[60]] * 3000), step_s=0.003) as rig:
+        running = asyncio.create_task(rig.chunks(ask(max_tokens=None)))
+        await asyncio.sleep(0.05)
+        assert not await rig.worker.drain(0.01)
+        error = (await running)[-1].error
+    assert error is not None
+    assert error.kind == "unavailable"
+
+
+async def test_one_request_id_may_be_used_by_two_clients(folder: Path) -> None:
+    async with Rig(folder, lambda r: rounds(r, [[60]] * 5)) as rig:
+        results = await asyncio.gather(rig.choice(ask()), rig.choice(ask()))
+    assert [len(r.token_ids) for r in results] == [5, 5]
+
+
+# -- resume, chat, and the rest of the worker ---------------------------------------------------------------
+
+
+async def test_a_resumed_request_emits_only_what_is_new(folder: Path, tokenizer: TextTokenizer) -> None:
+    ids = tokenizer.encode("ok 👍!")
+    async with Rig(folder, lambda r: rounds(r, [ids[len(r.output_ids_so_far) :]])) as rig:
+        whole = await rig.choice(ask(echo=True, output_ids_so_far=tuple(ids[:5])))
+        assert rig.fake.added[0].output_ids_so_far == tuple(ids[:5])
+    assert tokenizer.decode(ids[:5]).rstrip("�") + whole.text == "ok 👍!"
+    assert whole.prompt_token_ids is None
+    assert whole.usage is not None
+    assert whole.usage.completion_tokens == len(ids)
+
+
+async def test_a_resumed_request_that_had_ended_ends_at_once(folder: Path, tokenizer: TextTokenizer) -> None:
+    ids = tuple(tokenizer.encode("a<stop>"))
+    async with Rig(folder, scripted([[60]])) as rig:
+        stopped = await rig.choice(ask(stop=("<stop>",), output_ids_so_far=ids))
+        full = await rig.choice(ask(max_tokens=7, output_ids_so_far=ids))
+        assert rig.fake.added == []
+    assert (stopped.text, stopped.finish_reason, stopped.stop_reason) == ("", "stop", "<stop>")
+    assert (full.finish_reason, full.token_ids) == ("length", ())
+
+
+async def test_chat(folder: Path, tokenizer: TextTokenizer) -> None:
+    messages = (ChatMessage("user", "the end?"),)
+    async with Rig(folder, scripted([tokenizer.encode("ok")])) as rig:
+        whole = await rig.choice(GenerationRequest("r", SamplingParams(), messages=messages))
+        assert rig.fake.added[0].prompt_ids == await rig.worker.render(messages)
+    assert whole.text == "ok"
+
+
+@pytest.fixture
+async def rig(folder: Path) -> AsyncIterator[Rig]:
+    async with Rig(folder, scripted([[60]])) as rig:
+        yield rig
+
+
+async def test_tokenize_and_detokenize(rig: Rig) -> None:
+    ids = await rig.worker.tokenize("<s>the 👍 end!")
+    assert await rig.worker.detokenize(ids) == "<s>the 👍 end!"
+    with pytest.raises(ParameterError) as caught:
+        await rig.worker.detokenize([1, 9999])
+    assert caught.value.param == "tokens"
+
+
+async def test_info_state_reset(rig: Rig, tokenizer: TextTokenizer) -> None:
+    info = rig.worker.info()
+    assert (info.id, info.max_model_len, info.dtype, info.backend) == ("toy", CONTEXT, "float32", "torch")
+    assert info.drafters == ("prompt_lookup", "nested")
+    assert info.row_invariant
+    assert rig.identity == TargetIdentity("toy", tokenizer.vocab_size, tokenizer.vocab_hash)
+    state = await rig.worker.state()
+    assert (state.info, state.replica_id, state.engine["running"]) == (info, "r0", 0)
+    assert state.draft_workers == ({"id": "w0", "late": 0},)
+    await rig.worker.reset()
+    assert rig.fake.resets == 1
+
+
+@pytest.mark.parametrize("max_tokens", [1, 4])
+async def test_never_more_than_max_tokens(folder: Path, max_tokens: int) -> None:
+    """Whatever the engine sends."""
+    async with Rig(folder, scripted([[60] * 9], finish=None)) as rig:
+        whole = await rig.choice(ask(max_tokens=max_tokens))
+    assert len(whole.token_ids) == max_tokens
+    assert whole.finish_reason == "length"
