@@ -17,10 +17,15 @@ setup(
             sources=sorted(str(p) for p in NATIVE.glob("*.cpp")),
             depends=sorted(str(p) for p in NATIVE.glob("*.h")),
             language="c++",
-            # Sums keep their written order and fused operations are written out: the bits of a result must not
-            # depend on what the compiler found worth fusing in one kernel and not in another.
+            # Sums keep their written order and fused operations are written out: the bits of a result must
+            # not depend on what the compiler found worth fusing in one kernel and not in another.
             extra_compile_args=[
-                "-std=c++17", "-O3", "-pthread", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
+                "-std=c++17",
+                "-O3",
+                "-pthread",
+                "-fvisibility=hidden",
+                "-ffp-contract=off",
+                "-fno-math-errno",
                 "-fno-trapping-math",
             ],
             extra_link_args=["-pthread"],

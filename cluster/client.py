@@ -96,6 +96,7 @@ class S2DClient:
         retry: RetryPolicy | None = None,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
+        self.address = address
         self._channel = (
             grpc.aio.insecure_channel(address)
             if credentials is None

@@ -200,6 +200,7 @@ def _bind(
                 ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
                 ("grpc.keepalive_time_ms", 2000),
                 ("grpc.keepalive_timeout_ms", 2000),
+                ("grpc.http2.ping_timeout_ms", 2000),
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.max_pings_without_data", 0),
                 # Targets ping every second to notice a dead worker soon.

@@ -282,6 +282,8 @@ def _open_channel(address: str, options: LinkOptions) -> grpc.Channel:
     args: list[tuple[str, int | str]] = [
         ("grpc.keepalive_time_ms", keepalive_ms),
         ("grpc.keepalive_timeout_ms", keepalive_ms),
+        # The echo of a ping has a limit of its own, a minute by default.
+        ("grpc.http2.ping_timeout_ms", keepalive_ms),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),

@@ -40,6 +40,8 @@ class Sequence:
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
+    error: str | None = None
+    """Why this request alone cannot go on."""
     session_id: int = field(default_factory=lambda: next(_session_ids))
     session_open: bool = False
     epoch: int = 0

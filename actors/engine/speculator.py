@@ -16,6 +16,7 @@ from actors.drafting.interface import (
 from actors.engine.controller import Candidate, Controller
 from actors.engine.messages import DrafterStats
 from actors.engine.sequence import Sequence as EngineSequence
+from actors.sampling.grammar import GrammarError
 from actors.sampling.params import MAX_DRAFT_TOKENS
 
 
@@ -101,7 +102,10 @@ class Speculator:
             candidate = self._candidate(seq)
             length = min(len(draft.token_ids), candidate.limit)
             if seq.sampler is not None:
-                length = seq.sampler.admissible(draft.token_ids[:length])
+                try:
+                    length = seq.sampler.admissible(draft.token_ids[:length])
+                except GrammarError:
+                    length = 0  # judging meets the same error and ends the request
             usable.append((seq, draft, candidate, length))
         lengths = self.controller.trim(
             [(candidate, draft.drafter, length) for _, draft, candidate, length in usable],

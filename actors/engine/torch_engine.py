@@ -20,11 +20,12 @@ from actors.engine.sequence import Sequence as EngineSequence
 from actors.engine.sequence import Work
 from actors.engine.speculator import Speculator
 from actors.models.runner import BLOCK_SIZE, ModelRunner, RaggedBatch
-from actors.sampling.grammar import GrammarMatcher
+from actors.sampling.grammar import GrammarError, GrammarMatcher
 from actors.sampling.logprobs import token_logprobs
 from actors.sampling.noise import derive_key
 from actors.sampling.params import GrammarSpec, ParameterError
 from actors.sampling.pipeline import SequenceSampler
+from actors.verification.coupled import accept_equal
 from actors.verification.registry import get_rule
 from actors.verification.rule import Verdict
 
@@ -166,14 +167,19 @@ class TorchEngine:
                 verdicts.append(None)
             elif work.seq.sampler is None:
                 tokens = [chosen[row] for row in range(span.last - span.decisions, span.last)]
-                verdicts.append(longest_match(tokens, work.drafts))
+                verdicts.append(accept_equal(tokens, work.drafts))
             else:
                 verdicts.append(self._judge_sampled(work, work.seq.sampler, span.deciding(logits)))
         return verdicts
 
     @staticmethod
-    def _judge_sampled(work: Work, sampler: SequenceSampler, logits: Tensor) -> Verdict:
-        scores = sampler.scores(logits, work.drafts)
+    def _judge_sampled(work: Work, sampler: SequenceSampler, logits: Tensor) -> Verdict | None:
+        """None when the request's grammar fails at run time, which ends that request alone."""
+        try:
+            scores = sampler.scores(logits, work.drafts)
+        except GrammarError as error:
+            work.seq.finish_reason, work.seq.error = "error", str(error)
+            return None
         q = work.proposal.q[: len(work.drafts)] if work.proposal is not None else ()
         return work.seq.rule.verify(
             scores,
@@ -209,6 +215,8 @@ class TorchEngine:
         """Make a verdict truth: tokens, KV length, sampler state; and say what was emitted."""
         seq = work.seq
         self._add_prompt_logprobs(work, span, logits)
+        if seq.error is not None:
+            return self._fail(seq)
         if verdict is None:
             self._scheduler.commit(seq, seq.num_computed + work.num_tokens)
             return None
@@ -220,7 +228,11 @@ class TorchEngine:
             logprobs = tuple(token_logprobs(span.deciding(logits)[: len(emitted)], emitted, top))
         seq.token_ids.extend(emitted)
         if seq.sampler is not None:
-            seq.sampler.commit(emitted)
+            try:
+                seq.sampler.commit(emitted)
+            except GrammarError as error:
+                seq.error = str(error)
+                return self._fail(seq)
         self._scheduler.commit(seq, max(seq.num_computed, len(seq.token_ids) - 1))
         self._speculator.committed(seq, emitted, work.proposal, len(work.drafts), accepted)
         if seq.finish_reason is not None:
@@ -241,6 +253,10 @@ class TorchEngine:
             cached_tokens=seq.cached_tokens if first else 0,
             prompt_logprobs=tuple(seq.prompt_logprobs) if first and seq.wants_prompt_logprobs else None,
         )
+
+    def _fail(self, seq: EngineSequence) -> RequestOutput:
+        self._remove(seq)
+        return RequestOutput(seq.request.request_id, finish_reason="error", error=seq.error)
 
     def _cut(self, seq: EngineSequence, tokens: Sequence[int]) -> list[int]:
         """The part of a block that is emitted: up to a stop id or a limit, which ends the request."""
@@ -323,14 +339,6 @@ class TorchEngine:
 
     def close(self) -> None:
         self._speculator.source.close()
-
-
-def longest_match(tokens: Sequence[int], drafts: Sequence[int]) -> Verdict:
-    """Accept drafts while they equal the target's tokens (K + 1 of them, one a row)."""
-    accepted = 0
-    while accepted < len(drafts) and drafts[accepted] == tokens[accepted]:
-        accepted += 1
-    return Verdict(accepted, tokens[accepted])
 
 
 def _round_report(proposal: SessionDraft | None, drafted: int, accepted: int) -> RoundReport:

@@ -1,9 +1,9 @@
 """The Llama family on the native CPU core: blocked weights, float32 activations, one call for many layers.
 
 Row-invariant by construction: every sum has a fixed order, whatever else is in the batch (see
-actors/native/kernels.h). Weights are float32 or bfloat16; activations, the residual stream and the logits are
-float32 in both, and the KV pool has the weights' type. Trees are exact too: a token of a tree gets the bits that
-the chain of its ancestors would give it.
+actors/native/kernels.h). Weights are float32 or bfloat16; activations, the residual stream and the logits
+are float32 in both, and the KV pool has the weights' type. Trees are exact too: a token of a tree gets the
+bits that the chain of its ancestors would give it.
 
 While it waits, a thread of the core spins for 60 microseconds and then sleeps. torch's own threads spin for
 milliseconds after every parallel operation unless the process runs with OMP_WAIT_POLICY=passive or
@@ -67,7 +67,12 @@ class NativeLlamaRunner:
     supports_trees = True
 
     def __init__(
-        self, weights: LlamaWeights, info: ModelInfo, num_blocks: int, *, threads: int | None = None,
+        self,
+        weights: LlamaWeights,
+        info: ModelInfo,
+        num_blocks: int,
+        *,
+        threads: int | None = None,
         isa: str | None = None,
     ) -> None:
         _require_supported(weights, info, num_blocks)
@@ -80,10 +85,18 @@ class NativeLlamaRunner:
         tied = weights.head.data_ptr() == weights.embed.data_ptr()
         positions = info.max_model_len
         shape = Shape(
-            layers=len(weights.layers), hidden=info.hidden_size, heads=weights.num_heads,
-            kv_heads=weights.num_kv_heads, head_dim=weights.head_dim, intermediate=weights.layers[0].down.shape[1],
-            vocab=weights.head.shape[0], blocks=num_blocks, max_position=positions,
-            bf16=info.dtype == torch.bfloat16, tied=tied, eps=weights.rms_norm_eps,
+            layers=len(weights.layers),
+            hidden=info.hidden_size,
+            heads=weights.num_heads,
+            kv_heads=weights.num_kv_heads,
+            head_dim=weights.head_dim,
+            intermediate=weights.layers[0].down.shape[1],
+            vocab=weights.head.shape[0],
+            blocks=num_blocks,
+            max_position=positions,
+            bf16=info.dtype == torch.bfloat16,
+            tied=tied,
+            eps=weights.rms_norm_eps,
         )
         model = self._library.c.s2d_create(ctypes.byref(shape), self.threads, self._library.isa_code)
         if not model:
@@ -97,11 +110,19 @@ class NativeLlamaRunner:
 
     def _fill(self, weights: LlamaWeights, positions: int) -> None:
         for index, layer in enumerate(weights.layers):
-            for which, matrix in ((_QKV, layer.qkv), (_O, layer.o), (_GATE_UP, layer.gate_up), (_DOWN, layer.down)):
+            for which, matrix in (
+                (_QKV, layer.qkv),
+                (_O, layer.o),
+                (_GATE_UP, layer.gate_up),
+                (_DOWN, layer.down),
+            ):
                 self._set_matrix(index, which, matrix)
             for which, vector in (
-                (_INPUT_NORM, layer.input_norm), (_POST_NORM, layer.post_norm), (_QKV_BIAS, layer.qkv_bias),
-                (_Q_NORM, layer.q_norm), (_K_NORM, layer.k_norm),
+                (_INPUT_NORM, layer.input_norm),
+                (_POST_NORM, layer.post_norm),
+                (_QKV_BIAS, layer.qkv_bias),
+                (_Q_NORM, layer.q_norm),
+                (_K_NORM, layer.k_norm),
             ):
                 if vector is not None:
                     self._set_vector(index, which, vector)
@@ -169,9 +190,12 @@ class NativeLlamaRunner:
         if parents is not None and parents.numel() != batch.num_tokens:
             raise ValueError("one parent a token")
         packed = Batch(
-            batch.num_tokens, batch.num_seqs, tables.shape[1],
+            batch.num_tokens,
+            batch.num_seqs,
+            tables.shape[1],
             *(pointer(t, torch.int64) for t in arrays),
-            pointer(tables, torch.int32), None if parents is None else pointer(parents, torch.int64),
+            pointer(tables, torch.int32),
+            None if parents is None else pointer(parents, torch.int64),
         )
         _check(
             self._library.c.s2d_run_layers(
@@ -194,8 +218,8 @@ class NativeLlamaRunner:
         return out
 
     def copy_slots(self, source: Tensor, target: Tensor) -> None:
-        """Copy KV slots (int64 flat slot indices, block * BLOCK_SIZE + offset) in every layer. All sources are
-        read before any target is written. Raises ValueError for a slot outside the pool."""
+        """Copy KV slots (int64 flat slot indices, block * BLOCK_SIZE + offset) in every layer. All sources
+        are read before any target is written. Raises ValueError for a slot outside the pool."""
         if source.shape != target.shape:
             raise ValueError("one target slot a source slot")
         source, target = source.contiguous(), target.contiguous()
@@ -239,8 +263,8 @@ def _require_supported(weights: LlamaWeights, info: ModelInfo, num_blocks: int) 
     qkv_rows = (weights.num_heads + 2 * weights.num_kv_heads) * dim
     problems = (
         (info.device.type != "cpu", f"it runs on cpu, not on {info.device}"),
-        (info.dtype not in (torch.float32, torch.bfloat16), f"weights are {info.dtype}, not float32 or bfloat16"),
-        (weights.embed.dtype != info.dtype, f"weights are {weights.embed.dtype}, the model's dtype is {info.dtype}"),
+        (info.dtype not in (torch.float32, torch.bfloat16), f"{info.dtype} is neither float32 nor bfloat16"),
+        (weights.embed.dtype != info.dtype, f"weights are {weights.embed.dtype}, the model {info.dtype}"),
         (not weights.layers, "the model has no layers"),
         (BLOCK_SIZE != _BLOCK, f"KV blocks have {BLOCK_SIZE} slots, not {_BLOCK}"),
         (num_blocks < 1, f"num_blocks is {num_blocks}"),

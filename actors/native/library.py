@@ -1,8 +1,8 @@
 """Loading the native CPU core: a shared library with a plain C interface, called through ctypes.
 
-ctypes releases the interpreter lock during a call. Building the core is optional; `unavailable_reason` says why
-it is not there. The environment variable S2D_NATIVE_ISA (plain, avx2 or avx512) forces an instruction set, which
-is otherwise the widest that the machine has.
+ctypes releases the interpreter lock during a call. Building the core is optional; `unavailable_reason` says
+why it is not there. The environment variable S2D_NATIVE_ISA (plain, avx2 or avx512) forces an instruction
+set, which is otherwise the widest that the machine has.
 """
 
 from __future__ import annotations
@@ -35,8 +35,17 @@ class Shape(ctypes.Structure):
     _fields_ = (
         *(
             (name, c_int64)
-            for name in ("layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate", "vocab", "blocks",
-                         "max_position")
+            for name in (
+                "layers",
+                "hidden",
+                "heads",
+                "kv_heads",
+                "head_dim",
+                "intermediate",
+                "vocab",
+                "blocks",
+                "max_position",
+            )
         ),
         ("bf16", c_int32),
         ("tied", c_int32),
@@ -81,7 +90,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 
 
 def pointer(tensor: Tensor, dtype: torch.dtype) -> int:
-    """Address of a contiguous CPU tensor's data. Raises ValueError for any other tensor: C code cannot check."""
+    """Address of a contiguous CPU tensor's data. Raises ValueError for any other: C code cannot check."""
     if tensor.dtype != dtype or tensor.device.type != "cpu" or not tensor.is_contiguous():
         raise ValueError(f"need a contiguous {dtype} tensor on cpu, got {tensor.dtype} on {tensor.device}")
     return tensor.data_ptr()
@@ -100,10 +109,12 @@ class NativeLibrary:
                 function = getattr(self.c, name)
                 function.restype, function.argtypes = result, arguments
         except AttributeError as error:
-            raise NativeUnavailableError(f"the native core {path.name} is of another version: {error}") from error
+            raise NativeUnavailableError(
+                f"the native core {path.name} is another version: {error}"
+            ) from error
         if (version := self.c.s2d_abi_version()) != ABI_VERSION:
             raise NativeUnavailableError(
-                f"the native core {path.name} has interface version {version}, not {ABI_VERSION}: build it again"
+                f"the native core {path.name} has interface {version}, not {ABI_VERSION}: build it again"
             )
         self.isa_code = ISA_CODES[isa]
         name = self.c.s2d_isa_name(self.isa_code)
@@ -117,8 +128,13 @@ class NativeLibrary:
         bf16 = weight.dtype == torch.bfloat16
         out = torch.empty(x.shape[0], weight.shape[0])
         status = self.c.s2d_product(
-            self.isa_code, pointer(x, torch.float32), x.shape[0],
-            pointer(weight, torch.bfloat16 if bf16 else torch.float32), bf16, *weight.shape, out.data_ptr(),
+            self.isa_code,
+            pointer(x, torch.float32),
+            x.shape[0],
+            pointer(weight, torch.bfloat16 if bf16 else torch.float32),
+            bf16,
+            *weight.shape,
+            out.data_ptr(),
         )
         if status != 0:
             raise MemoryError("no memory for a blocked weight")
@@ -130,21 +146,26 @@ class NativeLibrary:
         if ids is not None and ids.numel() != out.numel():
             raise ValueError(f"{ids.numel()} ids, but room for {out.numel()} values")
         self.c.s2d_gumbel(
-            self.isa_code, key, position, stream, None if ids is None else pointer(ids, torch.int64), out.numel(),
+            self.isa_code,
+            key,
+            position,
+            stream,
+            None if ids is None else pointer(ids, torch.int64),
+            out.numel(),
             pointer(out, torch.float32),
         )
 
     def argmax(self, rows: Tensor) -> Tensor:
-        """Index of the greatest value of each row of float32 [N, V], the first of equal ones: int64 [N]. NaN is
-        never the greatest; a row of NaN gives 0."""
+        """Index of the greatest value of each row of float32 [N, V], the first of equal ones: int64 [N].
+        NaN is never the greatest; a row of NaN gives 0."""
         out = torch.empty(rows.shape[0], dtype=torch.int64)
         self.c.s2d_argmax(self.isa_code, pointer(rows, torch.float32), *rows.shape, out.data_ptr())
         return out
 
     def topk(self, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k best of each row of float32 [N, V], best first, equal ones by lower index: values float32 [N, k]
-        and indices int64 [N, k]. NaN is never taken; where a row has fewer than k numbers the rest is -inf at
-        index -1. Raises ValueError unless 1 <= k <= `MAX_TOP`."""
+        """The k best of each row of float32 [N, V], best first, equal ones by lower index: values float32
+        [N, k] and indices int64 [N, k]. NaN is never taken; where a row has fewer than k numbers the rest is
+        -inf at index -1. Raises ValueError unless 1 <= k <= `MAX_TOP`."""
         if not 1 <= k <= MAX_TOP:
             raise ValueError(f"k must be between 1 and {MAX_TOP}, not {k}")
         values = torch.empty(rows.shape[0], k)

@@ -49,6 +49,12 @@ struct Token {
     bool straight;  // its entries are 0..index, in order
 };
 
+// The part of `count` things that a thread of a team works on.
+inline void share(int64_t count, int thread, int threads, int64_t& begin, int64_t& end) {
+    begin = count * thread / threads;
+    end = count * (thread + 1) / threads;
+}
+
 class Model {
 public:
     Model(const Shape& shape, int threads, const Kernels& kernels);

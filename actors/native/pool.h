@@ -93,7 +93,8 @@ public:
 
     template <typename Body>
     void parallel(Body&& body) {
-        run([](void* context, int thread, int threads) { (*static_cast<std::remove_reference_t<Body>*>(context))(thread, threads); }, &body);
+        using Plain = std::remove_reference_t<Body>;
+        run([](void* context, int thread, int threads) { (*static_cast<Plain*>(context))(thread, threads); }, &body);
     }
 
     void run(Function fn, void* context) {

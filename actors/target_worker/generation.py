@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 from actors.engine.async_engine import AsyncEngine, EngineUnavailable, OutputStream, Overloaded
 from actors.engine.messages import EngineRequest, RequestOutput
-from actors.sampling.params import ParameterError
+from actors.sampling.params import GrammarSpec, ParameterError
 from actors.target_worker.messages import GenerationChunk, GenerationRequest, RequestError
 from actors.target_worker.output import ChoiceStream, merge
 from actors.target_worker.prepare import ModelLimits, prepare
@@ -32,11 +33,15 @@ class GenerationService:
         engine: AsyncEngine,
         limits: ModelLimits,
         stream_interval_ms: float = 20.0,
+        compile_grammar: Callable[[GrammarSpec], object] | None = None,
     ) -> None:
+        """`compile_grammar` fills a cache that the engine reads, in a thread: a first compilation takes up to
+        a second and must not hold up the engine's running streams. Raises ParameterError."""
         self._tokenizer = tokenizer
         self._engine = engine
         self._limits = limits
         self._interval_s = stream_interval_ms / 1000.0
+        self._compile_grammar = compile_grammar
         self._serial = itertools.count()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
@@ -49,6 +54,8 @@ class GenerationService:
             if request.n > self._engine.capacity:
                 raise ParameterError("n", f"must be at most {self._engine.capacity}, this model's queue")
             prompt, sampling = await prepare(request, self._tokenizer, self._limits)
+            if sampling.grammar is not None and self._compile_grammar is not None:
+                await asyncio.to_thread(self._compile_grammar, sampling.grammar)
             serial = next(self._serial)  # clients may repeat a request id; the engine's must be unique
             so_far = request.output_ids_so_far
             choices: dict[str, ChoiceStream] = {}

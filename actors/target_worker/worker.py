@@ -108,7 +108,9 @@ class TargetWorker:
             max_running=config.engine.max_num_seqs,
             max_queued=config.engine.max_queued,
         )
-        self._generation = GenerationService(self._tokenizer, self._engine, self._limits, stream_interval_ms)
+        self._generation = GenerationService(
+            self._tokenizer, self._engine, self._limits, stream_interval_ms, compiler.compile
+        )
         self._info = TargetInfo(
             id=config.name,
             source=config.source,

@@ -214,7 +214,7 @@ class LocalCluster:
         import ray
 
         processes = descendants(os.getpid())
-        if ray.is_initialized() and CONTROL_PROCESSES <= names_of(processes):
+        if ray.is_initialized() and names_of(processes) >= CONTROL_PROCESSES:
             self._drain(drain_timeout_s)
             _within(SERVE_SHUTDOWN_S, _shutdown_serve)
             processes |= descendants(os.getpid())

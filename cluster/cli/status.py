@@ -76,14 +76,12 @@ def draft_table(workers: list[dict[str, Any]]) -> Table:
     table = Table("worker", "address", "sessions", "streams", "queued", "KV used", "drafters",
                   title="Draft workers", title_justify="left")
     for worker in workers:
-        state = worker["state"]
-        if state is None:
-            table.add_row(worker["id"], worker["address"], worker["error"] or "-")
+        if worker["error"] is not None:
+            table.add_row(worker["id"], worker["address"], worker["error"])
             continue
         keys = ("sessions", "streams", "queued_rounds", "kv_blocks_used")
-        table.add_row(
-            worker["id"], worker["address"], *(str(state[key]) for key in keys), ", ".join(state["drafters"])
-        )
+        counts = [str(worker[key]) for key in keys]
+        table.add_row(worker["id"], worker["address"], *counts, ", ".join(worker["drafters"]))
     return table
 
 

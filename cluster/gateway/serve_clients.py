@@ -107,7 +107,8 @@ class ServeModelClient:
 
 
 class LeasedDraftPool:
-    """Asks every leased draft worker for its state over its own gRPC port."""
+    """Asks every leased draft worker for its state over its own gRPC port. A worker that does not answer
+    appears with its lease and `error`."""
 
     def __init__(self, config: DraftPoolConfig, registry: RegistryClient) -> None:
         self._config = config
@@ -124,7 +125,6 @@ class LeasedDraftPool:
             "address": lease.address,
             "exits": list(lease.exits),
             "load": lease.load,
-            "state": None,
             "error": None,
         }
         try:
@@ -138,7 +138,7 @@ class LeasedDraftPool:
         except grpc.aio.AioRpcError as error:
             body["error"] = error.code().name
         else:
-            body["state"] = state_body(state)
+            body |= state_body(state)
         return body
 
 

@@ -141,7 +141,7 @@ class FakeTarget:
 
 class FakeDraftPool:
     async def states(self) -> Sequence[dict[str, object]]:
-        return [{"id": "d1", "address": "127.0.0.1:9100", "state": {"sessions": 0}, "error": None}]
+        return [{"id": "d1", "address": "127.0.0.1:9100", "sessions": 0, "error": None}]
 
 
 def refuse(kind: str, message: str = "no", param: str | None = None) -> Callable[..., list[GenerationChunk]]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -40,9 +43,12 @@ from actors.drafting.remote_source import RemoteDraftSource
 from actors.drafting.selector import DrafterPool
 from actors.drafting.session_ledger import RETRY_S, SessionLedger
 from actors.drafting.token_recycling import TokenRecyclingDrafter
+from actors.text.tokenizer import TextTokenizer
 from cluster.config import DraftPoolConfig
 from protos.s2d.v1 import drafting_pb2 as pb
 from protos.s2d.v1 import drafting_pb2_grpc as pb_grpc
+from tests.exactness.harness import tiny_llama
+from tests.toy_tokenizers import byte_level_folder
 
 SAMPLING = DraftSampling(key=2**64 - 5, temperature=0.7, top_k=3, top_p=0.9, min_p=0.1)
 WAIT_S = 10.0
@@ -110,9 +116,12 @@ class Worker:
         self.address = ""
 
     def start(self, pool: DrafterPool, port: int = 0, **options: object) -> str:
+        return self.run(DraftServer(pool, "worker", port_range=(port, port), **options))  # type: ignore[arg-type]
+
+    def run(self, server: DraftServer) -> str:
         async def go() -> None:
-            self.server = DraftServer(pool, "worker", port_range=(port, port), **options)  # type: ignore[arg-type]
-            self.address = await self.server.start()
+            self.server = server
+            self.address = await server.start()
 
         asyncio.run_coroutine_threadsafe(go(), self._loop).result(WAIT_S)
         return self.address
@@ -152,11 +161,17 @@ def worker() -> Iterator[Worker]:
 def sources() -> Iterator[Callable[..., RemoteDraftSource]]:
     made: list[RemoteDraftSource] = []
 
-    def make(address: Worker | str, connect: bool = True, vocab_size: int = 100, **options: object):  # type: ignore[no-untyped-def]
+    def make(  # type: ignore[no-untyped-def]
+        address: Worker | str,
+        connect: bool = True,
+        vocab_size: int = 100,
+        tokenizer_hash: str = "hash",
+        **options: object,
+    ):
         where = address.address if isinstance(address, Worker) else address
         source = RemoteDraftSource(
             lambda: [{"id": "worker", "address": where}],
-            TargetIdentity(f"target-{len(made)}", "model", vocab_size, "hash"),
+            TargetIdentity(f"target-{len(made)}", "model", vocab_size, tokenizer_hash),
             LinkOptions(backoff_s=0.05, max_backoff_s=0.2, **options),  # type: ignore[arg-type]
             flush_tokens=4,
         )
@@ -706,6 +721,71 @@ async def test_ports_and_configuration() -> None:
     finally:
         await first.stop(0.0)
         await second.stop(0.0)
+
+
+def test_a_configured_nested_drafter_drafts_over_the_wire(  # type: ignore[no-untyped-def]
+    worker: Worker, sources, tmp_path: Path
+) -> None:
+    folder = byte_level_folder(tiny_llama(tmp_path))
+    config = DraftPoolConfig.model_validate(
+        {
+            "drafters": ["nested", "prompt_lookup"],
+            "nested": {"source": str(folder), "exits": [1, 3], "dtype": "float32", "kv_blocks": 16},
+            "port_range": [0, 0],
+        }
+    )
+    worker.run(build_draft_server(config, "worker"))
+    refused = sources(worker, connect=False)
+    until(lambda: "320" in str(refused.stats()["last_error"]))
+    source = sources(worker, vocab_size=320, tokenizer_hash=TextTokenizer(folder).vocab_hash)
+    source.open(session(1, [i * 7 % 320 for i in range(200)]))
+    epochs = iter(range(1, 1000))
+    # The prompt is absorbed in the background; until then there is nothing, or what prompt lookup finds.
+    until(lambda: drafted(source, wish(1, next(epochs))).drafter == "nested")
+    until(lambda: drafted(source, wish(1, next(epochs), exit_depth=3)).drafter == "nested")
+    deep = drafted(source, wish(1, next(epochs), budget=4, exit_depth=3))
+    assert (len(deep.token_ids), deep.exit_depth, len(deep.confidence)) == (4, 3, 4)
+    again = drafted(source, wish(1, next(epochs), deep.token_ids[:2], budget=2, exit_depth=3))
+    assert again.token_ids == deep.token_ids[2:]
+    assert worker.server is not None
+    assert worker.server.state.kv_blocks_used == 7
+    source.close_session(1)
+    until(lambda: worker.server is not None and worker.server.state.kv_blocks_used == 0)
+
+
+_PROCESS = """
+import asyncio
+from actors.draft_worker.server import DraftServer
+from actors.drafting.prompt_lookup import PromptLookupDrafter
+from actors.drafting.selector import DrafterPool
+async def main():
+    server = DraftServer(DrafterPool([PromptLookupDrafter()]), "w", port_range=(0, 0))
+    print(await server.start(), flush=True)
+    await asyncio.sleep(60)
+asyncio.run(main())
+"""
+
+
+def test_a_frozen_worker_is_noticed_by_its_silence(sources) -> None:  # type: ignore[no-untyped-def]
+    """The kernel of a stopped process goes on acknowledging; only keepalive pings tell."""
+    process = subprocess.Popen([sys.executable, "-c", _PROCESS], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        source = sources(process.stdout.readline().strip())
+        source.open(session(1, [1, 2, 3, 1, 2]))
+        assert drafted(source, wish(1, 1)).token_ids == (3, 1)
+        process.send_signal(signal.SIGSTOP)
+        source.submit([wish(1, 2)])
+        started = time.monotonic()
+        assert source.collect({1: 2}, WAIT_S) == {}
+        assert time.monotonic() - started < 4.0
+        assert not source.connected
+        process.send_signal(signal.SIGCONT)
+        until(lambda: source.connected)
+        assert drafted(source, wish(1, 3)).token_ids == (3, 1)
+    finally:
+        process.kill()
+        process.wait(WAIT_S)
 
 
 def test_wildcard_hosts_are_published_reachably() -> None:

@@ -1,5 +1,5 @@
-"""The native core: kernels against torch, whole passes against transformers, and bits that do not depend on the
-batch, on every instruction set that this machine has."""
+"""The native core: kernels against torch, whole passes against transformers, and bits that do not depend on
+the batch, on every instruction set that this machine has."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def _has(isa: str) -> bool:
 ISAS = [isa for isa in ("plain", "avx2", "avx512") if _has(isa)]
 DTYPES = [torch.float32, torch.bfloat16]
 VOCAB = 103  # the last group of the head is partial
-BASE: dict[str, Any] = dict(
-    vocab_size=VOCAB, hidden_size=96, intermediate_size=176, num_hidden_layers=3, num_attention_heads=6,
-    num_key_value_heads=2, head_dim=32, max_position_embeddings=256, initializer_range=0.15, bos_token_id=1,
-    eos_token_id=2, pad_token_id=0,
-)  # fmt: skip
+BASE: dict[str, Any] = {
+    "vocab_size": VOCAB, "hidden_size": 96, "intermediate_size": 176, "num_hidden_layers": 3,
+    "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 256,
+    "initializer_range": 0.15, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
 FAMILY: dict[str, Callable[[], Any]] = {
     "grouped": lambda: hf.LlamaConfig(**BASE, tie_word_embeddings=True),
     "untied": lambda: hf.LlamaConfig(**{**BASE, "num_key_value_heads": 6}),
@@ -78,7 +78,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 def make_runner(
-    folder: Path, dtype: torch.dtype = torch.float32, *, isa: str | None = None, threads: int = 2, blocks: int = 24
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    *,
+    isa: str | None = None,
+    threads: int = 2,
+    blocks: int = 24,
 ) -> NativeLlamaRunner:
     weights, info = load_llama_weights(folder, dtype, torch.device("cpu"))
     return NativeLlamaRunner(weights, info, blocks, threads=threads, isa=isa)
@@ -124,7 +129,7 @@ def in_chunks(runner: NativeLlamaRunner, ids: Tensor, sizes: list[int], sequence
     return torch.cat(logits)
 
 
-# ---- kernels ----------------------------------------------------------------------------------------------------
+# ---- kernels -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -179,7 +184,9 @@ def test_attention_rotation_and_norm(isa: str, dtype: torch.dtype) -> None:
     got = runner.run_layers(hidden, 0, 1, batch) - hidden
 
     normed = F.rms_norm(hidden, (64,), layer.input_norm.float(), 1e-5)
-    q, k, v = (normed @ layer.qkv.float().T).view(n, -1, dim).transpose(0, 1).split([heads, kv_heads, kv_heads])
+    q, k, v = (
+        (normed @ layer.qkv.float().T).view(n, -1, dim).transpose(0, 1).split([heads, kv_heads, kv_heads])
+    )
     angle = torch.outer(torch.arange(n), 10000.0 ** (-torch.arange(0, dim, 2) / dim))
     cos, sin = angle.cos(), angle.sin()
 
@@ -188,9 +195,13 @@ def test_attention_rotation_and_norm(isa: str, dtype: torch.dtype) -> None:
         return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
     k, v = rotate(k).to(dtype).float(), v.to(dtype).float()
-    expected = F.scaled_dot_product_attention(
-        rotate(q)[None], k.repeat_interleave(2, 0)[None], v.repeat_interleave(2, 0)[None], is_causal=True
-    )[0].transpose(0, 1).reshape(n, 64)
+    expected = (
+        F.scaled_dot_product_attention(
+            rotate(q)[None], k.repeat_interleave(2, 0)[None], v.repeat_interleave(2, 0)[None], is_causal=True
+        )[0]
+        .transpose(0, 1)
+        .reshape(n, 64)
+    )
     # a key on the edge of two bfloat16 values may round the other way
     assert (got - expected).abs().max() < (2e-5 if dtype == torch.float32 else 2e-2)
 
@@ -203,7 +214,7 @@ def test_final_norm_and_head(library: NativeLibrary) -> None:
     assert runner.logits(hidden[:0]).shape == (0, 64)
 
 
-# ---- whole passes -----------------------------------------------------------------------------------------------
+# ---- whole passes --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", FAMILY)
@@ -245,7 +256,9 @@ def test_cached_prefix_equals_fresh(folders: Callable[[str], Path]) -> None:
 
 
 def test_long_pass_is_worked_off_in_pieces(folders: Callable[[str], Path]) -> None:
-    weights, info = load_llama_weights(folders("grouped"), torch.float32, torch.device("cpu"), max_model_len=256)
+    weights, info = load_llama_weights(
+        folders("grouped"), torch.float32, torch.device("cpu"), max_model_len=256
+    )
     runner = NativeLlamaRunner(weights, info, 24, threads=2)
     parts = [(s, random_ids(250, seed=s), 0) for s in range(3)]  # 750 rows, more than one piece holds
     together = runner.forward(make_batch(parts))
@@ -278,7 +291,9 @@ def test_embedding(folders: Callable[[str], Path], name: str, dtype: torch.dtype
 @pytest.mark.parametrize("dtype", DTYPES)
 @settings(max_examples=20, deadline=None)
 @given(data=st.data())
-def test_tree_tokens_equal_their_chains(folders: Callable[[str], Path], dtype: torch.dtype, data: Any) -> None:
+def test_tree_tokens_equal_their_chains(
+    folders: Callable[[str], Path], dtype: torch.dtype, data: Any
+) -> None:
     """Bit for bit, over block borders, and so do the copied slots of an accepted branch."""
     runner = make_runner(folders("grouped"), dtype)
     base = data.draw(st.integers(1, 70), label="base")
@@ -300,7 +315,8 @@ def test_tree_tokens_equal_their_chains(folders: Callable[[str], Path], dtype: t
         assert torch.equal(logits[i], chain[-1]), parents
 
     path = paths[-1]
-    slots = torch.tensor([int(TABLES[0, e // BLOCK_SIZE]) * BLOCK_SIZE + e % BLOCK_SIZE for e in range(base + size)])
+    entries = torch.arange(base + size)
+    slots = TABLES[0].long()[entries // BLOCK_SIZE] * BLOCK_SIZE + entries % BLOCK_SIZE
     runner.copy_slots(slots[[base + i for i in path]], slots[base : base + len(path)])
     follow = torch.tensor([7])
     after = runner.forward(make_batch([(0, follow, base + len(path))]))
@@ -319,7 +335,7 @@ def test_copy_reads_before_it_writes(folders: Callable[[str], Path]) -> None:
     assert torch.equal(runner.forward(make_batch([(0, ids[32:], 32)]))[0], expected)
 
 
-# ---- refusals ---------------------------------------------------------------------------------------------------
+# ---- refusals ------------------------------------------------------------------------------------
 
 
 def test_bad_batches_are_refused(folders: Callable[[str], Path]) -> None:
@@ -363,7 +379,7 @@ def test_unsupported_models_are_refused(folders: Callable[[str], Path]) -> None:
         load_library("sse9")
 
 
-# ---- noise and selection ----------------------------------------------------------------------------------------
+# ---- noise and selection -------------------------------------------------------------------------
 
 
 def torch_gumbel(words: Tensor) -> Tensor:
@@ -413,7 +429,8 @@ def test_gumbel_almost_always_equals_torch(library: NativeLibrary) -> None:
     n = 200_000
     out, ids = torch.empty(n), torch.arange(n) + 2**32
     library.gumbel(123456789, 17, 1, ids, out)
-    words = torch.tensor([philox((int(v) >> 2 & 0xFFFFFFFF, 17, 0, 1), 123456789)[int(v) & 3] for v in ids[:4000]])
+    listed = [int(v) for v in ids[:4000]]
+    words = torch.tensor([philox((v >> 2 & 0xFFFFFFFF, 17, 0, 1), 123456789)[v & 3] for v in listed])
     assert (out[:4000] != torch_gumbel(words)).sum() <= 1
     assert abs(out.double().mean() - 0.5772) < 0.02
     assert abs(out.double().var() - 1.6449) < 0.05

@@ -1,0 +1,249 @@
+"""The command line: options, errors in one line, colours, process bookkeeping."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from cluster.cli.generate import accepted_marks, colored, summary
+from cluster.cli.local_cluster import (
+    StopSignal,
+    cpus_needed,
+    descendants,
+    end_processes,
+    names_of,
+    port_problem,
+)
+from cluster.cli.main import app
+from cluster.cli.serve import banner, read_config, urls
+from cluster.cli.status import tables
+from cluster.config import ClusterConfig, GatewayConfig
+from protos.s2d.v1 import generation_pb2 as pb
+from tests.unit.fake_target import MODEL, FakeTarget, gateway
+
+runner = CliRunner()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_help_lists_the_commands() -> None:
+    text = runner.invoke(app, ["--help"]).output
+    assert all(name in text for name in ("serve", "generate", "chat", "status", "models"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "hi", "--address", "127.0.0.1:{port}"],
+        ["status", "--url", "http://127.0.0.1:{port}"],
+        ["models", "--url", "http://127.0.0.1:{port}"],
+    ],
+)
+def test_no_server_is_one_line(arguments: list[str]) -> None:
+    port = free_port()
+    result = runner.invoke(app, [a.format(port=port) for a in arguments])
+    assert result.exit_code == 1
+    assert "no server at" in result.output
+    assert f":{port}" in result.output.replace("\n", "")
+    assert "Traceback" not in result.output
+
+
+def test_port_in_use_is_said_before_ray_starts() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        began = time.monotonic()
+        result = runner.invoke(app, ["serve", "--port", str(port), "--grpc-port", str(free_port())])
+        assert result.exit_code == 1
+        assert f"cannot listen on 127.0.0.1:{port}" in result.output.replace("\n", "")
+        assert time.monotonic() - began < 5
+        grpc = GatewayConfig(http_port=free_port(), grpc_port=port)
+        assert "--grpc-port" in (port_problem(grpc) or "")
+    assert "both" in (port_problem(GatewayConfig(http_port=5000, grpc_port=5000)) or "")
+    assert port_problem(GatewayConfig(http_port=free_port(), grpc_port=free_port())) is None
+
+
+def test_config_and_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump({"models": [{"name": "m", "source": "x"}]}), encoding="utf-8")
+    config = read_config(path, "float32", host="0.0.0.0", http_port=1234, grpc_port=None)
+    assert (config.models[0].dtype, config.gateway.http_port, config.gateway.grpc_port) == ("float32", 1234, 9000)
+    assert urls(config.gateway) == ("http://127.0.0.1:1234", "127.0.0.1:9000")
+    assert read_config(None, None).models[0].name == "SmolLM2-135M-Instruct"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("models: [", "not valid YAML"), ("models: []", "models"), ("modles: 1", "models"), (None, "No such file")],
+)
+def test_bad_config_is_one_line(tmp_path: Path, text: str | None, said: str) -> None:
+    path = tmp_path / "c.yaml"
+    if text is not None:
+        path.write_text(text, encoding="utf-8")
+    result = runner.invoke(app, ["serve", "-c", str(path)])
+    assert result.exit_code == 1
+    assert said in result.output
+    assert "Traceback" not in result.output
+
+
+def test_bad_dtype() -> None:
+    result = runner.invoke(app, ["serve", "--dtype", "int3"])
+    assert (result.exit_code, "dtype" in result.output) == (1, True)
+
+
+def test_banner_can_be_pasted() -> None:
+    text = banner(ClusterConfig.default()).replace("\\[", "[")
+    assert "curl -N http://127.0.0.1:8000/v1/chat/completions" in text
+    assert "s2d generate 'Why is the sky blue?' --color" in text
+    assert "127.0.0.1:9000 s2d.v1.GenerationService/Chat" in text
+
+
+def chunk() -> pb.GenerateChunk:
+    def logprob(text: str) -> pb.PositionLogprobs:
+        return pb.PositionLogprobs(chosen=pb.TokenLogprob(token=text))
+
+    return pb.GenerateChunk(
+        text="abcd", token_ids=[1, 2, 3, 4], tokens_per_round=[3, 1], accepted_per_round=[2, 0],
+        logprobs=[logprob(t) for t in "abcd"],
+    )  # fmt: skip
+
+
+def test_colouring_marks_accepted_tokens() -> None:
+    assert list(accepted_marks(chunk())) == [True, True, False, False]
+    text = colored(chunk())
+    assert text.plain == "abcd"
+    assert [(s.start, s.end, s.style) for s in text.spans] == [
+        (0, 1, "green"), (1, 2, "green"), (2, 3, "yellow"), (3, 4, "yellow"),
+    ]  # fmt: skip
+    assert colored(pb.GenerateChunk(text="x", token_ids=[1])).plain == "x"
+
+
+def test_summary() -> None:
+    last = pb.GenerateChunk(finish_reason="stop")
+    last.usage.completion_tokens = 10
+    last.speculation.num_draft_tokens = 8
+    last.speculation.num_accepted_draft_tokens = 6
+    last.speculation.mean_acceptance_length = 2.5
+    assert summary(last, 2.0) == "10 tokens in 2.0 s (5/s) · stop · accepted 6 of 8 drafts, 2.50 tokens a step"
+
+
+def test_status_tables() -> None:
+    drafters = {"x": {"rounds": 1, "drafted": 4, "accepted": 3}}
+    replica = {"replica_id": "r", "engine": {"running": 1, "drafters": drafters}}
+    worker = {"id": "d", "address": "a", "error": None, "sessions": 1, "streams": 1, "queued_rounds": 0,
+              "kv_blocks_used": 0, "drafters": ["x"]}  # fmt: skip
+    down = {"id": "e", "address": "b", "error": "UNAVAILABLE"}
+    models = [{"name": "m", "ready": True, "replicas": [replica]}, {"name": "n", "ready": False, "replicas": []}]
+    targets, speculation, drafts = tables({"models": models, "draft_workers": [worker, down]})
+    assert (targets.row_count, speculation.row_count, drafts.row_count) == (2, 1, 2)
+
+
+@pytest.fixture
+def grpc_server() -> Iterator[tuple[str, FakeTarget]]:
+    """A gRPC server on a thread of its own: the commands run their own event loop."""
+    import threading
+
+    from tests.unit.test_gateway_grpc import serving
+
+    target = FakeTarget()
+    loop = asyncio.new_event_loop()
+    address: list[str] = []
+    stop, ready = asyncio.Event(), threading.Event()
+
+    async def main() -> None:
+        async with serving(gateway(target)) as client:
+            address.append(client.address)
+            ready.set()
+            await stop.wait()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(main(),), daemon=True)
+    thread.start()
+    assert ready.wait(10)
+    yield address[0], target
+    loop.call_soon_threadsafe(stop.set)
+    thread.join(10)
+    loop.close()
+
+
+def test_generate_streams(grpc_server: tuple[str, FakeTarget]) -> None:
+    address, target = grpc_server
+    result = runner.invoke(app, ["generate", "hi", "-a", address, "--system", "be", "--draft-tokens", "3"])
+    assert result.exit_code == 0, result.output
+    assert "abcd" in result.output
+    assert target.requests[0].messages is not None
+    assert [m.role for m in target.requests[0].messages] == ["system", "user"]
+    assert (target.requests[0].speculation.max_draft_tokens, target.requests[0].speculation.force) == (3, True)
+    result = runner.invoke(app, ["generate", "[b]", "-a", address, "--raw", "--color", "--no-speculation",
+                                 "-m", MODEL, "--stop", "x", "--stop", "y"])  # fmt: skip
+    assert (result.exit_code, "abcd" in result.output) == (0, True)
+    assert (target.requests[1].prompt_text, target.requests[1].stop) == ("[b]", ("x", "y"))
+    assert target.requests[1].speculation.enabled is False
+    result = runner.invoke(app, ["generate", "x", "-a", address, "--top-p", "7"])
+    assert (result.exit_code, "top_p" in result.output) == (1, True)
+
+
+def test_chat_keeps_the_conversation(grpc_server: tuple[str, FakeTarget]) -> None:
+    address, target = grpc_server
+    result = runner.invoke(app, ["chat", "-a", address], input="one\ntwo\n/reset\nthree\n/quit\n")
+    assert result.exit_code == 0, result.output
+    conversations = [[m.content for m in r.messages or ()] for r in target.requests]
+    assert conversations == [["one"], ["one", "abcd", "two"], ["three"]]
+
+
+def test_cpus_needed() -> None:
+    assert cpus_needed(ClusterConfig.default()) == pytest.approx(1.7)
+
+
+def test_stop_signal() -> None:
+    stop = StopSignal()
+    before = signal.getsignal(signal.SIGTERM)
+    stop.install()
+    try:
+        assert not stop.requested
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.wait(5)
+        assert not stop.urgent
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.urgent
+    finally:
+        stop.restore()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_processes_are_ended_and_only_ours() -> None:
+    code = "import subprocess,sys,time; subprocess.Popen(['sleep','60']); time.sleep(60)"
+    parent = subprocess.Popen([sys.executable, "-c", code])
+    other = subprocess.Popen(["sleep", "60"])
+    try:
+        deadline = time.monotonic() + 10
+        while "sleep" not in names_of(descendants(parent.pid)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        ours = descendants(os.getpid())
+        assert {parent.pid, other.pid} <= ours.keys()
+        below = descendants(parent.pid)
+        assert len(below) == 1
+        end_processes({pid: start + 1 for pid, start in below.items()}, 0.1)  # another process of that pid
+        assert names_of(below) == {"sleep"}
+        end_processes(below, 0.1)
+        time.sleep(0.1)
+        assert names_of(below) == set()
+    finally:
+        for process in (parent, other):
+            process.kill()
+            process.wait(10)

@@ -1,0 +1,102 @@
+"""Target metrics, with Ray's metric classes replaced by recorders."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from actors.target_worker.messages import GenerationChunk, RequestError, Usage
+from cluster.telemetry import metrics
+from cluster.telemetry.metrics import TargetMetrics
+
+Values = dict[str, list[tuple[float, tuple[tuple[str, str], ...]]]]
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Values:
+    values: Values = defaultdict(list)
+
+    class Recorder:
+        def __init__(self, name: str, **_: Any) -> None:
+            self._name = name
+
+        def set_default_tags(self, tags: dict[str, str]) -> None:
+            assert tags == {"model_name": "m"}
+
+        def inc(self, value: float, tags: dict[str, str] | None = None) -> None:
+            assert value > 0
+            values[self._name].append((value, tuple((tags or {}).items())))
+
+        observe = set = inc
+
+    class GaugeRecorder(Recorder):
+        def set(self, value: float, tags: dict[str, str] | None = None) -> None:
+            values[self._name].append((value, ()))
+
+    class HistogramRecorder(GaugeRecorder):
+        observe = GaugeRecorder.set
+
+    monkeypatch.setattr(metrics, "Counter", Recorder)
+    monkeypatch.setattr(metrics, "Gauge", GaugeRecorder)
+    monkeypatch.setattr(metrics, "Histogram", HistogramRecorder)
+    return values
+
+
+def total(values: Values, name: str, **tags: str) -> float:
+    return sum(v for v, t in values[name] if t == tuple(tags.items()))
+
+
+def engine(rounds: int, drafted: int, accepted: tuple[int, ...], **more: Any) -> dict[str, Any]:
+    one = {"rounds": rounds, "drafted": drafted, "accepted": sum(accepted), "accepted_per_position": accepted}
+    return {"drafters": {"x": one, "y": one}, "running": 1, "kv_blocks_total": 8, "kv_blocks_used": 2, **more}
+
+
+def test_speculation_counters_grow_by_differences(recorded: Values) -> None:
+    target = TargetMetrics("m")
+    for stats in (engine(1, 3, (1,)), engine(1, 3, (1,)), engine(4, 9, (3, 2))):
+        target.record_engine(stats)
+    assert total(recorded, "s2d_spec_decode_num_drafts") == 8
+    assert total(recorded, "s2d_spec_decode_num_draft_tokens") == 18
+    assert total(recorded, "s2d_spec_decode_num_accepted_tokens") == 10
+    assert total(recorded, "s2d_spec_decode_num_accepted_tokens_per_pos", position="0") == 6
+    assert total(recorded, "s2d_spec_decode_num_accepted_tokens_per_pos", position="1") == 4
+    assert recorded["s2d_kv_cache_usage_ratio"][-1][0] == 0.25
+    target.record_engine(engine(0, 0, ()))  # an engine that counts from zero again
+    assert total(recorded, "s2d_spec_decode_num_drafts") == 8
+
+
+async def test_requests_are_timed(recorded: Values) -> None:
+    async def chunks() -> AsyncIterator[GenerationChunk]:
+        yield GenerationChunk(index=0, token_ids=(1,), queue_s=0.5)
+        yield GenerationChunk(index=1, token_ids=(1, 2), finish_reason="stop", usage=Usage(0, 2))
+        yield GenerationChunk(index=0, token_ids=(2, 3), finish_reason="length", usage=Usage(7, 3))
+
+    assert len([c async for c in TargetMetrics("m").observe(chunks())]) == 3
+    assert len(recorded["s2d_time_to_first_token_seconds"]) == 2
+    assert len(recorded["s2d_time_per_output_token_seconds"]) == 2
+    assert len(recorded["s2d_e2e_request_latency_seconds"]) == 2
+    assert recorded["s2d_request_queue_seconds"] == [(0.5, ())]
+    assert (total(recorded, "s2d_prompt_tokens"), total(recorded, "s2d_generation_tokens")) == (7, 5)
+    assert total(recorded, "s2d_request_success", finish_reason="stop") == 1
+    assert total(recorded, "s2d_request_success", finish_reason="length") == 1
+
+
+async def test_errors_and_closing(recorded: Values) -> None:
+    closed = False
+
+    async def chunks() -> AsyncIterator[GenerationChunk]:
+        nonlocal closed
+        try:
+            yield GenerationChunk(error=RequestError("internal", "x"), finish_reason="error")
+            yield GenerationChunk()
+        finally:
+            closed = True
+
+    stream = TargetMetrics("m").observe(chunks())
+    await anext(stream)
+    await stream.aclose()
+    assert closed
+    assert recorded["s2d_request_success"] == []
