@@ -50,6 +50,8 @@ def _check(status: int) -> None:
 class NativeLlamaRunner:
     """`LayeredRunner` on the native core, with a KV pool of its own.
 
+    One thread at a time may use it: it has one set of scratch buffers.
+
     Args:
         weights: read during construction; only an embedding that is not tied to the head is kept.
         info: describes the same model, on the CPU, in float32 or bfloat16.

@@ -76,7 +76,7 @@ struct Kernels {
     int64_t (*argmax)(const float* row, int64_t n);
     // The k best of a row, best first, equal values by lower index. Returns how many there were (n < k).
     int64_t (*topk)(const float* row, int64_t n, int64_t k, int64_t* index, float* value);
-    // Reads `bytes` (a multiple of 64) once; the sum only keeps the compiler from skipping it.
+    // Reads `bytes` once, but for the last few; the sum only keeps the compiler from skipping it.
     float (*read_stream)(const float* data, int64_t bytes);
 };
 

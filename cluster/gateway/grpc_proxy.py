@@ -113,7 +113,7 @@ def guarded(handler: StreamHandler) -> StreamHandler:
 
 
 def add_generation_service(servicer: Any, server: Any) -> None:
-    """Register the service; named in `grpc_servicer_functions`. On a server that is not Serve's, just that."""
+    """Register the service; `grpc_servicer_functions` names this. Other servers than Serve's get it as is."""
     factory = getattr(server, "service_handler_factory", None)
     if factory is None:
         add_GenerationServiceServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]

@@ -45,7 +45,7 @@ def test_default_application_fits_two_cores() -> None:
 
 def test_builder_takes_plain_data_and_targets_know_only_their_model() -> None:
     data = {"models": [{"name": n, "source": f"/{n}", "replicas": 2} for n in ("a", "b")]}
-    gateway, targets, pool = parts(build_app(data))
+    _, targets, pool = parts(build_app(data))
     assert set(targets) == {"a", "b"}
     assert all(t.num_replicas == 2 for t in targets.values())
     assert '"/b"' not in str(targets["a"].init_args).replace("'", '"')
