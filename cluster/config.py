@@ -61,7 +61,9 @@ class ModelConfig(ConfigModel):
         "auto", description="Implementation of the forward pass; auto takes the fastest that fits the model."
     )
     device: str = Field("auto", description="cpu, cuda, or auto.")
-    max_model_len: int | None = Field(None, ge=8, description="Context limit in tokens; null takes the model's.")
+    max_model_len: int | None = Field(
+        None, ge=8, description="Context limit in tokens; null takes the model's."
+    )
     replicas: int = Field(1, ge=1, description="Target workers.")
     num_cpus: float = Field(1.0, gt=0, description="Ray CPUs a replica reserves.")
     num_gpus: float = Field(0.0, ge=0, description="Ray GPUs a replica reserves.")

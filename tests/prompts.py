@@ -36,7 +36,7 @@ CODE = (
     "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n",
     '{"name": "Ann", "age": 31}\n{"name": "Bob", "age": 28}\n{"name": "',
     "#include <stdio.h>\n\nint main(void) {\n    printf(",
-    "git add .\ngit commit -m \"first\"\ngit",
+    'git add .\ngit commit -m "first"\ngit',
     "x = [1, 2, 3]\ny = [v * 2 for v in x]\nz =",
 )
 
@@ -69,7 +69,20 @@ SCRIPTS = (
 
 def _noise(count: int) -> tuple[str, ...]:
     rng = random.Random(20260101)
-    words = ["stone", "lamp", "green", "seven", "under", "glass", "north", "quiet", "paper", "ring", "blue", "salt"]
+    words = [
+        "stone",
+        "lamp",
+        "green",
+        "seven",
+        "under",
+        "glass",
+        "north",
+        "quiet",
+        "paper",
+        "ring",
+        "blue",
+        "salt",
+    ]
     return tuple(" ".join(rng.choice(words) for _ in range(rng.randint(6, 40))) for _ in range(count))
 
 

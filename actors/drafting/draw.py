@@ -12,6 +12,7 @@ from torch import Tensor
 from actors.drafting.interface import DraftSampling
 from actors.sampling.noise import DRAFT
 from actors.sampling.params import GREEDY_TEMPERATURE
+from actors.sampling.reduce import best_ids
 from actors.sampling.truncation import survival_threshold
 from actors.verification.coupled import sample
 
@@ -50,9 +51,9 @@ def draw_tokens(logits: Tensor, samplings: Sequence[DraftSampling], positions: S
 
 def _greedy(logits: Tensor) -> tuple[list[int], list[float]]:
     """Each row's best token and its probability at temperature 1 (S2D's confidence)."""
-    best = logits.argmax(dim=-1)
-    top = logits.gather(-1, best[:, None]).squeeze(-1)
-    return best.tolist(), (top - torch.logsumexp(logits, dim=-1)).exp().tolist()
+    best = best_ids(logits)
+    top = logits[torch.arange(len(best)), best]
+    return best, (top - torch.logsumexp(logits, dim=-1)).exp().tolist()
 
 
 def _processed(logits: Tensor, sampling: DraftSampling) -> Tensor:

@@ -77,9 +77,7 @@ class Controller:
         self._reason = self._explain(gain, wait, len(free))
         return budgets
 
-    def trim(
-        self, drafts: Sequence[tuple[Candidate, str, int]], base_rows: int, emitting: int
-    ) -> list[int]:
+    def trim(self, drafts: Sequence[tuple[Candidate, str, int]], base_rows: int, emitting: int) -> list[int]:
         """Lengths to verify of drafts that came: (candidate, drafter, drafted). `base_rows` are in the round
         anyway, and `emitting` requests emit a token in it anyway."""
         lengths = [drafted if c.forced else 0 for c, _, drafted in drafts]
@@ -107,7 +105,11 @@ class Controller:
         emitting = max(1, emitting)
         baseline = emitting / max(self.costs.seconds(base_rows), 1e-9)
         positions = sorted(
-            ((value, index, place) for index, curve in enumerate(curves) for place, value in enumerate(curve)),
+            (
+                (value, index, place)
+                for index, curve in enumerate(curves)
+                for place, value in enumerate(curve)
+            ),
             key=lambda item: (-item[0], item[2], item[1]),
         )
         expected, best, admitted = float(emitting), baseline, 0

@@ -25,7 +25,7 @@ class EngineRequest:
     request_id: str
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
-    speculation: SpeculationParams = SpeculationParams()
+    speculation: SpeculationParams = field(default_factory=SpeculationParams)
     choice: int = 0
     output_ids_so_far: tuple[int, ...] = ()
 

@@ -7,6 +7,7 @@ first, then the youngest sequence gives its blocks back and is computed again la
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -76,7 +77,9 @@ class Scheduler:
             prompt_budget -= self._add_prompt_chunk(seq, prompt_budget, works)
         return works
 
-    def _fit_decode(self, seq: Sequence, drafted: tuple[SessionDraft, int] | None, budget: int) -> Work | None:
+    def _fit_decode(
+        self, seq: Sequence, drafted: tuple[SessionDraft, int] | None, budget: int
+    ) -> Work | None:
         if budget < 1:
             return None
         proposal, length = drafted if drafted is not None else (None, 0)
@@ -119,6 +122,8 @@ class Scheduler:
         seq.blocks = blocks
         seq.num_published = len(blocks)
         seq.num_computed = len(blocks) * self.pool.block_size
+        if not seq.started_at:
+            seq.started_at = time.perf_counter()
         if not seq.reported_first:
             seq.cached_tokens = min(seq.num_computed, seq.prompt_len)
         self.running[seq.request.request_id] = seq

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
@@ -30,6 +31,9 @@ class Sequence:
     key: int
     max_draft_tokens: int
     """Upper bound of the draft length; 0 when this request does not speculate."""
+    added_at: float = field(default_factory=time.perf_counter)
+    started_at: float = 0.0
+    """First admission to the batch, on the same clock."""
     token_ids: list[int] = field(init=False)
     num_computed: int = 0
     blocks: list[int] = field(default_factory=list)

@@ -25,6 +25,7 @@ from actors.sampling.logprobs import token_logprobs
 from actors.sampling.noise import derive_key
 from actors.sampling.params import GrammarSpec, ParameterError
 from actors.sampling.pipeline import SequenceSampler
+from actors.sampling.reduce import best_ids, top_ids
 from actors.verification.coupled import accept_equal
 from actors.verification.registry import get_rule
 from actors.verification.rule import Verdict
@@ -94,7 +95,9 @@ class TorchEngine:
         sampler = None
         if not sampling.plain_greedy:
             grammar = self._compile_grammar(sampling.grammar) if sampling.grammar is not None else None
-            sampler = SequenceSampler(request, self._runner.info.vocab_size, grammar, self._runner.info.device)
+            sampler = SequenceSampler(
+                request, self._runner.info.vocab_size, grammar, self._runner.info.device
+            )
         limit = 0
         if speculation.enabled and (self._defaults.enabled or speculation.force):
             asked = speculation.max_draft_tokens
@@ -160,7 +163,7 @@ class TorchEngine:
         chosen: dict[int, int] = {}
         if plain:
             rows = logits if len(plain) == len(logits) else logits[torch.tensor(plain, device=logits.device)]
-            chosen = dict(zip(plain, rows.argmax(dim=-1).tolist(), strict=True))
+            chosen = dict(zip(plain, best_ids(rows), strict=True))
         verdicts: list[Verdict | None] = []
         for work, span in zip(works, spans, strict=True):
             if not span.decisions:
@@ -201,9 +204,9 @@ class TorchEngine:
         if not learning:
             return
         rows = torch.cat([span.deciding(logits) for _, span in learning])
-        best = rows.topk(min(count, rows.shape[-1]), dim=-1).indices.tolist()
+        best = top_ids(rows, count)
         at = 0
-        for work, span in learning:
+        for work, _span in learning:
             inputs = (work.seq.token_ids[-1], *work.drafts)
             for token in inputs:
                 work.seq.unsent_candidates.append((token, tuple(best[at])))
@@ -251,6 +254,7 @@ class TorchEngine:
             finish_reason=seq.finish_reason,
             stop_token_id=seq.stop_token_id,
             cached_tokens=seq.cached_tokens if first else 0,
+            queue_s=seq.started_at - seq.added_at if first else None,
             prompt_logprobs=tuple(seq.prompt_logprobs) if first and seq.wants_prompt_logprobs else None,
         )
 
@@ -311,7 +315,7 @@ class TorchEngine:
             logit_rows=torch.arange(rows, device=device),
         )
         started = time.perf_counter()
-        self._runner.forward(batch).argmax(dim=-1).tolist()
+        best_ids(self._runner.forward(batch))
         return time.perf_counter() - started
 
     def stats(self) -> EngineStats:

@@ -120,8 +120,14 @@ class SamplingParams:
     grammar: GrammarSpec | None = None
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty",
-                     "repetition_penalty"):
+        for name in (
+            "temperature",
+            "top_p",
+            "min_p",
+            "presence_penalty",
+            "frequency_penalty",
+            "repetition_penalty",
+        ):
             _require(math.isfinite(getattr(self, name)), name, "must be a finite number")
         _require(self.max_tokens >= 0, "max_tokens", "must not be negative")
         _require(self.min_tokens >= 0, "min_tokens", "must not be negative")
@@ -138,7 +144,9 @@ class SamplingParams:
             value = getattr(self, name)
             _require(value is None or 0 <= value <= MAX_LOGPROBS, name, f"must be in [0, {MAX_LOGPROBS}]")
         for bias in self.logit_bias.values():
-            _require(math.isfinite(bias) and -100 <= bias <= 100, "logit_bias", "values must be in [-100, 100]")
+            _require(
+                math.isfinite(bias) and -100 <= bias <= 100, "logit_bias", "values must be in [-100, 100]"
+            )
 
     @property
     def greedy(self) -> bool:
@@ -147,7 +155,9 @@ class SamplingParams:
     @property
     def stop_ids(self) -> frozenset[int]:
         """Ids that end the output: the explicit ones, and the model's own unless ignored."""
-        return frozenset(self.stop_token_ids) | (frozenset() if self.ignore_eos else frozenset(self.eos_token_ids))
+        return frozenset(self.stop_token_ids) | (
+            frozenset() if self.ignore_eos else frozenset(self.eos_token_ids)
+        )
 
     @property
     def has_penalties(self) -> bool:

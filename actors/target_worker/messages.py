@@ -34,7 +34,7 @@ class GenerationRequest:
     n: int = 1
     stop: tuple[str, ...] = ()
     echo: bool = False
-    speculation: SpeculationParams = SpeculationParams()
+    speculation: SpeculationParams = field(default_factory=SpeculationParams)
     output_ids_so_far: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:

@@ -144,6 +144,7 @@ class ChoiceStream:
             seed=self._sampling.seed,
             prompt_token_ids=prompt.ids if prompt.echo else None,
             prompt_logprobs=self._prompt_logprobs(output),
+            queue_s=output.queue_s,
         )
 
     @property
@@ -222,4 +223,5 @@ def merge(earlier: GenerationChunk | None, later: GenerationChunk) -> Generation
         seed=earlier.seed if later.seed is None else later.seed,
         prompt_token_ids=earlier.prompt_token_ids or later.prompt_token_ids,
         prompt_logprobs=earlier.prompt_logprobs or later.prompt_logprobs,
+        queue_s=earlier.queue_s if later.queue_s is None else later.queue_s,
     )

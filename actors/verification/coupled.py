@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from actors.sampling.noise import GUMBEL, gumbel
+from actors.sampling.reduce import best_ids
 from actors.sampling.truncation import surviving_ids
 from actors.verification.rule import DraftDistribution, Verdict
 
@@ -58,7 +59,7 @@ def accept_equal(tokens: Sequence[int], drafts: Sequence[int]) -> Verdict:
 
 def verify_greedy(scores: Tensor, drafts: Sequence[int]) -> Verdict:
     """Accept while a draft is the best-scoring token; the lowest id wins ties."""
-    return accept_equal(scores.argmax(dim=-1).tolist(), drafts)
+    return accept_equal(best_ids(scores), drafts)
 
 
 class CoupledRule:

@@ -10,7 +10,6 @@ process of its own and is asked over gRPC, as in a cluster.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import platform
@@ -42,7 +41,13 @@ from actors.text.tokenizer import TextTokenizer
 from cluster.bench.draft_process import draft_process
 from cluster.bench.plot import plot_ratios
 from cluster.bench.prompts import PROMPTS
-from cluster.config import EMBEDDED_MODEL, DraftPoolConfig, EngineConfig, NestedDrafterConfig, SpeculationConfig
+from cluster.config import (
+    EMBEDDED_MODEL,
+    DraftPoolConfig,
+    EngineConfig,
+    NestedDrafterConfig,
+    SpeculationConfig,
+)
 from cluster.deployments.wiring import local_drafters
 
 Run = Callable[[Sequence[tuple[int, ...]], int], int]
@@ -205,18 +210,30 @@ def main(
     """Compare plain decoding, every drafter and Hugging Face `generate` in one run."""
     console = Console()
     loaded = load_runner(
-        source, dtype=dtype, backend=backend, device="auto", kv_blocks=0, kv_memory_gib=0.5,
-        max_model_len=2048, threads=threads, progress=console.print,
+        source,
+        dtype=dtype,
+        backend=backend,
+        device="auto",
+        kv_blocks=0,
+        kv_memory_gib=0.5,
+        max_model_len=2048,
+        threads=threads,
+        progress=console.print,
     )
     tokenizer = TextTokenizer(loaded.tokenizer_folder)
     chat = [
-        tuple(tokenizer.hf.apply_chat_template([{"role": "user", "content": p.text}], add_generation_prompt=True,
-                                               return_dict=False))
+        tuple(
+            tokenizer.hf.apply_chat_template(
+                [{"role": "user", "content": p.text}], add_generation_prompt=True, return_dict=False
+            )
+        )
         for p in PROMPTS
     ]
     pool = DraftPoolConfig(
         drafters=("prompt_lookup", "token_recycling", *(("nested",) if nested else ())),
-        nested=NestedDrafterConfig(source=source, exits=(2, 4), dtype=dtype, kv_blocks=256) if nested else None,
+        nested=NestedDrafterConfig(source=source, exits=(2, 4), dtype=dtype, kv_blocks=256)
+        if nested
+        else None,
     )
     compiler = GrammarCompiler(tokenizer.hf, loaded.info.vocab_size, tokenizer.eos_token_ids)
     with draft_process(pool) as leases:
@@ -227,8 +244,11 @@ def main(
             expected_candidates=CANDIDATES_WANTED,
         )
         engine = build_engine(
-            loaded.runner, EngineConfig(), SpeculationConfig(),
-            FallbackDraftSource(remote, LocalDraftSource(local_drafters(_MAX_SESSIONS))), compiler.compile,
+            loaded.runner,
+            EngineConfig(),
+            SpeculationConfig(),
+            FallbackDraftSource(remote, LocalDraftSource(local_drafters(_MAX_SESSIONS))),
+            compiler.compile,
         )
         arms = _arms(engine, loaded, loaded.info.dtype, nested)
         for arm in arms:
@@ -246,14 +266,23 @@ def main(
     floor = read_floor_seconds(weight_bytes)
     result = {
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
-        "torch": torch.__version__, "dtype": dtype, "backend": loaded.backend, "tokens": tokens,
-        "one_stream": single, "eight_streams": batched, "outputs_differing_from_plain": differing,
-        "cost_ms_by_rows": costs, "weight_bytes": weight_bytes, "read_floor_ms": floor * 1e3,
+        "torch": torch.__version__,
+        "dtype": dtype,
+        "backend": loaded.backend,
+        "tokens": tokens,
+        "one_stream": single,
+        "eight_streams": batched,
+        "outputs_differing_from_plain": differing,
+        "cost_ms_by_rows": costs,
+        "weight_bytes": weight_bytes,
+        "read_floor_ms": floor * 1e3,
     }
     _print(console, f"one stream, {dtype}, {loaded.backend}", single)
     _print(console, f"eight streams, {dtype}, {loaded.backend}", batched)
     console.print(f"outputs differing from plain decoding: {differing}")
-    console.print(f"step ms by rows: {costs}; reading {weight_bytes / 1e6:.0f} MB once takes {floor * 1e3:.1f} ms")
+    console.print(
+        f"step ms by rows: {costs}; reading {weight_bytes / 1e6:.0f} MB once takes {floor * 1e3:.1f} ms"
+    )
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "decode.json").write_text(json.dumps(result, indent=2), encoding="utf-8")

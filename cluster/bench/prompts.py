@@ -28,13 +28,21 @@ PROMPTS = (
     BenchPrompt("chat", "Give me five tips for learning to play the guitar as an adult."),
     BenchPrompt("chat", "Write a short letter to a friend who has just moved to another city."),
     BenchPrompt("translation", f"Translate into French: {_RIVER}"),
-    BenchPrompt("translation", "Translate into Spanish: The museum is closed on Mondays and opens at ten on other days."),
+    BenchPrompt(
+        "translation",
+        "Translate into Spanish: The museum is closed on Mondays and opens at ten on other days.",
+    ),
     BenchPrompt("summarization", f"Summarise this text in two sentences: {_BEES}"),
     BenchPrompt("summarization", f"Shorten this text to its most important facts: {_RIVER}"),
     BenchPrompt("qa", "What is photosynthesis, and why does it matter for life on Earth?"),
     BenchPrompt("qa", "How does a refrigerator keep food cold?"),
-    BenchPrompt("math", "A train travels 60 km in the first hour and 45 km in the second. How far does it go in total? Explain."),
-    BenchPrompt("math", "Tom has 24 apples and gives a third of them to Ann. How many does he keep? Show each step."),
+    BenchPrompt(
+        "math",
+        "A train travels 60 km in the first hour and 45 km in the second. How far does it go in total? Explain.",
+    ),
+    BenchPrompt(
+        "math", "Tom has 24 apples and gives a third of them to Ann. How many does he keep? Show each step."
+    ),
     BenchPrompt("rag", f"Context: {_BEES}\n\nUsing only the context, how do bees cool the hive?"),
     BenchPrompt("rag", f"Context: {_RIVER}\n\nUsing only the context, why was the stone bridge built?"),
 )

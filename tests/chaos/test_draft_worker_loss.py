@@ -35,7 +35,10 @@ def test_a_killed_draft_worker_is_replaced_and_used_again(tmp_path: Path) -> Non
         victims = [p for p in server.processes() if "DraftPool" in " ".join(p.cmdline())]
         assert len(victims) == 1
         text, killed = "", False
-        with server.client() as client, client.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
+        with (
+            server.client() as client,
+            client.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer,
+        ):
             for line in answer.iter_lines():
                 if not line.startswith("data: {"):
                     continue
@@ -48,18 +51,26 @@ def test_a_killed_draft_worker_is_replaced_and_used_again(tmp_path: Path) -> Non
         assert text == undisturbed
         wait_until(lambda: _draft_connected(server), 60, "a new draft worker is connected")
         again = server.complete(
-            prompts.REPETITIVE[1], max_tokens=40, temperature=0,
+            prompts.REPETITIVE[1],
+            max_tokens=40,
+            temperature=0,
             speculation={"max_draft_tokens": 3, "force": True, "drafter": "nested", "exit_depth": 2},
         )
-        assert again["metrics"]["speculative_decoding"]["num_draft_tokens"] > 0, "nested drafts need the worker"
+        assert again["metrics"]["speculative_decoding"]["num_draft_tokens"] > 0, (
+            "nested drafts need the worker"
+        )
 
 
 def test_sigterm_drains_and_leaves_nothing(tmp_path: Path) -> None:
     with serve(tmp_path, max_model_len=1024) as server:
-        with server.client() as client, client.stream(
-            "POST", "/v1/completions",
-            json={"model": MODEL, "prompt": "x", "max_tokens": 60, "ignore_eos": True, "stream": True},
-        ) as answer:
+        with (
+            server.client() as client,
+            client.stream(
+                "POST",
+                "/v1/completions",
+                json={"model": MODEL, "prompt": "x", "max_tokens": 60, "ignore_eos": True, "stream": True},
+            ) as answer,
+        ):
             lines = answer.iter_lines()
             next(lines)
             server.process.terminate()

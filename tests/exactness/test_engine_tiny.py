@@ -54,7 +54,9 @@ def prompts(count: int, seed: int = 1) -> list[tuple[int, ...]]:
     return made
 
 
-def request(name: str, prompt: tuple[int, ...], speculation: SpeculationParams = OFF, **sampling: object) -> EngineRequest:
+def request(
+    name: str, prompt: tuple[int, ...], speculation: SpeculationParams = OFF, **sampling: object
+) -> EngineRequest:
     fields = {"max_tokens": 40, "temperature": 0.0, **sampling}
     return EngineRequest(name, prompt, SamplingParams(**fields), speculation)  # type: ignore[arg-type]
 
@@ -76,14 +78,19 @@ def test_greedy_equals_transformers(engine: TorchEngine, folder: Path) -> None:
         ours = solo(engine, request(f"hf-{index}", prompt)).token_ids
         with torch.inference_mode():
             theirs = model.generate(
-                torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=40, do_sample=False
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt)),
+                max_new_tokens=40,
+                do_sample=False,
             )
         assert ours == theirs[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize(("drafter", "exit_depth"), DRAFTERS)
 @pytest.mark.parametrize("length", [1, 3, 8])
-def test_forced_drafts_change_nothing(engine: TorchEngine, drafter: str, exit_depth: int | None, length: int) -> None:
+def test_forced_drafts_change_nothing(
+    engine: TorchEngine, drafter: str, exit_depth: int | None, length: int
+) -> None:
     batch = [request(f"b{i}", p, forced(length, drafter, exit_depth)) for i, p in enumerate(prompts(16))]
     together = run(engine, batch, arrive_every=2)
     for one in batch:
@@ -99,9 +106,20 @@ SAMPLED = [
     {"temperature": 1.0, "seed": -5, "top_p": 0.8},
     {"temperature": 2.0, "seed": 2**62, "top_k": 20},
     {"temperature": 1.0, "seed": 9, "min_p": 0.05},
-    {"temperature": 0.9, "seed": 4, "presence_penalty": 0.7, "frequency_penalty": 0.4, "repetition_penalty": 1.2},
+    {
+        "temperature": 0.9,
+        "seed": 4,
+        "presence_penalty": 0.7,
+        "frequency_penalty": 0.4,
+        "repetition_penalty": 1.2,
+    },
     {"temperature": 1.0, "seed": 7, "logit_bias": {3: 5.0, 9: -100.0}},
-    {"temperature": 0.0, "repetition_penalty": 1.3, "min_tokens": 10, "stop_token_ids": tuple(range(0, 320, 2))},
+    {
+        "temperature": 0.0,
+        "repetition_penalty": 1.3,
+        "min_tokens": 10,
+        "stop_token_ids": tuple(range(0, 320, 2)),
+    },
 ]
 
 
@@ -118,8 +136,12 @@ def test_sampled_drafts_change_nothing(engine: TorchEngine, drafter: str, exit_d
 
 
 @pytest.mark.parametrize("length", [1, 3, 5])
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 3}, {"temperature": 0.8, "top_p": 0.9, "top_k": 40}])
-def test_a_draft_equal_to_the_target_is_always_right(engine: TorchEngine, length: int, sampling: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    "sampling", [{}, {"temperature": 1.0, "seed": 3}, {"temperature": 0.8, "top_p": 0.9, "top_k": 40}]
+)
+def test_a_draft_equal_to_the_target_is_always_right(
+    engine: TorchEngine, length: int, sampling: dict[str, object]
+) -> None:
     one = request("full", prompts(1)[0], forced(length, "nested", TINY_LAYERS), max_tokens=220, **sampling)
     result = run(engine, [one])["full"]
     assert len(result.token_ids) == 220
@@ -129,7 +151,9 @@ def test_a_draft_equal_to_the_target_is_always_right(engine: TorchEngine, length
 
 def test_choices_differ_and_each_equals_its_solo_run(engine: TorchEngine) -> None:
     choices = [
-        dataclasses.replace(request(f"n{c}", prompts(1)[0], forced(3, "nested", 2), temperature=1.0, seed=11), choice=c)
+        dataclasses.replace(
+            request(f"n{c}", prompts(1)[0], forced(3, "nested", 2), temperature=1.0, seed=11), choice=c
+        )
         for c in range(3)
     ]
     together = run(engine, choices)
@@ -185,12 +209,16 @@ def test_ends_inside_an_accepted_block(engine: TorchEngine) -> None:
         stop = plain[place]
         at = plain.index(stop)
         for sampling in ({"stop_token_ids": (stop,)}, {"eos_token_ids": (stop,)}):
-            one = request("e", prompt, forced(5, "nested", TINY_LAYERS), max_tokens=40, logprobs=0, **sampling)
+            one = request(
+                "e", prompt, forced(5, "nested", TINY_LAYERS), max_tokens=40, logprobs=0, **sampling
+            )
             result = run(engine, [one])["e"]
             assert result.token_ids == plain[: at + 1]
             assert result.finish_reason == "stop"
             assert [entry.token_id for entry in result.logprobs] == result.token_ids
-        ignoring = request("e", prompt, forced(5, "nested", TINY_LAYERS), eos_token_ids=(stop,), ignore_eos=True)
+        ignoring = request(
+            "e", prompt, forced(5, "nested", TINY_LAYERS), eos_token_ids=(stop,), ignore_eos=True
+        )
         assert run(engine, [ignoring])["e"].token_ids == plain
     for count in (1, 2, 4):
         one = request("e", prompt, forced(5, "nested", TINY_LAYERS), max_tokens=count)
@@ -227,5 +255,7 @@ def test_leviathan_is_reproducible_and_serves_every_drafter(engine: TorchEngine)
         first, second = run(engine, [one])["v"], run(engine, [one])["v"]
         assert len(first.token_ids) == 40
         assert drafter == "token_recycling" or first.token_ids == second.token_ids
-    greedy = request("v", prompts(1)[0], dataclasses.replace(forced(3, "nested", 1), verification="leviathan"))
+    greedy = request(
+        "v", prompts(1)[0], dataclasses.replace(forced(3, "nested", 1), verification="leviathan")
+    )
     assert run(engine, [greedy])["v"].token_ids == solo(engine, greedy).token_ids

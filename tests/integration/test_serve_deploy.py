@@ -107,4 +107,4 @@ def test_the_draft_worker_is_used(service: dict[str, Any]) -> None:
     port = service["applications"][0]["args"]["draft_pool"]["port_range"][0]
     assert worker["address"] == f"127.0.0.1:{port}"
     assert worker["error"] is None
-    assert worker["state"]["streams"] == 1
+    assert worker["streams"] == 1

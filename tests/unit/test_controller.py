@@ -20,8 +20,10 @@ def _controller(first_row: float = 10.0, per_row: float = 0.5, wait: float = 0.5
 def _teach(controller: Controller, state: ControlState, accepted: int, times: int = 40) -> None:
     """Propose four tokens `times` times; the first `accepted` are right."""
     for _ in range(times):
-        controller.acceptance.proposed(state.acceptance, SessionDraft(1, 1, (1, 2, 3, 4), drafter="d"), ("d",))
-        emitted = [1, 2, 3, 4][:accepted] + [9]
+        controller.acceptance.proposed(
+            state.acceptance, SessionDraft(1, 1, (1, 2, 3, 4), drafter="d"), ("d",)
+        )
+        emitted = [*[1, 2, 3, 4][:accepted], 9]
         controller.acceptance.emitted(state.acceptance, emitted)
 
 
@@ -61,7 +63,9 @@ def test_shadow_scoring_brings_a_drafter_back() -> None:
     assert controller.trim([(candidate, "d", 4)], 1, 1) == [0]
     # Not verified, but scored against what the target emits one token at a time.
     for _ in range(30):
-        controller.acceptance.proposed(state.acceptance, SessionDraft(1, 1, (1, 2, 3, 4), drafter="d"), ("d",))
+        controller.acceptance.proposed(
+            state.acceptance, SessionDraft(1, 1, (1, 2, 3, 4), drafter="d"), ("d",)
+        )
         for token in (1, 2, 3, 4):
             controller.acceptance.emitted(state.acceptance, [token])
     assert controller.trim([(candidate, "d", 4)], 1, 1) == [4]
@@ -80,7 +84,9 @@ def test_one_budget_over_the_batch_prefers_the_better_draft() -> None:
     good, bad = ControlState(), ControlState()
     _teach(controller, bad, accepted=0)
     _teach(controller, good, accepted=4)
-    lengths = controller.trim([(Candidate(bad, 4, ("d",)), "d", 4), (Candidate(good, 4, ("d",)), "d", 4)], 2, 2)
+    lengths = controller.trim(
+        [(Candidate(bad, 4, ("d",)), "d", 4), (Candidate(good, 4, ("d",)), "d", 4)], 2, 2
+    )
     assert lengths[1] > 0
     assert lengths[0] == 0
 

@@ -36,6 +36,13 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
             assert heading in anchors, f"{page.name} links to {target}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_paths_in_the_text_exist(page: Path) -> None:
+    content = page.read_text(encoding="utf-8")
+    named = re.findall(r"`((?:tests|actors|cluster|deploy|examples)/[\w./-]+)`", content)
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
 def test_every_parameter_is_documented() -> None:
     api = text("docs/api.md")
     for schema in (ChatBody, CompletionBody, SpeculationBody):
