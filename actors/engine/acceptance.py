@@ -34,7 +34,7 @@ class _Averages:
 
 @dataclass(slots=True)
 class _Local:
-    """hits: acceptances; expected: what the overall averages would have led one to expect of the same trials."""
+    """hits: acceptances; expected: what the overall averages would have predicted for the same trials."""
 
     hits: float = 0.0
     expected: float = 0.0
@@ -57,8 +57,8 @@ class RequestAcceptance:
 
 
 class AcceptanceModel:
-    """P(token j accepted | its ancestors accepted) per drafter: the overall average by position, scaled by how
-    much better or worse than expected this request has fared so far."""
+    """P(token j accepted | its ancestors accepted) per drafter: the overall average by position, scaled by
+    how much better or worse than expected this request has fared so far."""
 
     def __init__(self) -> None:
         self._averages: dict[str, _Averages] = {}

@@ -105,7 +105,7 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one sequence contributes to a step: `num_tokens` known tokens from num_computed on, then drafts."""
+    """One sequence in a step: `num_tokens` known tokens from num_computed on, then drafts."""
 
     seq: Sequence
     num_tokens: int

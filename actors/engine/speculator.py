@@ -1,4 +1,4 @@
-"""The engine's side of drafting: opens sessions, asks for drafts, and reports verdicts, one message a round."""
+"""The engine's side of drafting: opens sessions, asks for drafts, reports verdicts; one message a round."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Speculator:
     def collect(
         self, decoding: Sequence[EngineSequence], prompt_rows: int
     ) -> dict[EngineSequence, tuple[SessionDraft, int]]:
-        """Drafts for the coming round with the lengths to verify; waits no longer than the round's deadline."""
+        """Drafts for the coming round and the lengths to verify; waits until the round's deadline at most."""
         asked = [seq for seq in decoding if seq.asked]
         if not asked:
             return {}

@@ -58,7 +58,7 @@ class TorchEngine:
         capacity = scheduler.pool.num_blocks * scheduler.pool.block_size
         if capacity < max_model_len:
             raise ValueError(
-                f"the KV pool holds {capacity} tokens, one sequence may have {max_model_len} (max_model_len): "
+                f"the KV pool holds {capacity} tokens, a sequence may have {max_model_len} (max_model_len): "
                 "give the pool more blocks or lower max_model_len"
             )
         self._runner = runner

@@ -2,10 +2,10 @@
 
     python -m cluster.bench.decode --dtype bfloat16 --out bench-results/decode
 
-The arms run one after the other on the same prompt, in an order that rotates from pair to pair; what requests
-share (prefix cache, recycling matrix, averages) is reset before each. Ratios are taken within a pair, so that a
-slow minute of the machine hits both sides; the table gives their median and range. The draft worker runs in a
-process of its own and is asked over gRPC, as in a cluster.
+The arms run one after the other on the same prompt, in an order that rotates from pair to pair. What requests
+share (prefix cache, recycling matrix, averages) is reset before each. Ratios are taken within a pair, so that
+a slow minute of the machine hits both sides; the table gives their median and range. The draft worker runs in
+a process of its own and is asked over gRPC, as in a cluster.
 """
 
 from __future__ import annotations
@@ -133,7 +133,8 @@ def _arms(engine: TorchEngine, loaded: LoadedModel, dtype: torch.dtype, nested: 
 
 
 def _measure(arms: list[Arm], engine: TorchEngine, groups: list[list[tuple[int, ...]]], tokens: int) -> int:
-    """One pair per prompt group: every arm once, in rotating order. Returns outputs that differ from plain's."""
+    """A pair for each prompt group: every arm once, in rotating order. Returns how many outputs differ from
+    those of plain decoding."""
     differing = 0
     with Progress(transient=True) as progress:
         task = progress.add_task("measuring", total=len(groups) * len(arms))
@@ -265,7 +266,7 @@ def main(
     weight_bytes = _weight_bytes(loaded)
     floor = read_floor_seconds(weight_bytes)
     result = {
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
+        "machine": f"{_cpu_name()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
         "torch": torch.__version__,
         "dtype": dtype,
         "backend": loaded.backend,
@@ -288,6 +289,15 @@ def main(
         (out / "decode.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
         plot_ratios({"one stream": single, "eight streams": batched}, out / "decode.png")
         console.print(f"written to {out}")
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def _weight_bytes(loaded: LoadedModel) -> int:

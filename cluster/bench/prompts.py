@@ -14,14 +14,16 @@ class BenchPrompt:
 
 
 _RIVER = (
-    "The river rises in the hills above the town. In spring it floods the lower meadows, and the farmers move their "
-    "sheep to the upper pastures. In summer it is shallow enough to cross on foot. A stone bridge with five arches was "
-    "built after the flood that carried the wooden one away, and the mill beside it ground corn until the railway came."
+    "The river rises in the hills above the town. In spring it floods the lower meadows, and the "
+    "farmers move their sheep to the upper pastures. In summer it is shallow enough to cross on foot. A"
+    " stone bridge with five arches was built after the flood that carried the wooden one away, and the"
+    " mill beside it ground corn until the railway came."
 )
 _BEES = (
-    "Honey bees keep the brood nest at about 35 degrees. When it is cold, workers cluster and shiver their flight "
-    "muscles to make heat. When it is hot, they carry water into the hive and fan it with their wings. A colony sends "
-    "out foragers for nectar, pollen, water and resin, and the foragers tell each other of good places by dancing."
+    "Honey bees keep the brood nest at about 35 degrees. When it is cold, workers cluster and shiver "
+    "their flight muscles to make heat. When it is hot, they carry water into the hive and fan it with "
+    "their wings. A colony sends out foragers for nectar, pollen, water and resin, and the foragers "
+    "tell each other of good places by dancing."
 )
 
 PROMPTS = (
@@ -30,7 +32,7 @@ PROMPTS = (
     BenchPrompt("translation", f"Translate into French: {_RIVER}"),
     BenchPrompt(
         "translation",
-        "Translate into Spanish: The museum is closed on Mondays and opens at ten on other days.",
+        "Translate into Spanish: The museum is closed on Mondays.",
     ),
     BenchPrompt("summarization", f"Summarise this text in two sentences: {_BEES}"),
     BenchPrompt("summarization", f"Shorten this text to its most important facts: {_RIVER}"),
@@ -38,7 +40,7 @@ PROMPTS = (
     BenchPrompt("qa", "How does a refrigerator keep food cold?"),
     BenchPrompt(
         "math",
-        "A train travels 60 km in the first hour and 45 km in the second. How far does it go in total? Explain.",
+        "A train travels 60 km in one hour and 45 km in the next. How far is that in all?",
     ),
     BenchPrompt(
         "math", "Tom has 24 apples and gives a third of them to Ann. How many does he keep? Show each step."

@@ -1,4 +1,4 @@
-"""The embedded model with its real weights: Hugging Face `generate`, speculation on and off, alone and in a batch.
+"""The embedded model with its real weights: Hugging Face `generate`, speculation on and off, in batches.
 
 float32 must agree, except where the two best logits are closer than `TIE`; every such place is listed in the
 test's output. bfloat16 is compared with itself, and what differs is counted. `-s` shows the reports.
@@ -171,7 +171,8 @@ def test_forced_drafts_in_batches_of_sixteen(
             listed.append(f"prompt {index}, {note}")
     assert drafted > 0
     print(
-        f"\n{drafter}, length {length}, mixed batch of 16: {60 - len(listed)}/60 equal, {accepted}/{drafted} accepted",
+        f"\n{drafter}, length {length}, mixed batch of 16: {60 - len(listed)}/60 equal,",
+        f"{accepted}/{drafted} accepted",
         *listed,
         sep="\n",
     )
@@ -234,7 +235,8 @@ def test_a_grammar_ends_inside_an_accepted_block(engine: TorchEngine) -> None:
     ids = tuple(tokenizer().encode("A JSON object:", True))
     grammar = GrammarSpec(
         "json_schema",
-        '{"type":"object","properties":{"ok":{"type":"boolean"}},"required":["ok"],"additionalProperties":false}',
+        '{"type":"object","properties":{"ok":{"type":"boolean"}},"required":["ok"],'
+        '"additionalProperties":false}',
     )
     eos = tuple(tokenizer().eos_token_ids)
     results = [

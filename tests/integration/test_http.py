@@ -34,9 +34,8 @@ def stream(server: Server, path: str, body: dict[str, Any]) -> tuple[list[dict[s
     events: list[dict[str, Any]] = []
     with server.client() as client, client.stream("POST", path, json={**body, "stream": True}) as answer:
         assert answer.status_code == 200, answer.read()
-        for line in answer.iter_lines():
-            if line.startswith("data: ") and line != "data: [DONE]":
-                events.append(json.loads(line.removeprefix("data: ")))
+        data = (line.removeprefix("data: ") for line in answer.iter_lines() if line.startswith("data: {"))
+        events.extend(json.loads(line) for line in data)
     text = ""
     for event in events:
         for choice in event["choices"]:
