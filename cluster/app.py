@@ -22,6 +22,7 @@ from cluster.gateway.ingress import Ingress
 APP_NAME = "s2d"
 GATEWAY = "gateway"
 DRAFT_POOL = "draft-pool"
+GRPC_HEALTH = "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server"
 GRPC_SERVICER = "cluster.gateway.grpc_proxy.add_generation_service"
 CONTROL_CALLS = 64
 """Room for info, state, tokenize and health calls beside admitted requests."""
@@ -119,7 +120,7 @@ def serve_options(config: ClusterConfig) -> dict[str, Any]:
         "http_options": {"host": gateway.host, "port": gateway.http_port, "request_timeout_s": timeout},
         "grpc_options": {
             "port": gateway.grpc_port,
-            "grpc_servicer_functions": [GRPC_SERVICER],
+            "grpc_servicer_functions": [GRPC_SERVICER, GRPC_HEALTH],
             "request_timeout_s": timeout,
             "enable_reflection": True,
         },

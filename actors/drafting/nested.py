@@ -21,7 +21,7 @@ ABSORB_FROM = 8
 @dataclass(slots=True)
 class _Session:
     """`seq.tokens[:committed]` is truth, what follows is the last proposal. `goal` is the deepest layer
-    block that proposals want; `parked` sessions lost their KV and wait to be asked for; `starved` ones lack
+    block that proposals want; `parked` sessions hold no KV and wait to be asked for; `starved` ones lack
     room."""
 
     seq: DeferredSequence
@@ -123,6 +123,8 @@ class NestedDrafter:
             committed=len(session.token_ids),
             goal=self._default if self._thresholds is None else len(self.exits) - 1,
             last_used=self._clock,
+            # Absorbed once somebody asks: most sessions are served by the drafters before this one.
+            parked=True,
         )
 
     def commit(

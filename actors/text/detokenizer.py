@@ -50,6 +50,6 @@ class IncrementalDetokenizer:
             if not text.startswith(self._strip_char):
                 self._strip_left = 0
                 break
-            text = text[len(self._strip_char):]
+            text = text[len(self._strip_char) :]
             self._strip_left -= 1
         return text

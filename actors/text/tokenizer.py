@@ -121,7 +121,7 @@ class TextTokenizer:
         text = data.decode("utf-8", errors="replace")
         count, char = self.leading_strip
         while count and text.startswith(char):
-            text, count = text[len(char):], count - 1
+            text, count = text[len(char) :], count - 1
         return text
 
 

@@ -11,7 +11,12 @@ from cluster.cli.common import DEFAULT_URL, ApiKey, HttpUrl, fail, out
 
 TIMEOUT_S = 5.0
 ENGINE_COLUMNS = (
-    "running", "waiting", "kv_blocks_used", "kv_blocks_free", "kv_blocks_cached", "tokens_emitted",
+    "running",
+    "waiting",
+    "kv_blocks_used",
+    "kv_blocks_free",
+    "kv_blocks_cached",
+    "tokens_emitted",
 )
 
 
@@ -44,8 +49,19 @@ def tables(state: dict[str, Any]) -> list[Table]:
 
 
 def target_table(served: list[dict[str, Any]]) -> Table:
-    table = Table("model", "replica", "ready", "running", "waiting", "KV used", "free", "cached", "tokens",
-                  title="Target workers", title_justify="left")
+    table = Table(
+        "model",
+        "replica",
+        "ready",
+        "running",
+        "waiting",
+        "KV used",
+        "free",
+        "cached",
+        "tokens",
+        title="Target workers",
+        title_justify="left",
+    )
     for model in served:
         if not model["replicas"]:
             table.add_row(model["name"], model.get("error") or "-", _yes(model["ready"]))
@@ -61,8 +77,9 @@ def target_table(served: list[dict[str, Any]]) -> Table:
 
 
 def drafter_table(served: list[dict[str, Any]]) -> Table:
-    table = Table("model", "drafter", "rounds", "drafted", "accepted", "rate", title="Speculation",
-                  title_justify="left")
+    table = Table(
+        "model", "drafter", "rounds", "drafted", "accepted", "rate", title="Speculation", title_justify="left"
+    )
     for model in served:
         for replica in model["replicas"]:
             for name, stats in (replica["engine"].get("drafters") or {}).items():
@@ -73,8 +90,17 @@ def drafter_table(served: list[dict[str, Any]]) -> Table:
 
 
 def draft_table(workers: list[dict[str, Any]]) -> Table:
-    table = Table("worker", "address", "sessions", "streams", "queued", "KV used", "drafters",
-                  title="Draft workers", title_justify="left")
+    table = Table(
+        "worker",
+        "address",
+        "sessions",
+        "streams",
+        "queued",
+        "KV used",
+        "drafters",
+        title="Draft workers",
+        title_justify="left",
+    )
     for worker in workers:
         if worker["error"] is not None:
             table.add_row(worker["id"], worker["address"], worker["error"])

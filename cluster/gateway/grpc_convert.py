@@ -20,8 +20,18 @@ from cluster.gateway.openai_schema import ChatBody, CompletionBody
 from protos.s2d.v1 import generation_pb2 as pb
 
 _PLAIN = (
-    "max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "n", "ignore_eos",
-    "presence_penalty", "frequency_penalty", "repetition_penalty",
+    "max_tokens",
+    "min_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "n",
+    "ignore_eos",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
 )
 _SPECULATION = ("enabled", "max_draft_tokens", "force", "drafter", "exit_depth", "verification")
 _GRAMMARS = {"json_object": "json_object", "json_schema": "json", "regex": "regex", "lark": "grammar"}

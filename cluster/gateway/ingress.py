@@ -7,12 +7,14 @@ from typing import Any
 
 from fastapi import FastAPI
 from google.protobuf.empty_pb2 import Empty
+from grpc_health.v1 import health_pb2
 from ray import serve
 from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle
 
 from cluster.config import ClusterConfig
 from cluster.gateway.generation import InFlight
+from cluster.gateway.grpc_health import HealthServicer
 from cluster.gateway.grpc_service import GenerationServicer
 from cluster.gateway.http_app import build_http_app
 from cluster.gateway.models import ModelDirectory
@@ -42,6 +44,7 @@ class GatewayDeployment:
             in_flight=InFlight(),
         )
         self._servicer = GenerationServicer(self._gateway)
+        self._health = HealthServicer(self._gateway)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         # Serve's proxy adds X-Request-Id to every response itself.
@@ -79,6 +82,18 @@ class GatewayDeployment:
         self, request: pb.GetModelInfoRequest, grpc_context: RayServegRPCContext
     ) -> pb.ModelInfo:
         return await self._servicer.get_model_info(request, grpc_context)
+
+    async def Check(
+        self, request: health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext
+    ) -> health_pb2.HealthCheckResponse:
+        """grpc.health.v1: SERVING while every model answers. NOT_FOUND for a service that is not ours."""
+        return await self._health.check(request, grpc_context)
+
+    async def Watch(
+        self, request: health_pb2.HealthCheckRequest, grpc_context: RayServegRPCContext
+    ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
+        async for response in self._health.watch(request):
+            yield response
 
 
 Ingress = serve.ingress()(GatewayDeployment)

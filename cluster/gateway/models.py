@@ -140,4 +140,3 @@ class ModelDirectory:
         while True:
             await asyncio.gather(*(model.probe(PROBE_TIMEOUT_S) for model in self.all()))
             await asyncio.sleep(PROBE_INTERVAL_S)
-

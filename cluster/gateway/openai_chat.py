@@ -62,8 +62,13 @@ async def stream(
     prompt_ids: tuple[int, ...] | None,
 ) -> AsyncGenerator[bytes, None]:
     """Events of a streamed answer. An error after the first chunk becomes an event."""
-    head = {"id": answer_id, "object": "chat.completion.chunk", "created": now(), "model": job.model,
-            "seed": job.seed}
+    head = {
+        "id": answer_id,
+        "object": "chat.completion.chunk",
+        "created": now(),
+        "model": job.model,
+        "seed": job.seed,
+    }
     usage_field: dict[str, Any] = {"usage": None} if include_usage else {}
     wants_logprobs = job.requests[0].sampling.logprobs is not None
     totals = JobTotals(job)

@@ -70,8 +70,13 @@ async def stream(
     prompt_ids: PromptIds,
 ) -> AsyncGenerator[bytes, None]:
     """Events of a streamed answer. An error after the first chunk becomes an event."""
-    head = {"id": answer_id, "object": "text_completion", "created": now(), "model": job.model,
-            "seed": job.seed}
+    head = {
+        "id": answer_id,
+        "object": "text_completion",
+        "created": now(),
+        "model": job.model,
+        "seed": job.seed,
+    }
     usage_field: dict[str, Any] = {"usage": None} if include_usage else {}
     totals = JobTotals(job)
     begun: set[int] = set()

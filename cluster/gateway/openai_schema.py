@@ -254,7 +254,7 @@ class ChatBody(SamplingBody):
     @classmethod
     def _text_only(cls, modalities: list[str] | None) -> list[str] | None:
         if modalities not in (None, ["text"]):
-            raise ValueError("only [\"text\"] is supported")
+            raise ValueError('only ["text"] is supported')
         return modalities
 
 

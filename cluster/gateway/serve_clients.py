@@ -145,8 +145,9 @@ class LeasedDraftPool:
 def state_body(state: drafting_pb2.DraftWorkerState) -> dict[str, object]:
     """All fields, zeros included, numbers as numbers."""
     return {
-        field.name: list(value) if isinstance(value := getattr(state, field.name), Sequence)
-        and not isinstance(value, str) else value
+        field.name: list(value)
+        if isinstance(value := getattr(state, field.name), Sequence) and not isinstance(value, str)
+        else value
         for field in state.DESCRIPTOR.fields
     }
 

@@ -60,9 +60,7 @@ class TargetMetrics:
             "s2d_time_per_output_token_seconds", "(End to end - first token) / (tokens - 1).", _TOKEN_SECONDS
         )
         self._e2e = histogram("s2d_e2e_request_latency_seconds", "Arrival to last token.", _SECONDS)
-        self._queue = histogram(
-            "s2d_request_queue_seconds", "Arrival to first being scheduled.", _SECONDS
-        )
+        self._queue = histogram("s2d_request_queue_seconds", "Arrival to first being scheduled.", _SECONDS)
         self._running = gauge("s2d_num_requests_running", "Requests in the running batch.")
         self._waiting = gauge("s2d_num_requests_waiting", "Requests waiting for the engine.")
         self._kv_usage = gauge("s2d_kv_cache_usage_ratio", "KV blocks held by running requests, 0 to 1.")
@@ -83,9 +81,7 @@ class TargetMetrics:
             _increase(self._accepted_at, accepted - old, {"position": str(position)})
         self._last = dict(stats)
 
-    async def observe(
-        self, chunks: AsyncIterator[GenerationChunk]
-    ) -> AsyncGenerator[GenerationChunk, None]:
+    async def observe(self, chunks: AsyncIterator[GenerationChunk]) -> AsyncGenerator[GenerationChunk, None]:
         """Pass chunks through, timing them. Closing it closes `chunks`."""
         began = time.monotonic()
         first: dict[int, float] = {}

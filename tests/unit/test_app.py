@@ -12,6 +12,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from cluster.app import (
     APP_NAME,
+    GRPC_HEALTH,
     GRPC_SERVICER,
     _ongoing_limit,
     build_app,
@@ -82,7 +83,7 @@ def test_deployment_names_are_valid_and_distinct(one: str, other: str) -> None:
 
 def test_serve_config_is_accepted_by_ray() -> None:
     options = serve_options(ClusterConfig.default())
-    assert options["grpc_options"]["grpc_servicer_functions"] == [GRPC_SERVICER]
+    assert options["grpc_options"]["grpc_servicer_functions"] == [GRPC_SERVICER, GRPC_HEALTH]
     application = {"name": APP_NAME, "import_path": "cluster.app:build_app", "route_prefix": "/"}
     args = ClusterConfig.default().model_dump(mode="json")
     ServeDeploySchema.model_validate({**options, "applications": [{**application, "args": args}]})

@@ -137,8 +137,11 @@ async def test_invalid_argument_names_the_field(options: dict[str, Any], field: 
 async def test_missing_fields() -> None:
     async with serving(gateway(FakeTarget())) as client:
         stub: Any = client._stub
-        for call in (stub.Generate(pb.GenerateRequest(model=MODEL)), stub.Chat(pb.ChatRequest(model=MODEL)),
-                     stub.Generate(pb.GenerateRequest(text="x"))):
+        for call in (
+            stub.Generate(pb.GenerateRequest(model=MODEL)),
+            stub.Chat(pb.ChatRequest(model=MODEL)),
+            stub.Generate(pb.GenerateRequest(text="x")),
+        ):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 async for _ in call:
                     pass

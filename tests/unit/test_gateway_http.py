@@ -173,12 +173,33 @@ async def test_echo_with_prompt_logprobs(client: httpx.AsyncClient, target: Fake
 
 async def test_all_parameters_arrive(client: httpx.AsyncClient, target: FakeTarget) -> None:
     body = {
-        **CHAT, "max_completion_tokens": 9, "min_tokens": 2, "temperature": 0, "top_p": 0.5, "top_k": 7,
-        "min_p": 0.1, "seed": -(2**63), "stop": ["x", "y"], "stop_token_ids": [3], "ignore_eos": True,
-        "logit_bias": {"5": -1}, "presence_penalty": 1, "frequency_penalty": -1, "repetition_penalty": 1.5,
-        "speculation": {"enabled": True, "max_draft_tokens": 3, "force": True, "drafter": "prompt_lookup",
-                        "verification": "leviathan"},
-        "user": "me", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "modalities": ["text"],
+        **CHAT,
+        "max_completion_tokens": 9,
+        "min_tokens": 2,
+        "temperature": 0,
+        "top_p": 0.5,
+        "top_k": 7,
+        "min_p": 0.1,
+        "seed": -(2**63),
+        "stop": ["x", "y"],
+        "stop_token_ids": [3],
+        "ignore_eos": True,
+        "logit_bias": {"5": -1},
+        "presence_penalty": 1,
+        "frequency_penalty": -1,
+        "repetition_penalty": 1.5,
+        "speculation": {
+            "enabled": True,
+            "max_draft_tokens": 3,
+            "force": True,
+            "drafter": "prompt_lookup",
+            "verification": "leviathan",
+        },
+        "user": "me",
+        "metadata": {"a": "b"},
+        "store": False,
+        "service_tier": "auto",
+        "modalities": ["text"],
         "tools": None,
     }
     response = await post(client, "/v1/chat/completions", body)
@@ -274,13 +295,17 @@ BAD = [
     ({"speculation": []}, "speculation"),
     ({"response_format": {"type": "yaml"}}, "response_format.type"),
     ({"response_format": {"type": "json_schema"}}, "response_format"),
-    ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
-     "response_format.json_schema.schema"),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+        "response_format.json_schema.schema",
+    ),
     ({"structured_outputs": {}}, "structured_outputs"),
     ({"structured_outputs": {"regex": "a", "grammar": "b"}}, "structured_outputs"),
     ({"structured_outputs": {"structural_tag": "a"}}, "structured_outputs.structural_tag"),
-    ({"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}},
-     "structured_outputs"),
+    (
+        {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}},
+        "structured_outputs",
+    ),
     ({"model": 5}, "model"),
     ({"model": None}, "model"),
 ]
@@ -578,8 +603,22 @@ JSON = st.recursive(
     max_leaves=8,
 )
 FIELDS = [
-    "prompt", "messages", "n", "seed", "stop", "logit_bias", "speculation", "response_format", "logprobs",
-    "structured_outputs", "stream_options", "max_tokens", "temperature", "metadata", "echo", "stream",
+    "prompt",
+    "messages",
+    "n",
+    "seed",
+    "stop",
+    "logit_bias",
+    "speculation",
+    "response_format",
+    "logprobs",
+    "structured_outputs",
+    "stream_options",
+    "max_tokens",
+    "temperature",
+    "metadata",
+    "echo",
+    "stream",
 ]
 
 
