@@ -15,7 +15,8 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -35,6 +36,7 @@ from actors.engine.build import build_engine
 from actors.engine.messages import EngineRequest
 from actors.engine.torch_engine import TorchEngine
 from actors.models.load import LoadedModel, load_runner
+from actors.models.native_llama import NativeLlamaRunner
 from actors.sampling.grammar import GrammarCompiler
 from actors.sampling.params import SamplingParams, SpeculationParams
 from actors.text.tokenizer import TextTokenizer
@@ -44,6 +46,7 @@ from cluster.bench.prompts import PROMPTS
 from cluster.config import (
     EMBEDDED_MODEL,
     DraftPoolConfig,
+    DTypeName,
     EngineConfig,
     NestedDrafterConfig,
     SpeculationConfig,
@@ -64,7 +67,6 @@ class Arm:
     rates: list[float] = field(default_factory=list)
     accepted: int = 0
     drafted: int = 0
-    rounds: int = 0
 
 
 class EngineArm:
@@ -74,9 +76,15 @@ class EngineArm:
         self._engine = engine
         self._speculation = speculation
         self.outputs: list[list[int]] = []
+        self.drafted = self.accepted = 0
+
+    def reset(self) -> None:
+        """Forget what earlier requests left behind: prefix cache, recycling matrix, averages."""
+        self._engine.reset_shared_state()
 
     def __call__(self, prompts: Sequence[tuple[int, ...]], tokens: int) -> int:
         sampling = SamplingParams(max_tokens=tokens, temperature=0.0)
+        self.drafted = self.accepted = 0
         ids: dict[str, list[int]] = {}
         for index, prompt in enumerate(prompts):
             self._engine.add(EngineRequest(f"bench-{index}", prompt, sampling, self._speculation))
@@ -84,6 +92,9 @@ class EngineArm:
         while self._engine.has_work():
             for output in self._engine.step():
                 ids[output.request_id].extend(output.token_ids)
+                if output.round is not None:
+                    self.drafted += output.round.drafted
+                    self.accepted += output.round.accepted
         self.outputs = list(ids.values())
         return sum(len(out) for out in self.outputs)
 
@@ -118,21 +129,58 @@ def read_floor_seconds(num_bytes: int, repeats: int = 7) -> float:
     return best
 
 
-def _arms(engine: TorchEngine, loaded: LoadedModel, dtype: torch.dtype, nested: bool) -> list[Arm]:
-    off = SpeculationParams(enabled=False)
+def _pools(source: str, dtype: DTypeName, nested: bool) -> dict[str, DraftPoolConfig]:
+    """The default draft pool, and one with the nested drafter: measured apart, since a drafter that computes
+    on the target's cores costs time even where it is not chosen."""
+    pools = {"model-free": DraftPoolConfig()}
+    if nested:
+        layers = NestedDrafterConfig(source=source, exits=(2, 4), dtype=dtype, kv_blocks=256)
+        drafters = (*pools["model-free"].drafters, "nested")
+        pools["nested"] = DraftPoolConfig.model_validate(
+            {"drafters": drafters, "nested": layers.model_dump()}
+        )
+    return pools
+
+
+@contextmanager
+def drafting_engine(
+    loaded: LoadedModel, identity: TargetIdentity, pool: DraftPoolConfig, compiler: GrammarCompiler
+) -> Iterator[TorchEngine]:
+    """An engine on the loaded model that asks a draft worker of its own. Engines share the model's KV blocks:
+    use one at a time, and reset it first."""
+    with draft_process(pool) as leases:
+        remote = RemoteDraftSource(
+            lambda: leases,
+            identity,
+            expected_drafters=pool.drafters,
+            expected_candidates=CANDIDATES_WANTED,
+        )
+        local = LocalDraftSource(local_drafters(_MAX_SESSIONS))
+        source = FallbackDraftSource(remote, local)
+        engine = build_engine(loaded.runner, EngineConfig(), SpeculationConfig(), source, compiler.compile)
+        try:
+            yield engine
+        finally:
+            engine.close()
+
+
+def _arms(engines: Mapping[str, TorchEngine], loaded: LoadedModel) -> list[Arm]:
+    engine = engines["model-free"]
     arms = [
-        Arm("plain", EngineArm(engine, off)),
-        Arm("hf generate", _hugging_face(loaded, dtype)),
+        Arm("plain", EngineArm(engine, SpeculationParams(enabled=False))),
+        Arm("hf generate", _hugging_face(loaded, loaded.info.dtype)),
         Arm("automatic", EngineArm(engine, SpeculationParams())),
         Arm("prompt_lookup", EngineArm(engine, SpeculationParams(drafter="prompt_lookup"))),
         Arm("token_recycling", EngineArm(engine, SpeculationParams(drafter="token_recycling"))),
     ]
-    if nested:
-        arms.append(Arm("nested (untrained)", EngineArm(engine, SpeculationParams(drafter="nested"))))
+    if "nested" in engines:
+        arms.append(
+            Arm("nested (untrained)", EngineArm(engines["nested"], SpeculationParams(drafter="nested")))
+        )
     return arms
 
 
-def _measure(arms: list[Arm], engine: TorchEngine, groups: list[list[tuple[int, ...]]], tokens: int) -> int:
+def _measure(arms: list[Arm], groups: list[list[tuple[int, ...]]], tokens: int) -> int:
     """A pair for each prompt group: every arm once, in rotating order. Returns how many outputs differ from
     those of plain decoding."""
     differing = 0
@@ -141,19 +189,15 @@ def _measure(arms: list[Arm], engine: TorchEngine, groups: list[list[tuple[int, 
         for pair, prompts in enumerate(groups):
             outputs: dict[str, list[list[int]]] = {}
             for arm in arms[pair % len(arms) :] + arms[: pair % len(arms)]:
-                engine.reset_shared_state()
-                before = engine.stats().drafters
+                if isinstance(arm.run, EngineArm):
+                    arm.run.reset()
                 started = time.perf_counter()
                 count = arm.run(prompts, tokens)
                 arm.rates.append(count / (time.perf_counter() - started))
                 if isinstance(arm.run, EngineArm):
                     outputs[arm.name] = arm.run.outputs
-                    after = engine.stats().drafters
-                    for name, stats in after.items():
-                        old = before.get(name)
-                        arm.drafted += stats.drafted - (old.drafted if old else 0)
-                        arm.accepted += stats.accepted - (old.accepted if old else 0)
-                        arm.rounds += stats.rounds - (old.rounds if old else 0)
+                    arm.drafted += arm.run.drafted
+                    arm.accepted += arm.run.accepted
                 progress.advance(task)
             plain = outputs["plain"]
             differing += sum(
@@ -177,7 +221,6 @@ def _summary(arms: Sequence[Arm]) -> list[dict[str, Any]]:
                 "pairs": len(ratios),
                 "drafted": arm.drafted,
                 "accepted": arm.accepted,
-                "draft_rounds": arm.rounds,
             }
         )
     return rows
@@ -230,41 +273,31 @@ def main(
         )
         for p in PROMPTS
     ]
-    pool = DraftPoolConfig(
-        drafters=("prompt_lookup", "token_recycling", *(("nested",) if nested else ())),
-        nested=NestedDrafterConfig(source=source, exits=(2, 4), dtype=dtype, kv_blocks=256)
-        if nested
-        else None,
-    )
     compiler = GrammarCompiler(tokenizer.hf, loaded.info.vocab_size, tokenizer.eos_token_ids)
-    with draft_process(pool) as leases:
-        remote = RemoteDraftSource(
-            lambda: leases,
-            TargetIdentity("bench", "bench", loaded.info.vocab_size, tokenizer.vocab_hash),
-            expected_drafters=pool.drafters,
-            expected_candidates=CANDIDATES_WANTED,
-        )
-        engine = build_engine(
-            loaded.runner,
-            EngineConfig(),
-            SpeculationConfig(),
-            FallbackDraftSource(remote, LocalDraftSource(local_drafters(_MAX_SESSIONS))),
-            compiler.compile,
-        )
-        arms = _arms(engine, loaded, loaded.info.dtype, nested)
+    identity = TargetIdentity("bench", "bench", loaded.info.vocab_size, tokenizer.vocab_hash)
+    with ExitStack() as stack:
+        engines = {
+            name: stack.enter_context(drafting_engine(loaded, identity, pool, compiler))
+            for name, pool in _pools(source, dtype, nested).items()
+        }
+        arms = _arms(engines, loaded)
         for arm in arms:
             arm.run(chat[:1], 8)  # warm up
         ones = [[chat[i % len(chat)]] for i in range(pairs)]
-        differing = _measure(arms, engine, ones, tokens)
+        differing = _measure(arms, ones, tokens)
         single = _summary(arms)
-        eights = _arms(engine, loaded, loaded.info.dtype, nested)
+        eights = [Arm(arm.name, arm.run) for arm in arms]
         shifted = [[chat[(i + shift) % len(chat)] for i in range(8)] for shift in range(pairs8)]
-        differing += _measure(eights, engine, shifted, tokens)
+        differing += _measure(eights, shifted, tokens)
         batched = _summary(eights)
-        costs = engine.stats().controller["cost_ms_by_rows"]
-        engine.close()
+        costs = engines["model-free"].stats().controller["cost_ms_by_rows"]
     weight_bytes = _weight_bytes(loaded)
-    floor = read_floor_seconds(weight_bytes)
+    runner = loaded.runner
+    floor = (
+        min(runner.weight_read_seconds() for _ in range(9))
+        if isinstance(runner, NativeLlamaRunner)
+        else read_floor_seconds(weight_bytes)
+    )
     result = {
         "machine": f"{_cpu_name()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
         "torch": torch.__version__,
