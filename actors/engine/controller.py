@@ -20,6 +20,9 @@ from actors.engine.costs import CostModel
 _WAIT_SMOOTHING = 0.1
 _FIRST_PROBE, _LAST_PROBE = 4, 64
 _PROBE_LENGTH = 2
+_MIN_GAIN = 1.05
+"""Drafting must promise this much over not drafting: costs and acceptance are estimates, and a promise of a
+few per cent on a noisy machine is none."""
 
 
 @dataclass(slots=True)
@@ -87,13 +90,16 @@ class Controller:
             for _, (c, drafter, drafted) in free
         ]
         chosen, _ = self._admit(curves, base_rows + sum(lengths), emitting, 0.0)
+        probed = any(chosen)
         for (index, (candidate, _, _)), curve, length in zip(free, curves, chosen, strict=True):
             state = candidate.state
             if length > 0:
                 state.probe_interval = _FIRST_PROBE
-            elif state.probing:
-                # A probe is verified, a little of it: the costs of such rounds must stay known as well.
+            elif state.probing and not probed:
+                # One probe a round is verified, a little of it: the costs of such rounds must stay known. The
+                # others are scored against what the target emits, which costs nothing.
                 length = min(_PROBE_LENGTH, len(curve))
+                probed = True
             lengths[index] = length
             state.probing = False
         return lengths
@@ -112,7 +118,7 @@ class Controller:
             ),
             key=lambda item: (-item[0], item[2], item[1]),
         )
-        expected, best, admitted = float(emitting), baseline, 0
+        expected, best, admitted = float(emitting), baseline * _MIN_GAIN, 0
         for count, (value, _, _) in enumerate(positions, start=1):
             expected += value
             rate = expected / max(self.costs.seconds(base_rows + count) + wait_s, 1e-9)
@@ -121,7 +127,7 @@ class Controller:
         lengths = [0] * len(curves)
         for _, index, _ in positions[:admitted]:
             lengths[index] += 1
-        return lengths, best / baseline - 1.0
+        return lengths, best / baseline - 1.0 if admitted else 0.0
 
     @staticmethod
     def _probe_due(state: ControlState) -> bool:
