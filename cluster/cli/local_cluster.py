@@ -228,7 +228,11 @@ class LocalCluster:
         end_processes(processes, PROCESS_EXIT_S)
 
     def _drain(self, timeout_s: float) -> None:
-        if self._handle is None or timeout_s <= 0 or self._stop.urgent:
+        if timeout_s <= 0 or self._stop.urgent:
+            return
+        if self._handle is None:
+            self._handle = _running_application()
+        if self._handle is None:
             return
         response = self._handle.drain.remote(timeout_s)
         deadline = time.monotonic() + timeout_s + 5.0
@@ -248,6 +252,19 @@ def _within(seconds: float, action: Callable[[], object]) -> None:
     thread = threading.Thread(target=action, name="s2d-stop", daemon=True)
     thread.start()
     thread.join(seconds)
+
+
+def _running_application() -> Any:
+    """The gateway's handle, None before it exists. It answers clients a moment before `serve.run` returns."""
+    from ray import serve
+    from ray.serve.exceptions import RayServeException
+
+    from cluster.app import APP_NAME
+
+    try:
+        return serve.get_app_handle(APP_NAME)
+    except RayServeException:
+        return None
 
 
 def _shutdown_serve() -> None:
