@@ -75,11 +75,8 @@ class TorchEngine:
         """Queue a request. Raises `ParameterError` for what can never be served."""
         total = len(request.prompt_ids) + len(request.output_ids_so_far)
         vocab = self._runner.info.vocab_size
-        if total >= self._max_model_len and request.sampling.max_tokens > len(request.output_ids_so_far):
-            raise ParameterError(
-                "prompt", f"has {total} tokens, the model's context holds {self._max_model_len}"
-            )
-        if total > self._max_model_len:
+        emits = request.sampling.max_tokens > len(request.output_ids_so_far)
+        if total + emits > self._max_model_len:
             raise ParameterError(
                 "prompt", f"has {total} tokens, the model's context holds {self._max_model_len}"
             )
