@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True, slots=True)
 class BenchRequest:
-    """Greedy unless `temperature` says otherwise. `prompt_ids` is the rendered prompt, equal for every engine;
-    `prompt_text` the same prompt for endpoints that take text only. With `ignore_eos` exactly `max_tokens`
-    tokens are generated."""
+    """Greedy unless `temperature` says otherwise. `prompt_ids` is the rendered prompt, equal for every
+    engine; `prompt_text` the same prompt for endpoints that take text only. With `ignore_eos` exactly
+    `max_tokens` tokens are generated."""
 
     request_id: str
     prompt_ids: tuple[int, ...]
@@ -26,8 +26,8 @@ class BenchRequest:
 class BenchResponse:
     """Times are `time.perf_counter()` seconds of the benchmark's process.
 
-    arrivals: (time, tokens that arrived then), one entry a chunk. token_ids is None where an endpoint does not
-    tell ids. speculation holds the counts of `SpeculationCounts`, None where the engine does not report them.
+    arrivals: (time, tokens that arrived then), one entry a chunk. token_ids is None where an endpoint does
+    not tell ids. speculation is None where the engine does not report it.
     """
 
     request_id: str
