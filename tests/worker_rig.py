@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from actors.drafting.interface import TargetIdentity
 from actors.models.load import LoadedModel
 from actors.models.runner import ModelInfo
 from actors.sampling.params import SamplingParams
@@ -18,7 +19,7 @@ from actors.target_worker.messages import (
     GenerationRequest,
 )
 from actors.target_worker.output import merge
-from actors.target_worker.worker import TargetIdentity, TargetWorker
+from actors.target_worker.worker import TargetWorker
 from actors.text.tokenizer import TextTokenizer
 from cluster.config import EngineConfig, ModelConfig
 from tests.scripted_engine import Script, ScriptedEngine, rounds

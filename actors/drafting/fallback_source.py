@@ -16,7 +16,7 @@ class ConnectedDraftSource(DraftSource, Protocol):
 
 
 class FallbackDraftSource:
-    """`DraftSource` that prefers `remote` and keeps `local` in step with every session.
+    """`DraftSource` that prefers `remote` and tells `local` of every session too.
 
     The local source is asked only for sessions without an answer while the remote is not connected: a remote
     that is merely late costs its round, because drafting here would take the target's own cores.
@@ -39,9 +39,9 @@ class FallbackDraftSource:
         self._remote.open(session)
         self._local.open(session)
 
-    def submit(self, updates: Sequence[SessionUpdate]) -> None:
-        self._remote.submit(updates)
-        self._local.submit(updates)
+    def submit(self, updates: Sequence[SessionUpdate], timeout_s: float = 0.0) -> None:
+        self._remote.submit(updates, timeout_s)
+        self._local.submit(updates, timeout_s)
 
     def collect(self, wanted: Mapping[int, int], timeout_s: float) -> dict[int, SessionDraft]:
         drafts = self._remote.collect(wanted, timeout_s)

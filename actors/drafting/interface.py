@@ -48,7 +48,7 @@ class SessionUpdate:
 
     epoch: counts updates of a session from 1; a reply carries the epoch it answers.
     new_tokens: committed since the previous update (may be empty), in order.
-    drafted, accepted: of the previous proposal, tokens verified and tokens accepted.
+    drafted, accepted: tokens verified and tokens accepted since the previous update.
     candidates: (input token id, its most probable next ids, best first) of verified rows, for learning
         drafters; empty unless the source asked for them.
     budget: draft tokens wanted next, 0 for none. drafter, exit_depth: pinned, or None.
@@ -133,8 +133,20 @@ class Drafter(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class TargetIdentity:
+    """What drafters must know of the target worker that they draft for. `vocab_size` is the number of logits;
+    `tokenizer_hash` is equal for two models exactly when drafts may cross unchanged."""
+
+    target_id: str
+    model: str
+    vocab_size: int
+    tokenizer_hash: str = ""
+
+
 class DraftSource(Protocol):
-    """What an engine asks for drafts. One `submit` a round carries every verdict and every wish."""
+    """What an engine asks for drafts. One `submit` a round carries every wish, and the verdicts of those who
+    wish; what the others have to tell may come rounds later."""
 
     @property
     def drafters(self) -> Collection[str]:
@@ -148,8 +160,9 @@ class DraftSource(Protocol):
 
     def open(self, session: SessionOpen) -> None: ...
 
-    def submit(self, updates: Sequence[SessionUpdate]) -> None:
-        """Send verdicts and wishes; returns at once."""
+    def submit(self, updates: Sequence[SessionUpdate], timeout_s: float = 0.0) -> None:
+        """Send verdicts and wishes; returns at once. `timeout_s` is how long the `collect` that follows will
+        wait, 0 for not known."""
         ...
 
     def collect(self, wanted: Mapping[int, int], timeout_s: float) -> dict[int, SessionDraft]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from actors.drafting.errors import DrafterError
 from actors.drafting.interface import SessionDraft, SessionOpen, SessionUpdate
@@ -11,19 +12,33 @@ from actors.drafting.selector import DrafterPool
 
 logger = logging.getLogger(__name__)
 
+MAX_UNTOLD_CANDIDATES = 256
+"""Verified rows kept for learning drafters while a session is not collected; older ones are dropped."""
+
+
+@dataclass(slots=True)
+class _Session:
+    """What the drafters have not been told yet. `epoch` is the pool's; `wish` the last update."""
+
+    opening: SessionOpen | None
+    epoch: int = 0
+    tokens: list[int] = field(default_factory=list)
+    candidates: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
+    wish: SessionUpdate | None = None
+    error: DrafterError | None = None
+
 
 class LocalDraftSource:
     """`DraftSource` over a `DrafterPool`, on the caller's thread.
 
-    `submit` commits; drafting happens in `collect`, for the sessions it names, so that a session that is not
-    collected costs nothing. One piece of background work (prompt prefill) is done a collect.
+    `open` and `submit` only take notes. The drafters are told, and asked, in `collect`, so that a source that
+    is not collected from (a fallback) costs next to nothing. One piece of background work (prompt prefill) is
+    done a collect.
     """
 
     def __init__(self, pool: DrafterPool) -> None:
         self._pool = pool
-        self._wishes: dict[int, SessionUpdate] = {}
-        self._errors: dict[int, DrafterError] = {}
-        self._open: set[int] = set()
+        self._sessions: dict[int, _Session] = {}
         self._rounds = 0
         self._drafted = 0
 
@@ -36,48 +51,65 @@ class LocalDraftSource:
         return self._pool.wants_candidates
 
     def open(self, session: SessionOpen) -> None:
-        self._open.add(session.session_id)
-        try:
-            self._pool.open(session)
-            self._errors.pop(session.session_id, None)
-        except DrafterError as error:
-            logger.debug("session %d gets no local drafts: %s", session.session_id, error)
-            self._errors[session.session_id] = error
+        self._sessions[session.session_id] = _Session(replace(session, epoch=0))
 
-    def submit(self, updates: Sequence[SessionUpdate]) -> None:
+    def submit(self, updates: Sequence[SessionUpdate], timeout_s: float = 0.0) -> None:
         self._rounds += bool(updates)
         for update in updates:
-            if update.session_id in self._errors:
-                self._wishes[update.session_id] = update
+            session = self._sessions.get(update.session_id)
+            if session is None:
                 continue
-            try:
-                self._pool.apply(update)
-                self._wishes[update.session_id] = update
-            except DrafterError as error:
-                self._errors[update.session_id] = error
+            session.tokens.extend(update.new_tokens)
+            session.candidates.extend(update.candidates)
+            del session.candidates[:-MAX_UNTOLD_CANDIDATES]
+            session.wish = update
 
     def collect(self, wanted: Mapping[int, int], timeout_s: float) -> dict[int, SessionDraft]:
         """Draft for the last update of each wanted session; does not wait, so the timeout plays no part."""
         drafts: dict[int, SessionDraft] = {}
         asked: list[SessionUpdate] = []
         for sid, epoch in wanted.items():
-            error = self._errors.get(sid)
-            wish = self._wishes.get(sid)
-            if error is not None:
-                drafts[sid] = SessionDraft(sid, epoch, error=error.code, error_message=error.message)
-            elif wish is not None and wish.epoch == epoch:
-                asked.append(wish)
+            session = self._sessions.get(sid)
+            if session is None or session.wish is None or session.wish.epoch != epoch:
+                continue
+            told = self._tell(sid, session, session.wish)
+            if session.error is not None:
+                code, message = session.error.code, session.error.message
+                drafts[sid] = SessionDraft(sid, epoch, error=code, error_message=message)
+            else:
+                asked.append(told)
         for draft in self._pool.propose(asked):
-            drafts[draft.session_id] = draft
+            drafts[draft.session_id] = replace(draft, epoch=wanted[draft.session_id])
             self._drafted += len(draft.token_ids)
         self._pool.work()
         return drafts
 
+    def _tell(self, sid: int, session: _Session, wish: SessionUpdate) -> SessionUpdate:
+        """Bring the pool up to date with a session, and return the wish in the pool's epoch."""
+        try:
+            if session.opening is not None:
+                opening, session.opening = session.opening, None
+                self._pool.open(opening)
+            if session.error is None:
+                session.epoch += 1
+                told = replace(
+                    wish,
+                    epoch=session.epoch,
+                    new_tokens=tuple(session.tokens),
+                    candidates=tuple(session.candidates),
+                )
+                session.tokens.clear()
+                session.candidates.clear()
+                self._pool.apply(told)
+                return told
+        except DrafterError as error:
+            logger.debug("session %d gets no local drafts: %s", sid, error)
+            session.error = error
+        return wish
+
     def close_session(self, session_id: int) -> None:
         self._pool.close(session_id)
-        self._open.discard(session_id)
-        self._wishes.pop(session_id, None)
-        self._errors.pop(session_id, None)
+        self._sessions.pop(session_id, None)
 
     def reset(self) -> None:
         self._pool.reset()
@@ -86,11 +118,11 @@ class LocalDraftSource:
         return {
             "kind": "local",
             "drafters": list(self._pool.drafters),
-            "sessions": self._pool.num_sessions,
+            "sessions": len(self._sessions),
             "rounds": self._rounds,
             "drafted_tokens": self._drafted,
         }
 
     def close(self) -> None:
-        for sid in list(self._open):
+        for sid in list(self._sessions):
             self.close_session(sid)

@@ -18,6 +18,7 @@ from typing import Protocol
 
 import grpc
 
+from actors.drafting.interface import TargetIdentity
 from protos.s2d.v1 import drafting_pb2 as pb
 from protos.s2d.v1 import drafting_pb2_grpc as pb_grpc
 
@@ -46,16 +47,6 @@ class TLSFiles(Protocol):
 
     @property
     def ca(self) -> Path: ...
-
-
-@dataclass(frozen=True, slots=True)
-class TargetIdentity:
-    """What `hello` says of this target worker. `vocab_size` is in tokens."""
-
-    target_id: str
-    model: str
-    vocab_size: int
-    tokenizer_hash: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,13 +7,12 @@ import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
 
-from actors.drafting.interface import SessionDraft, SessionOpen, SessionUpdate
+from actors.drafting.interface import SessionDraft, SessionOpen, SessionUpdate, TargetIdentity
 from actors.drafting.remote_link import (
     Connection,
     LeaseProvider,
     LinkOptions,
     RemoteLink,
-    TargetIdentity,
 )
 from actors.drafting.session_ledger import SessionLedger
 from protos.s2d.v1 import drafting_pb2 as pb
@@ -56,7 +55,6 @@ class RemoteDraftSource:
         self._drafts: dict[int, SessionDraft] = {}
         self._drafters = tuple(expected_drafters)
         self._candidates = expected_candidates
-        self._deadline_s = 0.0
         self._rounds = self._late = self._connects = self._dropped = 0
         self._round_trip_s: float | None = None
         self._service_s: float | None = None
@@ -81,7 +79,7 @@ class RemoteDraftSource:
             self._ledger.open(session)
             self._drafts.pop(session.session_id, None)
 
-    def submit(self, updates: Sequence[SessionUpdate]) -> None:
+    def submit(self, updates: Sequence[SessionUpdate], timeout_s: float = 0.0) -> None:
         with self._changed:
             for update in updates:
                 self._drafts.pop(update.session_id, None)
@@ -91,11 +89,11 @@ class RemoteDraftSource:
             message = self._ledger.round(updates, time.monotonic())
             if message is not None:
                 self._rounds += 1
+                message.deadline_us = int(timeout_s * 1e6)
                 self._send(self._connection, message)
 
     def collect(self, wanted: Mapping[int, int], timeout_s: float) -> dict[int, SessionDraft]:
         deadline = time.monotonic() + timeout_s
-        self._deadline_s = timeout_s
         with self._changed:
             while any(self._ledger.awaits(sid, epoch) for sid, epoch in wanted.items()):
                 remaining = deadline - time.monotonic()
@@ -177,7 +175,6 @@ class RemoteDraftSource:
                     self._send(connection, message)
 
     def _send(self, connection: Connection, message: pb.DraftRound) -> None:
-        message.deadline_us = int(self._deadline_s * 1e6)
         if not connection.send(message):
             self._dropped += 1
             self._last_error = "the send queue was full"

@@ -5,7 +5,8 @@ Expected tokens per second of a round with draft positions D over R requests is
 maximised greedily: positions are admitted across requests in order of their survival probability while the
 ratio grows (goodput as in TurboSpec, arXiv 2406.14066; one budget over requests as in AdaServe, 2501.12162).
 Zero is always among the choices. The decision is made twice: before asking (is a draft worth waiting for?)
-and after the drafts came (the wait is spent; which positions are worth verifying?).
+and after the drafts came (the wait is spent; which positions are worth verifying?). What it brought is booked
+(`DraftAccount`); while drafting is in debt nobody is asked.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from actors.engine.acceptance import AcceptanceModel, RequestAcceptance
+from actors.engine.account import DraftAccount
 from actors.engine.costs import CostModel
 
 _WAIT_SMOOTHING = 0.1
 _FIRST_PROBE, _LAST_PROBE = 4, 64
 _PROBE_LENGTH = 2
+_LOOK_INTERVAL = 4
+"""Rounds between two looks at whether drafting pays, while it does not."""
 _MIN_GAIN = 1.05
 """Drafting must promise this much over not drafting: costs and acceptance are estimates, and a promise of a
 few per cent on a noisy machine is none."""
@@ -52,33 +56,67 @@ class Controller:
     def __init__(self, costs: CostModel) -> None:
         self.costs = costs
         self.acceptance = AcceptanceModel()
+        self.account = DraftAccount()
         self._wait_s = 1e-3
+        self._last_wait_s = 0.0
+        self._plain_s = 0.0
+        self._emitting = 1
+        self._rounds_to_look = 0
         self._reason = "nothing decided yet"
         self._decisions = {"asked": 0, "declined": 0, "probes": 0}
 
     def reset(self) -> None:
         self.acceptance.reset()
+        self.account.reset()
+        self._rounds_to_look = 0
 
     def observe_wait(self, seconds: float) -> None:
         """Time the engine stood still for drafts in one round."""
+        self._last_wait_s = seconds
         self._wait_s += _WAIT_SMOOTHING * (min(seconds, 0.1) - self._wait_s)
+
+    def observe_accepted(self, accepted: int) -> None:
+        """Draft tokens of one request, not forced, that the round which `trim` planned brought."""
+        self.account.earn(accepted, self._plain_s, self._emitting)
 
     def plan(self, candidates: Sequence[Candidate], other_rows: int = 0) -> list[int]:
         """Draft tokens to ask for, per candidate. `other_rows` share the round and do not draft."""
+        if not candidates:
+            return []
         budgets = [c.limit if c.forced else 0 for c in candidates]
-        free = [(i, c) for i, c in enumerate(candidates) if not c.forced and c.limit > 0]
-        base = len(candidates) + sum(budgets) + other_rows
-        emitting = len(candidates)
-        curves = [self.acceptance.expected_survival(c.state.acceptance, c.drafters, c.limit) for _, c in free]
-        wait = 0.0 if any(budgets) else self._wait_s
-        lengths, gain = self._admit(curves, base, emitting, wait)
-        for (index, candidate), length in zip(free, lengths, strict=True):
-            # The wait is shared: once anybody asks, everybody may, and trimming decides what is verified.
-            budgets[index] = candidate.limit if length > 0 or self._probe_due(candidate.state) else 0
-        for candidate, budget in zip(candidates, budgets, strict=True):
-            self._remember(candidate.state, budget)
-        self._reason = self._explain(gain, wait, len(free))
+        probes: set[int] = set()
+        self.account.round(self.costs.seconds(len(candidates) + other_rows))
+        if self.account.solvent:
+            self._plan_free(candidates, budgets, probes, other_rows)
+        else:
+            self._reason = "plain decoding: drafting has to make up for what it lost"
+        for index, (candidate, budget) in enumerate(zip(candidates, budgets, strict=True)):
+            self._remember(candidate.state, budget, index in probes)
         return budgets
+
+    def _plan_free(
+        self, candidates: Sequence[Candidate], budgets: list[int], probes: set[int], other_rows: int
+    ) -> None:
+        """Budgets of the requests that leave them to the controller."""
+        free = [(i, c) for i, c in enumerate(candidates) if not c.forced and c.limit > 0]
+        forced = any(budgets)
+        due = any(self._probe_due(c.state) for _, c in free)
+        if self._rounds_to_look > 0 and not (due or forced):
+            self._rounds_to_look -= 1
+            return
+        base = len(candidates) + sum(budgets) + other_rows
+        curves = [self.acceptance.expected_survival(c.state.acceptance, c.drafters, c.limit) for _, c in free]
+        wait = 0.0 if forced else self._wait_s
+        lengths, gain = self._admit(curves, base, len(candidates), wait)
+        self._rounds_to_look = 0 if any(lengths) else _LOOK_INTERVAL - 1
+        # The wait is shared: once anybody asks, probes that are due soon come along.
+        early = due or forced or any(lengths)
+        for (index, candidate), length in zip(free, lengths, strict=True):
+            if length == 0 and self._probe_due(candidate.state, early):
+                probes.add(index)
+            if length > 0 or index in probes:
+                budgets[index] = candidate.limit
+        self._reason = self._explain(gain, wait, len(free))
 
     def trim(self, drafts: Sequence[tuple[Candidate, str, int]], base_rows: int, emitting: int) -> list[int]:
         """Lengths to verify of drafts that came: (candidate, drafter, drafted). `base_rows` are in the round
@@ -102,6 +140,11 @@ class Controller:
                 probed = True
             lengths[index] = length
             state.probing = False
+        if all(not c.forced for c, _, _ in drafts):
+            self._emitting = emitting
+            self._plain_s = self.costs.seconds(base_rows)
+            extra_s = self.costs.seconds(base_rows + sum(lengths)) - self._plain_s
+            self.account.spend(self._last_wait_s + extra_s)
         return lengths
 
     def _admit(
@@ -130,16 +173,16 @@ class Controller:
         return lengths, best / baseline - 1.0 if admitted else 0.0
 
     @staticmethod
-    def _probe_due(state: ControlState) -> bool:
-        return state.rounds_since_asked >= state.probe_interval
+    def _probe_due(state: ControlState, early: bool = False) -> bool:
+        return state.rounds_since_asked >= (state.probe_interval // 2 if early else state.probe_interval)
 
-    def _remember(self, state: ControlState, budget: int) -> None:
+    def _remember(self, state: ControlState, budget: int, probing: bool) -> None:
+        state.probing = probing
         if budget == 0:
             state.rounds_since_asked += 1
             self._decisions["declined"] += 1
             return
-        state.probing = self._probe_due(state)
-        if state.probing:
+        if probing:
             # Until a probe's drafts turn out worth verifying (`trim`), the next one waits longer.
             state.probe_interval = min(_LAST_PROBE, state.probe_interval * 2)
             self._decisions["probes"] += 1
@@ -158,6 +201,7 @@ class Controller:
         return {
             "reason": self._reason,
             "cost_ms_by_rows": self.costs.table(),
+            "balance_ms": round(self.account.balance_s * 1e3, 3),
             "wait_ms": round(self._wait_s * 1e3, 3) if math.isfinite(self._wait_s) else None,
             "acceptance": {name: known.get(name, []) for name in drafters},
             "decisions": dict(self._decisions),

@@ -52,8 +52,8 @@ class Sequence:
     control: ControlState = field(default_factory=ControlState)
     unsent_tokens: list[int] = field(default_factory=list)
     unsent_candidates: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
-    last_drafted: int = 0
-    last_accepted: int = 0
+    unsent_drafted: int = 0
+    unsent_accepted: int = 0
     asked: bool = False
     """Whether a draft was asked for the coming round."""
 

@@ -19,6 +19,9 @@ from actors.engine.sequence import Sequence as EngineSequence
 from actors.sampling.grammar import GrammarError
 from actors.sampling.params import MAX_DRAFT_TOKENS
 
+_HELD_BACK = 16
+"""Tokens after which a sequence that wants no draft tells its source of them all the same."""
+
 
 @dataclass(slots=True)
 class _Counts:
@@ -87,10 +90,8 @@ class Speculator:
         asked = [seq for seq in decoding if seq.asked]
         if not asked:
             return {}
-        forced = any(seq.forced for seq in asked)
-        timeout = self._timeouts.forced_s if forced else self._timeouts.round_s
         started = time.perf_counter()
-        drafts = self.source.collect({seq.session_id: seq.epoch for seq in asked}, timeout)
+        drafts = self.source.collect({seq.session_id: seq.epoch for seq in asked}, self._timeout(asked))
         self.controller.observe_wait(time.perf_counter() - started)
         usable: list[tuple[EngineSequence, SessionDraft, Candidate, int]] = []
         for seq in asked:
@@ -129,43 +130,53 @@ class Speculator:
         """Record a verdict, to be sent with the next `submit`."""
         if draft is not None:
             self._counts.setdefault(draft.drafter, _Counts()).add(drafted, accepted)
+            if not seq.forced:
+                self.controller.observe_accepted(accepted)
         if not seq.session_open:
             return
         self.controller.acceptance.emitted(seq.control.acceptance, emitted)
         seq.unsent_tokens.extend(emitted)
-        seq.last_drafted, seq.last_accepted = drafted, accepted
+        seq.unsent_drafted += drafted
+        seq.unsent_accepted += accepted
 
     def submit(self, running: Iterable[EngineSequence], prompt_rows: int) -> None:
-        """Plan the coming round and send every verdict and wish in one message."""
+        """Plan the coming round and send verdicts and wishes in one message.
+
+        A sequence that wants no draft keeps its news to itself for a while, so that plain decoding stays as
+        cheap as it is without drafters.
+        """
         decoding = [seq for seq in running if seq.session_open and seq.decoding]
-        if not decoding:
-            if self._closed_since_submit:
-                self.source.submit(())
-                self._closed_since_submit = False
-            return
         budgets = self.controller.plan([self._candidate(seq) for seq in decoding], prompt_rows)
         updates = []
         for seq, budget in zip(decoding, budgets, strict=True):
-            seq.epoch += 1
             seq.asked = budget > 0
-            updates.append(
-                SessionUpdate(
-                    session_id=seq.session_id,
-                    epoch=seq.epoch,
-                    new_tokens=tuple(seq.unsent_tokens),
-                    budget=budget,
-                    drafted=seq.last_drafted,
-                    accepted=seq.last_accepted,
-                    candidates=tuple(seq.unsent_candidates),
-                    drafter=seq.request.speculation.drafter,
-                    exit_depth=seq.request.speculation.exit_depth,
-                )
-            )
-            seq.unsent_tokens.clear()
-            seq.unsent_candidates.clear()
-            seq.last_drafted = seq.last_accepted = 0
-        self.source.submit(updates)
-        self._closed_since_submit = False
+            if seq.asked or len(seq.unsent_tokens) >= _HELD_BACK:
+                updates.append(self._update(seq, budget))
+        if updates or self._closed_since_submit:
+            self.source.submit(updates, self._timeout(seq for seq in decoding if seq.asked))
+            self._closed_since_submit = False
+
+    @staticmethod
+    def _update(seq: EngineSequence, budget: int) -> SessionUpdate:
+        seq.epoch += 1
+        update = SessionUpdate(
+            session_id=seq.session_id,
+            epoch=seq.epoch,
+            new_tokens=tuple(seq.unsent_tokens),
+            budget=budget,
+            drafted=seq.unsent_drafted,
+            accepted=seq.unsent_accepted,
+            candidates=tuple(seq.unsent_candidates),
+            drafter=seq.request.speculation.drafter,
+            exit_depth=seq.request.speculation.exit_depth,
+        )
+        seq.unsent_tokens.clear()
+        seq.unsent_candidates.clear()
+        seq.unsent_drafted = seq.unsent_accepted = 0
+        return update
+
+    def _timeout(self, asked: Iterable[EngineSequence]) -> float:
+        return self._timeouts.forced_s if any(seq.forced for seq in asked) else self._timeouts.round_s
 
     def _names(self, seq: EngineSequence) -> tuple[str, ...]:
         pinned = seq.request.speculation.drafter

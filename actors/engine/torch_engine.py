@@ -200,7 +200,10 @@ class TorchEngine:
         ]
         if not learning:
             return
-        rows = torch.cat([span.deciding(logits) for _, span in learning])
+        decisions = sum(span.decisions for _, span in learning)
+        rows = (
+            logits if decisions == len(logits) else torch.cat([span.deciding(logits) for _, span in learning])
+        )
         best = top_ids(rows, count)
         at = 0
         for work, _span in learning:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from actors.drafting.interface import DraftSource
+from actors.drafting.interface import DraftSource, TargetIdentity
 from actors.engine.async_engine import AsyncEngine
 from actors.engine.interface import TargetEngine
 from actors.models.load import LoadedModel, load_runner
@@ -28,16 +27,6 @@ from actors.text.tokenizer import INLINE_CHARS, TextTokenizer
 
 if TYPE_CHECKING:
     from cluster.config import ModelConfig
-
-
-@dataclass(frozen=True, slots=True)
-class TargetIdentity:
-    """What a source of drafts must know of the target it drafts for. `tokenizer_hash` is equal for two models
-    exactly when drafts may cross unchanged; vocab_size is the number of logits."""
-
-    model: str
-    vocab_size: int
-    tokenizer_hash: str
 
 
 class DraftSourceFactory(Protocol):
@@ -95,7 +84,9 @@ class TargetWorker:
         model = loaded.info
         self._replica_id = replica_id
         self._tokenizer = TextTokenizer(loaded.tokenizer_folder)
-        source = build_draft_source(TargetIdentity(config.name, model.vocab_size, self._tokenizer.vocab_hash))
+        source = build_draft_source(
+            TargetIdentity(replica_id, config.name, model.vocab_size, self._tokenizer.vocab_hash)
+        )
         compiler = GrammarCompiler(self._tokenizer.hf, model.vocab_size, self._tokenizer.eos_token_ids)
         self._limits = ModelLimits(
             max_model_len=model.max_model_len,

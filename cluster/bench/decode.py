@@ -28,8 +28,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from actors.drafting.fallback_source import FallbackDraftSource
+from actors.drafting.interface import TargetIdentity
 from actors.drafting.local_source import LocalDraftSource
-from actors.drafting.remote_link import TargetIdentity
 from actors.drafting.remote_source import RemoteDraftSource
 from actors.drafting.selector import CANDIDATES_WANTED
 from actors.engine.build import build_engine

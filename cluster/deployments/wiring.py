@@ -7,11 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from actors.drafting.fallback_source import FallbackDraftSource
-from actors.drafting.interface import DraftSource
+from actors.drafting.interface import DraftSource, TargetIdentity
 from actors.drafting.local_source import LocalDraftSource
 from actors.drafting.prompt_lookup import PromptLookupDrafter
 from actors.drafting.remote_link import LinkOptions
-from actors.drafting.remote_link import TargetIdentity as RemoteIdentity
 from actors.drafting.remote_source import RemoteDraftSource
 from actors.drafting.selector import CANDIDATES_WANTED, DrafterPool
 from actors.drafting.token_recycling import TokenRecyclingDrafter
@@ -19,7 +18,7 @@ from actors.engine.build import build_engine
 from actors.engine.interface import TargetEngine
 from actors.models.load import LoadedModel, load_runner
 from actors.sampling.grammar import GrammarCompiler
-from actors.target_worker.worker import TargetIdentity, TargetWorker
+from actors.target_worker.worker import TargetWorker
 from cluster.config import DraftPoolConfig, ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -36,7 +35,7 @@ def local_drafters(max_sessions: int) -> DrafterPool:
 
 
 def draft_source(
-    pool: DraftPoolConfig, leases: Leases, replica_id: str, max_sessions: int, identity: TargetIdentity
+    pool: DraftPoolConfig, leases: Leases, max_sessions: int, identity: TargetIdentity
 ) -> DraftSource:
     """The draft pool with a local fallback, or local drafters alone when the pool is empty."""
     local = LocalDraftSource(local_drafters(max_sessions))
@@ -44,7 +43,7 @@ def draft_source(
         return local
     remote = RemoteDraftSource(
         leases,
-        RemoteIdentity(replica_id, identity.model, identity.vocab_size, identity.tokenizer_hash),
+        identity,
         LinkOptions(token=pool.token, tls=pool.tls),
         expected_drafters=pool.drafters,
         expected_candidates=CANDIDATES_WANTED if "token_recycling" in pool.drafters else 0,
@@ -75,7 +74,7 @@ def build_target_worker(
     return TargetWorker(
         config,
         load=partial(load_runner, progress=logger.info),
-        build_draft_source=partial(draft_source, pool, leases, replica_id, max_sessions),
+        build_draft_source=partial(draft_source, pool, leases, max_sessions),
         build_engine=engine,
         exits=nested.exits if nested is not None else (),
         replica_id=replica_id,

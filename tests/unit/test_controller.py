@@ -125,3 +125,41 @@ def test_a_probe_is_verified_a_little() -> None:
         verified.append(controller.trim([(candidate, "d", 4)], 1, 1)[0] if asked else 0)
     assert 0 < sum(v > 0 for v in verified) < 8
     assert max(verified) == 2
+
+
+def test_drafting_that_never_pays_costs_a_bounded_share_whatever_the_estimates_say() -> None:
+    """The drafts look good (they are scored as right elsewhere), but bring nothing in these rounds."""
+    controller, state = _controller(first_row=10.0, per_row=0.5, wait=2.0), ControlState()
+    _teach(controller, state, accepted=4)
+    candidate = Candidate(state, 4, ("d",))
+    rounds, lost = 2000, 0.0
+    for _ in range(rounds):
+        if controller.plan([candidate])[0]:
+            controller.observe_wait(2e-3)
+            (length,) = controller.trim([(candidate, "d", 4)], 1, 1)
+            controller.observe_accepted(0)
+            lost += 2e-3 + controller.costs.seconds(1 + length) - controller.costs.seconds(1)
+    assert 0.0 < lost < 0.015 * rounds * controller.costs.seconds(1)
+
+
+def test_drafting_that_pays_goes_on() -> None:
+    controller, state = _controller(first_row=10.0, per_row=0.5, wait=2.0), ControlState()
+    _teach(controller, state, accepted=4)
+    candidate = Candidate(state, 4, ("d",))
+    for _ in range(200):
+        assert controller.plan([candidate]) == [4]
+        controller.observe_wait(2e-3)
+        assert controller.trim([(candidate, "d", 4)], 1, 1) == [4]
+        controller.observe_accepted(1)
+
+
+def test_plain_decoding_looks_only_now_and_then() -> None:
+    controller, state = _controller(first_row=0.1, per_row=10.0), ControlState()
+    _teach(controller, state, accepted=4)
+    candidate = Candidate(state, 4, ("d",))
+    looks = []
+    admit = controller._admit
+    controller._admit = lambda *a: looks.append(1) or admit(*a)  # type: ignore[method-assign,func-returns-value]
+    for _ in range(100):
+        controller.plan([candidate])
+    assert 0 < len(looks) < 50

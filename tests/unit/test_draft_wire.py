@@ -36,9 +36,10 @@ from actors.drafting.interface import (
     SessionDraft,
     SessionOpen,
     SessionUpdate,
+    TargetIdentity,
 )
 from actors.drafting.prompt_lookup import PromptLookupDrafter
-from actors.drafting.remote_link import LinkOptions, TargetIdentity
+from actors.drafting.remote_link import LinkOptions
 from actors.drafting.remote_source import RemoteDraftSource
 from actors.drafting.selector import DrafterPool
 from actors.drafting.session_ledger import RETRY_S, SessionLedger

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from actors.drafting.interface import TargetIdentity
 from actors.sampling.params import ParameterError, SamplingParams, SpeculationParams
 from actors.target_worker.messages import (
     ChatMessage,
     GenerationRequest,
 )
-from actors.target_worker.worker import TargetIdentity
 from actors.text.tokenizer import TextTokenizer
 from tests.scripted_engine import rounds
 from tests.toy_tokenizers import EOS, byte_level_folder
@@ -215,7 +215,7 @@ async def test_info_state_reset(rig: Rig, tokenizer: TextTokenizer) -> None:
     assert (info.id, info.max_model_len, info.dtype, info.backend) == ("toy", CONTEXT, "float32", "torch")
     assert info.drafters == ("prompt_lookup", "nested")
     assert info.row_invariant
-    assert rig.identity == TargetIdentity("toy", tokenizer.vocab_size, tokenizer.vocab_hash)
+    assert rig.identity == TargetIdentity("r0", "toy", tokenizer.vocab_size, tokenizer.vocab_hash)
     state = await rig.worker.state()
     assert (state.info, state.replica_id, state.engine["running"]) == (info, "r0", 0)
     assert state.draft_workers == ({"id": "w0", "late": 0},)

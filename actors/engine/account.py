@@ -1,0 +1,50 @@
+"""Drafting keeps accounts: what it cost and what it brought, so that losses are bounded, not only expected.
+
+Estimates of acceptance and cost can be wrong together and for long, on a noisy machine above all. Each round
+pays in a small share of its time; drafting spends what the round cost more than a plain one (the wait for
+drafts and the extra rows) and earns the time that each accepted token saves. While the balance is negative
+nobody is asked. So, whatever the estimates say, drafting that does not pay costs at most `SHARE` of the time
+in the long run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SHARE = 0.01
+"""Share of plain decoding time that may be spent on drafts that do not pay: probes and wrong estimates."""
+LIMIT_ROUNDS = 2.0
+"""Most that can be saved up, in plain rounds."""
+
+
+@dataclass(slots=True)
+class DraftAccount:
+    """`balance_s` in seconds; starts at its limit with the first round."""
+
+    balance_s: float = 0.0
+    _limit_s: float = 0.0
+
+    @property
+    def solvent(self) -> bool:
+        return self.balance_s >= 0.0
+
+    def round(self, plain_s: float) -> None:
+        """A round begins that takes `plain_s` seconds without drafts."""
+        first = self._limit_s == 0.0
+        self._limit_s = LIMIT_ROUNDS * plain_s
+        self.balance_s = self._limit_s if first else self.balance_s
+        self._add(SHARE * plain_s)
+
+    def spend(self, seconds: float) -> None:
+        self._add(-seconds)
+
+    def earn(self, accepted: int, plain_s: float, emitting: int) -> None:
+        """`accepted` draft tokens came on top of the `emitting` tokens of a round of `plain_s` seconds."""
+        self._add(accepted * plain_s / max(1, emitting))
+
+    def reset(self) -> None:
+        self.balance_s = self._limit_s = 0.0
+
+    def _add(self, seconds: float) -> None:
+        # The debt is limited too: after a bad spell, a good draft must not wait for long.
+        self.balance_s = max(-self._limit_s, min(self._limit_s, self.balance_s + seconds))
