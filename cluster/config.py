@@ -102,6 +102,11 @@ class DraftPoolConfig(ConfigModel):
         ("prompt_lookup", "token_recycling"), description="Drafters in order of preference.", min_length=1
     )
     nested: NestedDrafterConfig | None = Field(None, description="Required when drafters lists nested.")
+    local_drafting: bool = Field(
+        True,
+        description="Whether a target may run drafters without a model itself, where that is measured to be "
+        "faster than asking a worker. It falls back to them in any case while no worker is there.",
+    )
     port_range: tuple[int, int] = Field((9100, 9199), description="Ports the workers may listen on.")
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 across machines.")
     max_sessions: int = Field(256, ge=1, description="Open sessions a worker, at most.")

@@ -109,6 +109,8 @@ class EngineStats:
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
     preemptions: int = 0
+    phase_seconds: dict[str, float] = field(default_factory=dict)
+    """Seconds since start by phase of a round, see `actors.engine.phases`."""
     drafters: dict[str, DrafterStats] = field(default_factory=dict)
     draft_source: dict[str, object] = field(default_factory=dict)
     """State of the source of drafts: connected workers, late rounds, reconnects."""

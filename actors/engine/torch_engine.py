@@ -15,6 +15,7 @@ from torch import Tensor
 from actors.drafting.interface import SessionDraft
 from actors.engine.batch import RowSpan, build_batch
 from actors.engine.messages import EngineRequest, EngineStats, RequestOutput, RoundReport
+from actors.engine.phases import PhaseClock
 from actors.engine.scheduler import Scheduler
 from actors.engine.sequence import Sequence as EngineSequence
 from actors.engine.sequence import Work
@@ -67,6 +68,7 @@ class TorchEngine:
         self._defaults = defaults
         self._max_model_len = max_model_len
         self._compile_grammar = compile_grammar
+        self._clock = PhaseClock()
         self._steps = self._emitted = self._prompt_tokens = self._cached_tokens = 0
 
     # -- requests ---------------------------------------------------------------------------------------
@@ -120,28 +122,36 @@ class TorchEngine:
     @torch.inference_mode()
     def step(self) -> Sequence[RequestOutput]:
         """Collect drafts, run one forward pass, judge, emit, and ask for the next round's drafts."""
+        clock = self._clock
+        clock.start()
         running = list(self._scheduler.running.values())
         decoding = [seq for seq in running if seq.decoding]
         drafts = self._speculator.collect(decoding, self._expected_prompt_rows())
+        clock.lap("drafts")
         works = self._scheduler.schedule(drafts)
         if not works:
             return ()
         for work in works:
             self._speculator.open(work.seq)
-        started = time.perf_counter()
         batch, spans = build_batch(works, self._runner.info.device)
+        clock.lap("schedule")
         logits = self._runner.forward(batch)
+        seconds = clock.lap("forward")
         verdicts = self._judge(works, spans, logits)
+        seconds += clock.lap("judge")
         if all(work.seq.decoding for work in works):
-            self._speculator.controller.costs.observe(batch.num_tokens, time.perf_counter() - started)
+            self._speculator.controller.costs.observe(batch.num_tokens, seconds)
         self._collect_candidates(works, spans, logits)
+        clock.lap("learn")
         self._steps += 1
         outputs = [
             output
             for work, span, verdict in zip(works, spans, verdicts, strict=True)
             if (output := self._commit(work, span, verdict, logits)) is not None
         ]
+        clock.lap("commit")
         self._speculator.submit(self._scheduler.running.values(), self._expected_prompt_rows())
+        clock.lap("submit")
         return outputs
 
     def _expected_prompt_rows(self) -> int:
@@ -332,6 +342,7 @@ class TorchEngine:
             prompt_tokens=self._prompt_tokens,
             cached_prompt_tokens=self._cached_tokens,
             preemptions=self._scheduler.num_preemptions,
+            phase_seconds=dict(self._clock.seconds),
             drafters=self._speculator.drafter_stats(),
             draft_source=self._speculator.source.stats(),
             controller=self._speculator.controller.table(self._speculator.source.drafters),

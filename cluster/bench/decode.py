@@ -27,9 +27,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from actors.drafting.fallback_source import FallbackDraftSource
 from actors.drafting.interface import TargetIdentity
 from actors.drafting.local_source import LocalDraftSource
+from actors.drafting.placed_source import PlacedDraftSource
 from actors.drafting.remote_source import RemoteDraftSource
 from actors.drafting.selector import CANDIDATES_WANTED
 from actors.engine.build import build_engine
@@ -160,7 +160,7 @@ def drafting_engine(
             expected_candidates=CANDIDATES_WANTED,
         )
         local = LocalDraftSource(local_drafters(_MAX_SESSIONS))
-        source = FallbackDraftSource(remote, local)
+        source = PlacedDraftSource(remote, local, adaptive=pool.local_drafting)
         engine = build_engine(loaded.runner, EngineConfig(), SpeculationConfig(), source, compiler.compile)
         try:
             yield engine

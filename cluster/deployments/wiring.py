@@ -6,9 +6,9 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from actors.drafting.fallback_source import FallbackDraftSource
 from actors.drafting.interface import DraftSource, TargetIdentity
 from actors.drafting.local_source import LocalDraftSource
+from actors.drafting.placed_source import PlacedDraftSource
 from actors.drafting.prompt_lookup import PromptLookupDrafter
 from actors.drafting.remote_link import LinkOptions
 from actors.drafting.remote_source import RemoteDraftSource
@@ -48,7 +48,7 @@ def draft_source(
         expected_drafters=pool.drafters,
         expected_candidates=CANDIDATES_WANTED if "token_recycling" in pool.drafters else 0,
     )
-    return FallbackDraftSource(remote, local)
+    return PlacedDraftSource(remote, local, adaptive=pool.local_drafting)
 
 
 def engine(

@@ -79,6 +79,7 @@ def config(http_port: int, grpc_port: int, draft_ports: tuple[int, int], **model
                 "kv_blocks": 512,
             },
             "port_range": list(draft_ports),
+            "local_drafting": False,  # every draft crosses the wire here
         },
         "gateway": {"http_port": http_port, "grpc_port": grpc_port, "admin_endpoints": True},
     }

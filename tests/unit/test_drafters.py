@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,7 +14,6 @@ from hypothesis import strategies as st
 
 from actors.drafting.acceptance import RunningAcceptance, confirmed_prefix
 from actors.drafting.errors import DrafterError
-from actors.drafting.fallback_source import FallbackDraftSource
 from actors.drafting.interface import (
     DraftQuery,
     DraftSampling,
@@ -22,6 +22,7 @@ from actors.drafting.interface import (
     SessionUpdate,
 )
 from actors.drafting.local_source import LocalDraftSource
+from actors.drafting.placed_source import PlacedDraftSource
 from actors.drafting.prompt_lookup import PromptLookupDrafter
 from actors.drafting.selector import DrafterPool
 from actors.drafting.token_recycling import MAX_VOCAB, TokenRecyclingDrafter
@@ -327,7 +328,7 @@ class Away:
 
 def test_fallback_takes_over_in_step_while_the_remote_is_away() -> None:
     remote = Away()
-    source = FallbackDraftSource(remote, LocalDraftSource(DrafterPool([PromptLookupDrafter()])))
+    source = PlacedDraftSource(remote, LocalDraftSource(DrafterPool([PromptLookupDrafter()])))
     assert tuple(source.drafters) == ("nested", "prompt_lookup")
     source.open(session(0, [1, 2, 3]))
     source.submit([wish(0, 1, new_tokens=(1,))])
@@ -343,3 +344,76 @@ def test_fallback_takes_over_in_step_while_the_remote_is_away() -> None:
     assert source.collect({0: 4}, 0.1)[0].token_ids == (77,)
     assert source.stats()["fallback_rounds"] == 2
     source.close()
+
+
+class Slow(Away):
+    """A connected remote that takes its time, and notes what it was asked for."""
+
+    drafters = ("prompt_lookup", "nested")  # type: ignore[assignment]
+
+    def __init__(self, seconds: float, drafters: tuple[str, ...]) -> None:
+        super().__init__()
+        self.seconds = seconds
+        self.drafters = drafters  # type: ignore[assignment]
+        self.asked: list[SessionUpdate] = []
+
+    def submit(self, updates: Sequence[SessionUpdate], timeout_s: float = 0.0) -> None:
+        self.asked = [u for u in updates if u.budget > 0]
+
+    def collect(self, wanted: Mapping[int, int], timeout_s: float) -> dict[int, SessionDraft]:
+        time.sleep(self.seconds)
+        return super().collect(wanted, timeout_s)
+
+
+def _where(source: PlacedDraftSource, remote: Slow, rounds: int, **pinned: object) -> list[str]:
+    places = []
+    for _ in range(rounds):
+        epoch = next(_epochs)
+        source.submit([wish(0, epoch, new_tokens=(1,), **pinned)])
+        places.append("worker" if remote.asked else "target")
+        source.collect({0: epoch}, 0.1)
+    return places
+
+
+_epochs = itertools.count(1)
+
+
+def test_drafts_come_from_the_faster_place() -> None:
+    for seconds, better in ((2e-3, "target"), (0.0, "worker")):
+        remote = Slow(seconds, ("prompt_lookup",))
+        local = LocalDraftSource(DrafterPool([PromptLookupDrafter()]))
+        if better == "worker":
+            local.collect = _slowly(local.collect)  # type: ignore[method-assign]
+        source = PlacedDraftSource(remote, local)
+        source.open(session(0, [1, 2, 3]))
+        _where(source, remote, 16)
+        places = _where(source, remote, 300)
+        assert places.count(better) >= 295
+        assert places.count(better) < 300, "the other place is tried again now and then"
+
+
+def _slowly(collect):  # type: ignore[no-untyped-def]
+    def slow(wanted: Mapping[int, int], timeout_s: float) -> dict[int, SessionDraft]:
+        time.sleep(2e-3)
+        return collect(wanted, timeout_s)  # type: ignore[no-any-return]
+
+    return slow
+
+
+@pytest.mark.parametrize(
+    ("adaptive", "drafters", "pinned"),
+    [
+        (False, ("prompt_lookup",), {}),
+        (True, ("prompt_lookup", "nested"), {}),
+        (True, ("prompt_lookup", "nested"), {"drafter": "nested"}),
+        (True, ("prompt_lookup",), {"exit_depth": 2}),
+    ],
+)
+def test_what_only_the_worker_has_comes_from_the_worker(
+    adaptive: bool, drafters: tuple[str, ...], pinned: dict[str, object]
+) -> None:
+    remote = Slow(1e-3, drafters)
+    local = LocalDraftSource(DrafterPool([PromptLookupDrafter()]))
+    source = PlacedDraftSource(remote, local, adaptive=adaptive)
+    source.open(session(0, [1, 2, 3]))
+    assert set(_where(source, remote, 40, **pinned)) == {"worker"}

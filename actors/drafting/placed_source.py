@@ -1,0 +1,162 @@
+"""Drafts from a draft worker or from drafters in this process, whichever is measured to be faster.
+
+A drafter without a model guesses in microseconds; asking for it over a stream takes a round trip and several
+thread switches. Which is better depends on the machine, so it is measured. What only the worker has (a nested
+model) comes from the worker, and what the worker cannot give because it is away comes from here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from actors.drafting.interface import DraftSource, SessionDraft, SessionOpen, SessionUpdate
+
+_TRIALS = 8
+"""Rounds that each place is given before the two are compared."""
+_EXPLORE_INTERVAL = 256
+"""Every so many rounds the slower place is tried again."""
+_SMOOTHING = 0.1
+_SWITCH = 0.8
+"""The other place must take less than this share of the time, so that the choice does not flap."""
+
+
+class ConnectedDraftSource(DraftSource, Protocol):
+    """A source that may be away."""
+
+    @property
+    def connected(self) -> bool: ...
+
+
+@dataclass(slots=True)
+class _Place:
+    """`wait_s` is the average time that a round stood still for drafts from here, in seconds."""
+
+    rounds: int = 0
+    wait_s: float = 0.0
+
+    def observe(self, seconds: float) -> None:
+        self.rounds += 1
+        self.wait_s += max(_SMOOTHING, 1.0 / self.rounds) * (seconds - self.wait_s)
+
+
+@dataclass(slots=True)
+class _Choice:
+    """Where the rounds go that could go to either place."""
+
+    local: _Place = field(default_factory=_Place)
+    remote: _Place = field(default_factory=_Place)
+    prefers_local: bool = False
+    rounds: int = 0
+
+    def next_is_local(self) -> bool:
+        """The place of the coming round."""
+        self.rounds += 1
+        for place, local in ((self.remote, False), (self.local, True)):
+            if place.rounds < _TRIALS:
+                return local
+        chosen, other = (self.local, self.remote) if self.prefers_local else (self.remote, self.local)
+        if other.wait_s < _SWITCH * chosen.wait_s:
+            self.prefers_local = not self.prefers_local
+        return self.prefers_local != (self.rounds % _EXPLORE_INTERVAL == 0)
+
+
+class PlacedDraftSource:
+    """`DraftSource` over `remote` and `local`, which is told of every session too.
+
+    Args:
+        adaptive: whether sessions that both places can serve may be drafted for here. Otherwise the local
+            source is asked only while the remote is not connected.
+    """
+
+    def __init__(self, remote: ConnectedDraftSource, local: DraftSource, *, adaptive: bool = True) -> None:
+        self._remote = remote
+        self._local = local
+        self._adaptive = adaptive
+        self._choice = _Choice()
+        self._here: set[int] = set()
+        """Sessions whose coming draft is made here."""
+        self._fallback_rounds = 0
+
+    @property
+    def drafters(self) -> Collection[str]:
+        return tuple(dict.fromkeys((*self._remote.drafters, *self._local.drafters)))
+
+    @property
+    def wants_candidates(self) -> int:
+        return max(self._remote.wants_candidates, self._local.wants_candidates)
+
+    def open(self, session: SessionOpen) -> None:
+        self._remote.open(session)
+        self._local.open(session)
+
+    def submit(self, updates: Sequence[SessionUpdate], timeout_s: float = 0.0) -> None:
+        either = {u.session_id for u in updates if u.budget > 0 and self._served_by_both(u)}
+        self._here = either if either and self._choice.next_is_local() else set()
+        self._remote.submit([self._for_remote(update) for update in updates], timeout_s)
+        self._local.submit(updates, timeout_s)
+
+    def _served_by_both(self, update: SessionUpdate) -> bool:
+        if not self._adaptive or update.exit_depth is not None or not self._remote.connected:
+            return False
+        wanted = self._remote.drafters if update.drafter is None else (update.drafter,)
+        return set(wanted) <= set(self._local.drafters)
+
+    def _for_remote(self, update: SessionUpdate) -> SessionUpdate:
+        return replace(update, budget=0) if update.session_id in self._here else update
+
+    def collect(self, wanted: Mapping[int, int], timeout_s: float) -> dict[int, SessionDraft]:
+        """A remote that is merely late costs its round: a local draft would come later still."""
+        here = {sid: epoch for sid, epoch in wanted.items() if sid in self._here}
+        there = {sid: epoch for sid, epoch in wanted.items() if sid not in self._here}
+        drafts: dict[int, SessionDraft] = {}
+        if here:
+            started = time.perf_counter()
+            drafts.update(self._local.collect(here, timeout_s))
+            self._choice.local.observe(time.perf_counter() - started)
+        if there:
+            started = time.perf_counter()
+            drafts.update(self._remote.collect(there, timeout_s))
+            if self._remote.connected:
+                self._choice.remote.observe(time.perf_counter() - started)
+            else:
+                self._fall_back(there, drafts, timeout_s)
+        return drafts
+
+    def _fall_back(
+        self, wanted: Mapping[int, int], drafts: dict[int, SessionDraft], timeout_s: float
+    ) -> None:
+        missing = {sid: epoch for sid, epoch in wanted.items() if sid not in drafts}
+        for sid, draft in self._local.collect(missing, timeout_s).items():
+            # Only the remote has the drafter that is pinned: no draft for now, but no error either.
+            drafts[sid] = SessionDraft(sid, draft.epoch) if draft.error == "unsupported" else draft
+        self._fallback_rounds += bool(missing)
+
+    def close_session(self, session_id: int) -> None:
+        self._remote.close_session(session_id)
+        self._local.close_session(session_id)
+
+    def reset(self) -> None:
+        self._remote.reset()
+        self._local.reset()
+
+    def stats(self) -> dict[str, object]:
+        """Waits in milliseconds, averaged exponentially; `prefers`: where sessions go that both can serve."""
+        choice = self._choice
+        return {
+            "kind": "placed",
+            "prefers": "target" if choice.prefers_local else "worker",
+            "wait_ms": {
+                "target": round(choice.local.wait_s * 1e3, 3),
+                "worker": round(choice.remote.wait_s * 1e3, 3),
+            },
+            "fallback_rounds": self._fallback_rounds,
+            "remote": self._remote.stats(),
+            "local": self._local.stats(),
+        }
+
+    def close(self) -> None:
+        self._remote.close()
+        self._local.close()
