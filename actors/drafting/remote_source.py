@@ -58,6 +58,7 @@ class RemoteDraftSource:
         self._rounds = self._late = self._connects = self._dropped = 0
         self._round_trip_s: float | None = None
         self._service_s: float | None = None
+        self._draft_s = 0.0
         self._last_error = ""
         self._link = RemoteLink(leases, identity, options or LinkOptions(), self)
         self._link.start()
@@ -114,7 +115,8 @@ class RemoteDraftSource:
             self._ledger.reset()
 
     def stats(self) -> dict[str, object]:
-        """Averages are exponential, in milliseconds; None before the first round."""
+        """Averages are exponential, in milliseconds; None before the first round. `draft_s`: seconds that the
+        worker has spent on our rounds so far."""
         with self._changed:
             connection = self._connection
             return {
@@ -130,6 +132,7 @@ class RemoteDraftSource:
                 "reconnects": max(0, self._connects - 1),
                 "round_trip_ms": _milliseconds(self._round_trip_s),
                 "service_ms": _milliseconds(self._service_s),
+                "draft_s": self._draft_s,
                 "last_error": self._last_error,
             }
 
@@ -159,6 +162,7 @@ class RemoteDraftSource:
             if waited is not None:
                 self._round_trip_s = _average(self._round_trip_s, waited)
                 self._service_s = _average(self._service_s, reply.service_us * 1e-6)
+                self._draft_s += reply.service_us * 1e-6
             self._candidates = reply.candidates_wanted
             now = time.monotonic()
             for draft in reply.drafts:

@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from actors.engine.interface import TargetEngine
@@ -89,6 +89,7 @@ class EngineLoop:
         self._has_work = False
         self._busy_since: float | None = None
         self._failures = 0
+        self._idle_s = 0.0
 
     def start(self) -> None:
         self._thread.start()
@@ -131,7 +132,7 @@ class EngineLoop:
     def _receive(self) -> bool:
         """Handle all waiting messages; sleep for the first when there is no work. False after `Stop`."""
         try:
-            message = self._inbox.get(block=not self._has_work, timeout=IDLE_WAIT_S)
+            message = self._next()
             while True:
                 self._busy_since = time.monotonic()
                 if isinstance(message, Stop):
@@ -141,6 +142,16 @@ class EngineLoop:
                 message = self._inbox.get_nowait()
         except queue.Empty:
             return True
+
+    def _next(self) -> Message:
+        """The next message; raises `queue.Empty` when there is none (at once while there is work)."""
+        if self._has_work:
+            return self._inbox.get_nowait()
+        started = time.perf_counter()
+        try:
+            return self._inbox.get(timeout=IDLE_WAIT_S)
+        finally:
+            self._idle_s += time.perf_counter() - started
 
     def _handle(self, message: Add | Abort | Call) -> None:
         if isinstance(message, Add):
@@ -170,7 +181,7 @@ class EngineLoop:
                 self._engine.reset_shared_state()
                 reply = Reply(call.call_id)
             else:
-                reply = Reply(call.call_id, stats=self._engine.stats())
+                reply = Reply(call.call_id, stats=replace(self._engine.stats(), idle_s=self._idle_s))
         except Exception as error:
             logger.exception("engine call %s failed", call.what)
             reply = Reply(call.call_id, error=f"{type(error).__name__}: {error}")

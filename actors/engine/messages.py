@@ -111,6 +111,8 @@ class EngineStats:
     preemptions: int = 0
     phase_seconds: dict[str, float] = field(default_factory=dict)
     """Seconds since start by phase of a round, see `actors.engine.phases`."""
+    idle_s: float = 0.0
+    """Seconds since start in which no request was inside."""
     drafters: dict[str, DrafterStats] = field(default_factory=dict)
     draft_source: dict[str, object] = field(default_factory=dict)
     """State of the source of drafts: connected workers, late rounds, reconnects."""
