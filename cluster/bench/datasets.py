@@ -36,7 +36,7 @@ class Question:
 
 
 class _Line(BaseModel):
-    """A line of Spec-Bench's `question.jsonl`. Fields without use here (reference answers) are let through."""
+    """A line of Spec-Bench's `question.jsonl`. Fields without use here (references) are let through."""
 
     model_config = ConfigDict(extra="ignore")
 

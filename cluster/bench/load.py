@@ -1,8 +1,9 @@
 """Serving load: closed loop (so many requests in flight) and open loop (Poisson arrivals).
 
-A block is one engine at one point (a concurrency or a rate) with a fixed list of requests. A pair is one block
-of every engine with the same requests and arrival times, in an order that rotates from pair to pair, so that
-slow minutes of the machine hit all engines alike. Nothing is measured before a warm-up at the same point.
+A block is one engine at one point (a concurrency or a rate) with a fixed list of requests. A pair is one
+block of every engine with the same requests and arrival times, in an order that rotates from pair to pair,
+so that slow minutes of the machine hit all engines alike. Nothing is measured before a warm-up at the same
+point.
 """
 
 from __future__ import annotations

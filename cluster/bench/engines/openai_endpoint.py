@@ -1,8 +1,8 @@
 """Any OpenAI-compatible endpoint, measured through streamed /v1/completions.
 
 Optional features are tried with one-token requests at the start: prompt ids instead of text,
-`return_token_ids` (vLLM and this server), `ignore_eos`, usage in the stream. What is missing costs accuracy, and
-`describe` says so.
+`return_token_ids` (vLLM and this server), `ignore_eos`, usage in the stream. What is missing costs accuracy,
+and `describe` says so.
 """
 
 from __future__ import annotations
