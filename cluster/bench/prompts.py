@@ -43,12 +43,13 @@ _BATTERY = (
     "twenty and eighty per cent, store it cool, and do not charge it quickly when it is cold."
 )
 _LIGHTHOUSE = (
-    "The lighthouse on the northern cape was lit for the first time in 1874. Its keeper, Marta Lindqvist, "
-    "took over from her father when she was nineteen and stayed for forty-one years. She wrote down the weather "
-    "three times a day, and her books are now used to study how the climate of the coast has changed. In the "
-    "winter of 1893 the supply boat could not land for eleven weeks, and she lived on fish, potatoes and the "
-    "last of the flour. The lamp burned rapeseed oil at first, then paraffin, and was made electric in 1931, "
-    "after which no keeper was needed. The house beside the tower is a museum today."
+    "The lighthouse on the northern cape was lit for the first time in 1874. Its keeper, Marta "
+    "Lindqvist, took over from her father when she was nineteen and stayed for forty-one years. She "
+    "wrote down the weather three times a day, and her books are now used to study how the climate of "
+    "the coast has changed. In the winter of 1893 the supply boat could not land for eleven weeks, and "
+    "she lived on fish, potatoes and the last of the flour. The lamp burned rapeseed oil at first, then "
+    "paraffin, and was made electric in 1931, after which no keeper was needed. The house beside the "
+    "tower is a museum today."
 )
 _MINUTES = (
     "Minutes of the garden club. Present: Anna, Jorge, Mei, Paul, Salma. Jorge reports that the water tank "

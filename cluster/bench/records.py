@@ -34,4 +34,5 @@ class Record:
         response = data.pop("response")
         started = response["started"]
         response["arrivals"] = [[round(t - started, 6), count] for t, count in response["arrivals"]]
-        return data | response
+        merged: dict[str, Any] = {**data, **response}
+        return merged

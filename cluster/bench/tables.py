@@ -41,9 +41,7 @@ def comparison_text(comparison: Comparison | None) -> str:
         return "-"
     low, high = comparison.low, comparison.high
     interval = "no interval" if low is None or high is None else f"[{low:.2f}, {high:.2f}]"
-    verdict = comparison.verdict
-    if comparison.resolved:
-        verdict += f" {comparison.threshold:g}"
+    verdict = f"{comparison.verdict} {comparison.threshold:g}" if comparison.resolved else "not resolved"
     return f"{comparison.median:.2f} {interval}, n={comparison.pairs}, {verdict}"
 
 

@@ -137,8 +137,8 @@ class OpenAIEndpoint:
 
     async def generate(self, request: BenchRequest) -> BenchResponse:
         if request.ignore_eos and not self.features.ignore_eos:
-            error = "the endpoint does not support ignore_eos"
-            return BenchResponse(request.request_id, time.perf_counter(), error=error)
+            refusal = "the endpoint does not support ignore_eos"
+            return BenchResponse(request.request_id, time.perf_counter(), error=refusal)
         body = self._body(request)
         stream = _Stream()
         started = time.perf_counter()
