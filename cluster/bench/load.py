@@ -183,7 +183,7 @@ def _block(
 @dataclass(frozen=True, slots=True)
 class LoadRow:
     """One engine at one point. latency: over all its blocks. block_tokens_per_s: output tokens/s of each
-    block, by pair. paired: ratios of these to the baseline's within pairs."""
+    block, by pair. paired: ratios of these to the baseline's within pairs, None for the baseline itself."""
 
     engine: str
     point: Point
@@ -210,7 +210,7 @@ def summarize(blocks: Sequence[Block], settings: LoadSettings) -> list[LoadRow]:
                     LatencySummary.of(responses, sum(b.duration_s for b in mine), settings.slo),
                     tuple(ours.values()),
                     Acceptance.of(responses),
-                    compare(ours, base, settings.threshold),
+                    None if engine == settings.baseline_name else compare(ours, base, settings.threshold),
                 )
             )
     return rows

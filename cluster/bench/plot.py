@@ -27,22 +27,23 @@ def plot_speedups(rows: Sequence[SpecRow], baseline: str, path: Path) -> None:
     median where there is one. Bars are paired medians, for all tasks together too."""
     plt = _pyplot()
     tasks = list(dict.fromkeys(row.task for row in rows))
-    engines = [e for e in dict.fromkeys(row.engine for row in rows) if e != baseline] or [baseline]
+    engines = [e for e in dict.fromkeys(row.engine for row in rows) if e != baseline]
     of = {(row.engine, row.task): row.paired for row in rows}
     figure, axis = plt.subplots(figsize=(max(7.0, 1.6 * len(tasks)), 4.5))
-    width = 0.8 / len(engines)
+    width = 0.8 / max(1, len(engines))
     for index, engine in enumerate(engines):
         for place, task in enumerate(tasks):
             paired = of.get((engine, task))
             if paired is None:
                 continue
-            low = paired.median if paired.low is None else paired.low
-            high = paired.median if paired.high is None else paired.high
+            bound = None
+            if paired.low is not None and paired.high is not None:
+                bound = [[paired.median - paired.low], [paired.high - paired.median]]
             axis.bar(
                 place + (index - (len(engines) - 1) / 2) * width,
                 paired.median,
                 width * 0.95,
-                yerr=[[paired.median - low], [high - paired.median]],
+                yerr=bound,
                 capsize=2,
                 color=COLORS[index % len(COLORS)],
                 label=engine if place == 0 else None,
@@ -50,7 +51,8 @@ def plot_speedups(rows: Sequence[SpecRow], baseline: str, path: Path) -> None:
     axis.axhline(1.0, color="black", linewidth=0.8)
     axis.set_xticks(range(len(tasks)), tasks, rotation=20, ha="right")
     axis.set_ylabel(f"speed over {baseline}")
-    axis.legend(fontsize=8)
+    if engines:
+        axis.legend(fontsize=8)
     _save(plt, figure, path)
 
 
@@ -78,11 +80,13 @@ def plot_load(rows: Sequence[LoadRow], path: Path) -> None:
         latency.set_ylabel("TPOT, ms (p50 to p90)")
         for axis in (throughput, latency):
             axis.set_xlabel(label)
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, 1.08 * axis.get_ylim()[1])
             axis.grid(alpha=0.3)
             axis.legend(fontsize=8)
             if label == "concurrency":
                 axis.set_xscale("log", base=2)
+                ticks = sorted({row.point.concurrency for row in shown if row.point.concurrency})
+                axis.set_xticks(ticks, [str(tick) for tick in ticks])
     _save(plt, figure, path)
 
 

@@ -106,7 +106,7 @@ class SpecRow:
     tokens_per_s: mean over requests, as Spec-Bench reports it. speedup: ratio of these means to the
     baseline's (Spec-Bench's definition; for "overall" the mean over the task groups). tpot_ms: median.
     paired: ratios within pairs, with their bound. mean_accepted_tokens is None where the engine does not
-    report acceptance.
+    report acceptance; paired and equality of the baseline itself are None.
     """
 
     engine: str
@@ -182,7 +182,7 @@ def _row(
         mean_accepted_tokens=acceptance.mean_accepted_tokens if acceptance else None,
         acceptance=acceptance,
         speedup=speedup,
-        paired=compare(our_speeds, base_speeds, threshold),
+        paired=None if engine == baseline else compare(our_speeds, base_speeds, threshold),
         equality=None if engine == baseline else equality(records, engine, baseline),
     )
 

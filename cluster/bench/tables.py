@@ -45,12 +45,16 @@ def comparison_text(comparison: Comparison | None) -> str:
     return f"{comparison.median:.2f} {interval}, n={comparison.pairs}, {verdict}"
 
 
+def _against(baseline: str, engine: str, comparison: Comparison | None) -> str:
+    return "baseline" if engine == baseline else comparison_text(comparison)
+
+
 def spec_tables(rows: Sequence[SpecRow], baseline: str) -> list[Table]:
     """One table over all tasks, one of speed-ups by task, one of acceptance."""
     tasks = list(dict.fromkeys(row.task for row in rows))
     engines = list(dict.fromkeys(row.engine for row in rows))
     of = {(row.engine, row.task): row for row in rows}
-    overall = tuple(_overall_cells(of[engine, OVERALL]) for engine in engines)
+    overall = tuple(_overall_cells(of[engine, OVERALL], baseline) for engine in engines)
     by_task = tuple(
         (engine, *(_cell(of[engine, task]) for task in tasks), _mean_cell(of[engine, OVERALL]))
         for engine in engines
@@ -79,7 +83,8 @@ def spec_tables(rows: Sequence[SpecRow], baseline: str) -> list[Table]:
             f"By task: paired ratio to {baseline}: median [95 %]",
             ("engine", *tasks),
             tuple(
-                (engine, *(comparison_text(of[engine, task].paired) for task in tasks)) for engine in engines
+                (engine, *(_against(baseline, engine, of[engine, task].paired) for task in tasks))
+                for engine in engines
             ),
         ),
     ]
@@ -88,13 +93,13 @@ def spec_tables(rows: Sequence[SpecRow], baseline: str) -> list[Table]:
     return [*tables, _acceptance_table(known)] if known else tables
 
 
-def _overall_cells(row: SpecRow) -> tuple[str, ...]:
+def _overall_cells(row: SpecRow, baseline: str) -> tuple[str, ...]:
     same = row.equality
     return (
         row.engine,
         _number(row.tokens_per_s, 1),
         _number(row.tpot_ms),
-        comparison_text(row.paired),
+        _against(baseline, row.engine, row.paired),
         _number(row.mean_accepted_tokens),
         "baseline" if same is None else f"{same.bytes_equal} of {same.compared}",
         "baseline" if same is None else f"{same.ids_equal} of {same.ids_compared}",
@@ -142,7 +147,7 @@ def load_tables(rows: Sequence[LoadRow], baseline: str) -> list[Table]:
             (
                 row.engine,
                 f"{row.latency.output_tokens_per_s:.1f}",
-                comparison_text(row.paired),
+                _against(baseline, row.engine, row.paired),
                 _ms(row.latency.ttft),
                 _ms(row.latency.tpot),
                 _ms(row.latency.e2e),
