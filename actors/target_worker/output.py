@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from actors.engine.messages import FinishReason, RequestOutput, RoundReport, TokenLogprobs
+from actors.engine.messages import FinishReason, RequestOutput, TokenLogprobs
 from actors.sampling.params import SamplingParams
 from actors.target_worker.messages import (
     GenerationChunk,
@@ -182,9 +182,11 @@ class ChoiceStream:
             missing = 1 + report.drafted - len(self._accepted_counts)
             self._accepted_counts.extend([0] * missing)
             self._accepted_counts[accepted] += 1
-            name = _drafter_name(report)
-            before = self._by_drafter.get(name, (0, 0))
-            self._by_drafter[name] = (before[0] + report.drafted, before[1] + accepted)
+            if report.drafter is not None:
+                depth = "" if report.exit_depth is None else f"@{report.exit_depth}"
+                name = report.drafter + depth
+                before = self._by_drafter.get(name, (0, 0))
+                self._by_drafter[name] = (before[0] + report.drafted, before[1] + accepted)
         return ((taken, accepted),)
 
     def _usage(self) -> Usage:
@@ -204,11 +206,6 @@ class ChoiceStream:
             acceptance_histogram=histogram,
             by_drafter=tuple((name, *counts) for name, counts in self._by_drafter.items()),
         )
-
-
-def _drafter_name(report: RoundReport) -> str:
-    name = report.drafter or "unknown"
-    return name if report.exit_depth is None else f"{name}@{report.exit_depth}"
 
 
 def _error(output: RequestOutput) -> RequestError | None:

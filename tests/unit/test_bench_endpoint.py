@@ -41,6 +41,7 @@ async def test_against_our_own_gateway() -> None:
     assert answer.speculation is not None
     assert (answer.speculation.drafted, answer.speculation.accepted) == (4, 2)
     assert answer.speculation.accepted_by_position == (2,)
+    assert answer.speculation.by_exit == {"toy": (1, 1), "nested@4": (3, 1)}
     asked = target.requests[-1]
     assert asked.prompt_ids == REQUEST.prompt_ids
     assert asked.sampling.ignore_eos
