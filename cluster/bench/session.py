@@ -151,15 +151,36 @@ async def _session(settings: CommonSettings, api_key: str | None) -> AsyncIterat
     folder = await asyncio.to_thread(
         lambda: model_folder(resolve_source(source), progress=lambda text: console.print(text))
     )
+    renderer = PromptRenderer(folder)
     context = EngineContext(
-        folder, source, settings.dtype, config, settings.concurrency_limit, settings.threads, api_key
+        folder=folder,
+        source=source,
+        dtype=settings.dtype,
+        server_config=config,
+        concurrency=settings.concurrency_limit,
+        threads=settings.threads,
+        max_model_len=context_needed(questions, renderer, settings),
+        api_key=api_key,
     )
     engines = [create(engine, context) for engine in settings.engines]
-    renderer = PromptRenderer(folder)
     # Before any engine runs: the bandwidth is that of an idle machine.
     machine = await asyncio.to_thread(environment)
     async with running(engines, lambda text: console.print(text)):
         yield Session(engines, questions, renderer, machine, console)
+
+
+def context_needed(questions: Sequence[Question], renderer: PromptRenderer, settings: CommonSettings) -> int:
+    """Tokens of the longest conversation with answers of full length, in steps of 256 and at least 2048."""
+    longest = 0
+    for question in questions:
+        turns = (
+            question.turns
+            if isinstance(settings, SpecSettings) and settings.all_turns
+            else question.turns[:1]
+        )
+        prompt = renderer.render(turns, [""] * (len(turns) - 1))
+        longest = max(longest, len(prompt.ids) + len(turns) * settings.max_tokens)
+    return max(2048, -(-longest // 256) * 256)
 
 
 def _questions(settings: CommonSettings) -> tuple[Question, ...]:

@@ -18,6 +18,7 @@ from cluster.bench.load import Point, arrival_times, closed_loop, open_loop
 from cluster.bench.rendering import PromptRenderer
 from cluster.bench.report import write_load, write_spec
 from cluster.bench.running import BenchError, rotated, running
+from cluster.bench.session import context_needed
 from tests.fake_bench_engine import FakeEngine
 from tests.toy_tokenizers import byte_level_folder
 
@@ -82,6 +83,16 @@ async def test_second_turns_see_the_engines_own_first_answer(renderer: PromptRen
     assert records[1].prompt_tokens > records[0].prompt_tokens
     failing = Listening("a", fail="qa-0")
     assert len(await spec_bench.run_spec_bench([failing], QUESTIONS[:1], renderer, settings)) == 1
+
+
+def test_engines_are_given_the_context_that_the_longest_conversation_needs(renderer: PromptRenderer) -> None:
+    long = Question("1", "qa", "qa", ("x" * 3000, "y" * 500))
+    settings = spec_settings()
+    first = len(renderer.render(long.turns[:1]).ids)
+    assert context_needed(QUESTIONS, renderer, settings) == 2048
+    assert first + 8 <= context_needed([long], renderer, settings) < first + 8 + 256
+    both = context_needed([long], renderer, spec_settings(all_turns=True))
+    assert first + 500 + 16 < both < first + 500 + 16 + 350
 
 
 async def test_spec_summary_against_known_speeds(renderer: PromptRenderer) -> None:

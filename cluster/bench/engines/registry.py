@@ -22,7 +22,8 @@ class EngineContext:
 
     folder: the model as a Hugging Face folder with weights. source: as in the server's configuration.
     concurrency: requests that may be in flight at once. server_config: what our own server is started with.
-    threads: compute threads, 0 lets each engine choose. api_key: for endpoints given by URL.
+    threads: compute threads, 0 lets each engine choose. max_model_len: context that the requests need at
+    least; our own server takes its configuration's. api_key: for endpoints given by URL.
     """
 
     folder: Path
@@ -31,6 +32,7 @@ class EngineContext:
     server_config: ClusterConfig
     concurrency: int = 1
     threads: int = 0
+    max_model_len: int = 2048
     api_key: str | None = None
     _servers: dict[bool, S2DServer] = field(default_factory=dict)
 
