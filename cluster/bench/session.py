@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from actors.models.convert import model_folder
 from actors.models.source import ModelSourceError, resolve_source
@@ -127,12 +128,15 @@ class _saving:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if not self._anything():
             return
+        results = Console()
         for table in self._save(None if kind is None else f"{kind.__name__}: {error}"):
-            shown = RichTable(*table.columns, title=table.title)
+            shown = RichTable(title=Text(table.title))
+            for column in table.columns:
+                shown.add_column(Text(column))
             for row in table.rows:
-                shown.add_row(*row)
-            self._console.print(shown)
-        self._console.print(f"written to {self._out}")
+                shown.add_row(*map(Text, row))
+            results.print(shown)
+        self._console.print(f"written to {self._out}", markup=False)
 
 
 def _progress(console: Console) -> Progress:
