@@ -36,7 +36,7 @@ from cluster.config import EMBEDDED_MODEL, EMBEDDED_MODEL_NAME, ClusterConfig, M
 
 EXPECTED_ERRORS = (
     BenchError, DatasetError, EngineUnavailableError, ModelSourceError, ParameterError, TimeoutError, OSError,
-    yaml.YAMLError, ValidationError, asyncio.CancelledError,
+    yaml.YAMLError, ValidationError,
 )  # fmt: skip
 """What ends a run with one line instead of a traceback."""
 

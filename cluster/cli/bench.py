@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from cluster.cli.common import fail
+from cluster.cli.common import err, fail
 
 bench = typer.Typer(
     name="bench",
@@ -153,3 +154,6 @@ def _run(measure: Any, settings: Any, out: Path, api_key: str | None) -> None:
         raise fail(str(error) or type(error).__name__) from error
     except KeyboardInterrupt as error:
         raise typer.Exit(130) from error
+    except asyncio.CancelledError as error:  # SIGTERM
+        err.print("stopped")
+        raise typer.Exit(143) from error
