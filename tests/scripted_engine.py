@@ -40,9 +40,8 @@ def rounds(
     outputs = []
     for block in blocks:
         accepted = len(block) - 1
-        report = RoundReport(
-            accepted if drafted is None else drafted, accepted, "scripted" if accepted else None
-        )
+        verified = accepted if drafted is None else drafted
+        report = RoundReport(verified, accepted, "scripted" if verified else None)
         entries = tuple(TokenLogprobs(t, -float(t), ((t, -float(t)), (t + 1, -99.0))) for t in block)
         outputs.append(
             RequestOutput(

@@ -71,12 +71,16 @@ class Usage:
 @dataclass(frozen=True, slots=True)
 class SpeculationStats:
     """AIPerf's acceptance payload. `acceptance_histogram[k]` counts steps that accepted k drafts; a step is a
-    verification round with at least one draft."""
+    verification round with at least one draft.
+
+    by_drafter is our own addition: (drafter, drafted, accepted) in the order of first use; a drafter with
+    exits counts each exit as "name@depth"."""
 
     num_spec_steps: int = 0
     num_draft_tokens: int = 0
     num_accepted_draft_tokens: int = 0
     acceptance_histogram: tuple[int, ...] = ()
+    by_drafter: tuple[tuple[str, int, int], ...] = ()
 
     @property
     def mean_acceptance_length(self) -> float:

@@ -69,6 +69,7 @@ class ChoiceStream:
         self._stop_reason: str | int | None = None
         self._accepted_counts: list[int] = []
         self._drafted = 0
+        self._by_drafter: dict[str, tuple[int, int]] = {}
         self._opened = False
         self._resumed = bool(output_ids_so_far)
         for token_id in output_ids_so_far:
@@ -181,6 +182,11 @@ class ChoiceStream:
             missing = 1 + report.drafted - len(self._accepted_counts)
             self._accepted_counts.extend([0] * missing)
             self._accepted_counts[accepted] += 1
+            if report.drafter is not None:
+                depth = "" if report.exit_depth is None else f"@{report.exit_depth}"
+                name = report.drafter + depth
+                before = self._by_drafter.get(name, (0, 0))
+                self._by_drafter[name] = (before[0] + report.drafted, before[1] + accepted)
         return ((taken, accepted),)
 
     def _usage(self) -> Usage:
@@ -198,6 +204,7 @@ class ChoiceStream:
             num_draft_tokens=self._drafted,
             num_accepted_draft_tokens=sum(k * steps for k, steps in enumerate(histogram)),
             acceptance_histogram=histogram,
+            by_drafter=tuple((name, *counts) for name, counts in self._by_drafter.items()),
         )
 
 

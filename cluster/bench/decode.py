@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,6 +40,7 @@ from actors.sampling.grammar import GrammarCompiler
 from actors.sampling.params import SamplingParams, SpeculationParams
 from actors.text.tokenizer import TextTokenizer
 from cluster.bench.draft_process import draft_process
+from cluster.bench.environment import cpu_name, read_floor_seconds
 from cluster.bench.plot import plot_ratios
 from cluster.bench.prompts import PROMPTS
 from cluster.config import (
@@ -119,18 +119,6 @@ def _hugging_face(loaded: LoadedModel, dtype: torch.dtype) -> Run:
         return int(out[:, width:].numel())
 
     return run
-
-
-def read_floor_seconds(num_bytes: int, repeats: int = 7) -> float:
-    """Seconds to read so many bytes once at this machine's memory bandwidth, measured with every thread."""
-    data = torch.ones(num_bytes // 4)
-    data.sum()
-    best = float("inf")
-    for _ in range(repeats):
-        started = time.perf_counter()
-        data.sum()
-        best = min(best, time.perf_counter() - started)
-    return best
 
 
 def _pools(source: str, dtype: DTypeName, nested: bool) -> dict[str, DraftPoolConfig]:
@@ -308,7 +296,7 @@ def main(
         else read_floor_seconds(weight_bytes)
     )
     result = {
-        "machine": f"{_cpu_name()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
+        "machine": f"{cpu_name()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
         "torch": torch.__version__,
         "dtype": dtype,
         "backend": loaded.backend,
@@ -331,15 +319,6 @@ def main(
         (out / "decode.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
         plot_ratios({"one stream": single, "eight streams": batched}, out / "decode.png")
         console.print(f"written to {out}")
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def _weight_bytes(loaded: LoadedModel) -> int:

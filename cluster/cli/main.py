@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from cluster.cli.bench import bench
 from cluster.cli.chat import chat
 from cluster.cli.generate import generate
 from cluster.cli.serve import serve
@@ -21,6 +22,7 @@ app.command()(generate)
 app.command()(chat)
 app.command()(status)
 app.command()(models)
+app.add_typer(bench, name="bench")
 
 if __name__ == "__main__":
     app()

@@ -36,7 +36,8 @@ def usage_body(usage: Usage) -> dict[str, Any]:
 
 
 def metrics_body(job: Job, stats: SpeculationStats | None) -> dict[str, Any] | None:
-    """AIPerf's acceptance payload. `num_spec_tokens` is left out, because the draft length adapts."""
+    """AIPerf's acceptance payload, and beside it what each drafter did. `num_spec_tokens` is left out,
+    because the draft length adapts."""
     if job.choices != 1 or stats is None:
         return None
     return {
@@ -47,7 +48,11 @@ def metrics_body(job: Job, stats: SpeculationStats | None) -> dict[str, Any] | N
             "num_draft_tokens": stats.num_draft_tokens,
             "mean_acceptance_length": stats.mean_acceptance_length,
             "draft_acceptance_rate": stats.draft_acceptance_rate,
-        }
+        },
+        "drafters": {
+            name: {"num_draft_tokens": drafted, "num_accepted_draft_tokens": accepted}
+            for name, drafted, accepted in stats.by_drafter
+        },
     }
 
 

@@ -27,6 +27,7 @@ from cluster.gateway.routes import Gateway
 
 VOCAB = 1000
 MODEL = "org/fake-model"
+SPECULATION = SpeculationStats(2, 4, 2, (0, 2), (("toy", 1, 1), ("nested@4", 3, 1)))
 
 
 def info(name: str = MODEL) -> TargetInfo:
@@ -87,7 +88,7 @@ class FakeTarget:
                         else None,
                         finish_reason="length" if last else None,
                         usage=Usage(0 if choice else 5, wanted, 0 if choice else 2) if last else None,
-                        speculation=SpeculationStats(2, 4, 2, (0, 2)) if last else None,
+                        speculation=SPECULATION if last else None,
                         seed=sampling.seed if i == 0 else None,
                         prompt_token_ids=(80, 82) if request.echo and i == 0 else None,
                         prompt_logprobs=(None, logprob(82, -math.inf))

@@ -95,6 +95,10 @@ async def test_chat_answer(client: httpx.AsyncClient, target: FakeTarget) -> Non
     assert (stats["mean_acceptance_length"], stats["draft_acceptance_rate"]) == (2.0, 0.5)
     assert (stats["num_spec_steps"], stats["num_draft_tokens"]) == (2, 4)
     assert stats["num_accepted_draft_tokens"] == 2
+    assert body["metrics"]["drafters"] == {
+        "toy": {"num_draft_tokens": 1, "num_accepted_draft_tokens": 1},
+        "nested@4": {"num_draft_tokens": 3, "num_accepted_draft_tokens": 1},
+    }
     assert "token_ids" not in choice
     assert target.requests[0].max_tokens is None
 

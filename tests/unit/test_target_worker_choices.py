@@ -83,7 +83,7 @@ async def test_statistics_count_what_was_delivered_of_a_cut_block(
     assert whole.text == "ab"
     assert whole.token_ids == tuple(ids[:3])
     assert whole.rounds == ((1, 0), (2, 2))
-    assert whole.speculation == SpeculationStats(2, 12, 2, (1, 0, 1, 0, 0, 0, 0))
+    assert whole.speculation == SpeculationStats(2, 12, 2, (1, 0, 1, 0, 0, 0, 0), (("scripted", 12, 2),))
 
 
 async def test_eos_in_the_middle_of_a_block_ends_everything(folder: Path, tokenizer: TextTokenizer) -> None:
@@ -96,7 +96,7 @@ async def test_eos_in_the_middle_of_a_block_ends_everything(folder: Path, tokeni
     assert (whole.finish_reason, whole.stop_reason) == ("stop", None)
     assert whole.usage is not None
     assert whole.usage.completion_tokens == 3
-    assert whole.speculation == SpeculationStats(2, 6, 2, (1, 0, 1, 0))
+    assert whole.speculation == SpeculationStats(2, 6, 2, (1, 0, 1, 0), (("scripted", 6, 2),))
 
 
 @pytest.mark.parametrize(("ignore_eos", "reason"), [(False, None), (True, "length")])

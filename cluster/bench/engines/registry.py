@@ -1,0 +1,95 @@
+"""Engines by name. A new one is one line in `FACTORIES`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cluster.bench.engines.interface import BenchEngine, EngineUnavailableError
+from cluster.bench.engines.openai_endpoint import OpenAIEndpoint
+from cluster.bench.engines.s2d import S2DEngine
+from cluster.bench.engines.s2d_server import S2DServer
+from cluster.config import ClusterConfig, DrafterName, NestedDrafterConfig
+
+MODEL_FREE: tuple[DrafterName, ...] = ("prompt_lookup", "token_recycling")
+
+
+@dataclass(slots=True)
+class EngineContext:
+    """What engines are built from, equal for all of them.
+
+    folder: the model as a Hugging Face folder with weights. source: as in the server's configuration.
+    concurrency: requests that may be in flight at once. server_config: what our own server is started with.
+    threads: compute threads, 0 lets each engine choose. max_model_len: context that the requests need at
+    least; our own server takes its configuration's. api_key: for endpoints given by URL.
+    """
+
+    folder: Path
+    source: str
+    dtype: str
+    server_config: ClusterConfig
+    concurrency: int = 1
+    threads: int = 0
+    max_model_len: int = 2048
+    api_key: str | None = None
+    _servers: dict[bool, S2DServer] = field(default_factory=dict)
+
+    def server(self, nested: bool) -> S2DServer:
+        """One server for all configurations without the nested drafter, and one with it: a drafter that
+        computes on the target's cores costs time even where it is not chosen."""
+        if nested not in self._servers:
+            self._servers[nested] = S2DServer(self._config(nested))
+        return self._servers[nested]
+
+    def _config(self, nested: bool) -> ClusterConfig:
+        config = self.server_config
+        engine = config.models[0].engine
+        sizes = {"max_num_seqs": max(engine.max_num_seqs, self.concurrency)}
+        if self.threads:
+            sizes["threads"] = self.threads
+        widened = engine.model_copy(update=sizes)
+        models = (config.models[0].model_copy(update={"engine": widened}), *config.models[1:])
+        pool = config.draft_pool
+        if nested and pool.nested is None:
+            layers = NestedDrafterConfig(source=self.source, exits=(2, 4), kv_blocks=256)
+            pool = pool.model_copy(update={"nested": layers})
+        model_free = tuple(d for d in pool.drafters if d != "nested") or MODEL_FREE
+        pool = pool.model_copy(update={"drafters": (*model_free, "nested") if nested else model_free})
+        return config.model_copy(update={"models": models, "draft_pool": pool})
+
+
+Factory = Callable[[str, EngineContext], BenchEngine]
+"""Builds an engine that is not started, under the given name. May raise EngineUnavailableError."""
+
+
+def _s2d(nested: bool = False, **speculation: Any) -> Factory:
+    return lambda name, context: S2DEngine(name, context.server(nested), speculation)
+
+
+FACTORIES: Mapping[str, Factory] = {
+    "s2d-plain": _s2d(enabled=False),
+    "s2d-auto": _s2d(),
+    "s2d-prompt_lookup": _s2d(drafter="prompt_lookup"),
+    "s2d-token_recycling": _s2d(drafter="token_recycling"),
+    "s2d-nested": _s2d(nested=True, drafter="nested"),
+}
+
+
+def check(engine: str) -> tuple[str, str]:
+    """(name, URL) of a name of the registry or of NAME=URL; the URL is empty for the former. Raises
+    EngineUnavailableError for anything else."""
+    name, equals, url = engine.partition("=")
+    if equals and not (name and url.startswith(("http://", "https://"))):
+        raise EngineUnavailableError(f"engine {engine!r}: use NAME=URL with an http or https URL")
+    if not equals and name not in FACTORIES:
+        raise EngineUnavailableError(f"unknown engine {name!r}; known: {', '.join(FACTORIES)}, or NAME=URL")
+    return name, url
+
+
+def create(engine: str, context: EngineContext) -> BenchEngine:
+    """By a name of the registry, or NAME=URL for an OpenAI endpoint that is running already. Raises
+    EngineUnavailableError for an unknown name."""
+    name, url = check(engine)
+    return OpenAIEndpoint(name, url, api_key=context.api_key) if url else FACTORIES[name](name, context)

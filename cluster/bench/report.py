@@ -1,0 +1,132 @@
+"""A run as files: JSON with every raw record, Markdown tables, pictures."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster.bench import load, spec_bench
+from cluster.bench.config import CommonSettings, LoadSettings, SpecSettings
+from cluster.bench.load import Block
+from cluster.bench.paired import MIN_PAIRS
+from cluster.bench.plot import plot_load, plot_speedups
+from cluster.bench.records import Record
+from cluster.bench.tables import Table, load_tables, spec_tables
+from cluster.gateway.sse import to_jsonable
+
+FORMAT_VERSION = 1
+logger = logging.getLogger(__name__)
+
+
+def markdown(title: str, document: Mapping[str, Any], tables: Sequence[Table]) -> str:
+    machine = document["environment"]
+    settings = {k: v for k, v in document["settings"].items() if v is not None}
+    lines = [
+        f"# {title}",
+        "",
+        *(f"- {key}: {_plain(value)}" for key, value in machine.items()),
+        "",
+        f"Settings: `{json.dumps(settings)}`",
+        "",
+        f"A comparison is resolved with at least {MIN_PAIRS} pairs and a 95 % interval that excludes the "
+        "threshold. Definitions: docs/benchmarking.md.",
+        "",
+        *(table.markdown() for table in tables),
+        "## Engines",
+        "",
+        *(f"- {name}: `{json.dumps(text)}`" for name, text in document["engines"].items()),
+    ]
+    if document.get("interrupted"):
+        lines.insert(1, f"\n**Incomplete:** {document['interrupted']}")
+    return "\n".join(lines) + "\n"
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k} {v}" for k, v in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _document(
+    kind: str,
+    settings: CommonSettings,
+    machine: Mapping[str, Any],
+    engines: Mapping[str, Mapping[str, Any]],
+    interrupted: str | None,
+) -> dict[str, Any]:
+    return {
+        "format": FORMAT_VERSION,
+        "kind": kind,
+        "environment": dict(machine),
+        "settings": settings.model_dump(mode="json"),
+        "engines": {name: to_jsonable(text) for name, text in engines.items()},
+        "interrupted": interrupted,
+    }
+
+
+def write_spec(
+    out: Path,
+    settings: SpecSettings,
+    records: Sequence[Record],
+    machine: Mapping[str, Any],
+    engines: Mapping[str, Mapping[str, Any]],
+    interrupted: str | None = None,
+) -> list[Table]:
+    """spec.json, spec.md and spec.png in `out`; returns the tables."""
+    baseline, threshold = settings.baseline_name, settings.threshold
+    rows = spec_bench.summarize(records, baseline, threshold)
+    document = _document("spec", settings, machine, engines, interrupted) | {
+        "summary": [to_jsonable(row) for row in rows],
+        "matrix": to_jsonable(spec_bench.matrix(records, threshold)),
+        "records": [to_jsonable(r.to_json()) for r in records],
+    }
+    tables = spec_tables(rows, baseline)
+    _write(out, "spec", "Spec-Bench protocol", document, tables)
+    _picture(lambda: plot_speedups(rows, baseline, out / "spec.png"))
+    return tables
+
+
+def write_load(
+    out: Path,
+    settings: LoadSettings,
+    blocks: Sequence[Block],
+    machine: Mapping[str, Any],
+    engines: Mapping[str, Mapping[str, Any]],
+    interrupted: str | None = None,
+) -> list[Table]:
+    """load.json, load.md and load.png in `out`; returns the tables."""
+    rows = load.summarize(blocks, settings)
+    document = _document("load", settings, machine, engines, interrupted) | {
+        "summary": [to_jsonable(row) for row in rows],
+        "blocks": [
+            {
+                "engine": b.engine,
+                "pair": b.pair,
+                "point": to_jsonable(b.point),
+                "duration_s": b.duration_s,
+                "records": [to_jsonable(r.to_json()) for r in b.records],
+            }
+            for b in blocks
+        ],
+    }
+    tables = load_tables(rows, settings.baseline_name)
+    _write(out, "load", "Serving load", document, tables)
+    _picture(lambda: plot_load(rows, out / "load.png"))
+    return tables
+
+
+def _write(out: Path, name: str, title: str, document: Mapping[str, Any], tables: Sequence[Table]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.json").write_text(json.dumps(document, indent=1, allow_nan=False), encoding="utf-8")
+    (out / f"{name}.md").write_text(markdown(title, document, tables), encoding="utf-8")
+
+
+def _picture(draw: Callable[[], None]) -> None:
+    """Tables do not need matplotlib, so a run is not lost for want of it."""
+    try:
+        draw()
+    except ImportError as error:
+        logger.warning("no picture: %s; `pip install matplotlib` and run again", error)

@@ -1,0 +1,202 @@
+"""A whole measurement: model and prompts, engines up, progress, files, engines down."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from actors.models.convert import model_folder
+from actors.models.source import ModelSourceError, resolve_source
+from actors.sampling.params import ParameterError
+from cluster.bench import load, spec_bench
+from cluster.bench.config import CommonSettings, LoadSettings, SpecSettings
+from cluster.bench.datasets import DatasetError, Question, builtin, read_spec_bench, sample
+from cluster.bench.engines.interface import BenchEngine, EngineUnavailableError
+from cluster.bench.engines.registry import EngineContext, check, create
+from cluster.bench.environment import environment
+from cluster.bench.load import Block
+from cluster.bench.records import Record
+from cluster.bench.rendering import PromptRenderer
+from cluster.bench.report import write_load, write_spec
+from cluster.bench.running import BenchError, running
+from cluster.bench.tables import Table
+from cluster.config import EMBEDDED_MODEL, EMBEDDED_MODEL_NAME, ClusterConfig, ModelConfig
+
+EXPECTED_ERRORS = (
+    BenchError, DatasetError, EngineUnavailableError, ModelSourceError, ParameterError, TimeoutError, OSError,
+    yaml.YAMLError, ValidationError,
+)  # fmt: skip
+"""What ends a run with one line instead of a traceback."""
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    engines: Sequence[BenchEngine]
+    questions: tuple[Question, ...]
+    renderer: PromptRenderer
+    machine: Mapping[str, Any]
+    console: Console
+
+    def descriptions(self) -> dict[str, Mapping[str, Any]]:
+        return {engine.name: engine.describe() for engine in self.engines}
+
+
+def run_to_end(work: Coroutine[Any, Any, None]) -> None:
+    """Like asyncio.run; SIGTERM cancels the work as Ctrl-C does, so that what was started is stopped."""
+
+    async def guarded() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        await work
+
+    asyncio.run(guarded())
+
+
+async def measure_spec(settings: SpecSettings, out: Path, api_key: str | None = None) -> None:
+    """Raises one of `EXPECTED_ERRORS`. An interrupted run writes what it has and says so in the files."""
+    records: list[Record] = []
+    async with _session(settings, api_key) as session:
+        turns = [len(q.turns) if settings.all_turns else 1 for q in session.questions]
+        total = sum(turns) * settings.pairs * len(session.engines)
+
+        def save(interrupted: str | None) -> list[Table]:
+            described = session.descriptions()
+            return write_spec(out, settings, records, session.machine, described, interrupted)
+
+        with _saving(session.console, out, save, lambda: bool(records)), _progress(session.console) as bar:
+            task = bar.add_task("measuring", total=total)
+            await spec_bench.run_spec_bench(
+                session.engines,
+                session.questions,
+                session.renderer,
+                settings,
+                lambda record: bar.advance(task),
+                records,
+            )
+
+
+async def measure_load(settings: LoadSettings, out: Path, api_key: str | None = None) -> None:
+    """As `measure_spec`."""
+    blocks: list[Block] = []
+    async with _session(settings, api_key) as session:
+        total = len(load.points(settings)) * settings.pairs * len(session.engines)
+
+        def save(interrupted: str | None) -> list[Table]:
+            described = session.descriptions()
+            return write_load(out, settings, blocks, session.machine, described, interrupted)
+
+        with _saving(session.console, out, save, lambda: bool(blocks)), _progress(session.console) as bar:
+            task = bar.add_task("measuring", total=total)
+            await load.run_load(
+                session.engines,
+                session.questions,
+                session.renderer,
+                settings,
+                lambda block: bar.advance(task),
+                blocks,
+            )
+
+
+class _saving:
+    """Writes the files when the block ends, also when it ends early, and shows the tables."""
+
+    def __init__(
+        self,
+        console: Console,
+        out: Path,
+        save: Callable[[str | None], list[Table]],
+        anything: Callable[[], bool],
+    ) -> None:
+        self._console, self._out, self._save, self._anything = console, out, save, anything
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if not self._anything():
+            return
+        results = Console()
+        for table in self._save(None if kind is None else f"{kind.__name__}: {error}"):
+            shown = RichTable(title=Text(table.title))
+            for column in table.columns:
+                shown.add_column(Text(column))
+            for row in table.rows:
+                shown.add_row(*map(Text, row))
+            results.print(shown)
+        self._console.print(f"written to {self._out}", markup=False)
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True)
+
+
+@asynccontextmanager
+async def _session(settings: CommonSettings, api_key: str | None) -> AsyncIterator[Session]:
+    console = Console(stderr=True)
+    for engine in settings.engines:
+        check(engine)  # before anything that takes time
+    questions = sample(_questions(settings), settings.per_task, settings.seed)
+    config = server_config(settings)
+    source = config.models[0].source
+    folder = await asyncio.to_thread(
+        lambda: model_folder(resolve_source(source), progress=lambda text: console.print(text))
+    )
+    renderer = PromptRenderer(folder)
+    context = EngineContext(
+        folder=folder,
+        source=source,
+        dtype=settings.dtype,
+        server_config=config,
+        concurrency=settings.concurrency_limit,
+        threads=settings.threads,
+        max_model_len=context_needed(questions, renderer, settings),
+        api_key=api_key,
+    )
+    engines = [create(engine, context) for engine in settings.engines]
+    # Before any engine runs: the bandwidth is that of an idle machine.
+    machine = await asyncio.to_thread(environment)
+    async with running(engines, lambda text: console.print(text)):
+        yield Session(engines, questions, renderer, machine, console)
+
+
+def context_needed(questions: Sequence[Question], renderer: PromptRenderer, settings: CommonSettings) -> int:
+    """Tokens of the longest conversation with answers of full length, in steps of 256 and at least 2048."""
+    longest = 0
+    for question in questions:
+        turns = (
+            question.turns
+            if isinstance(settings, SpecSettings) and settings.all_turns
+            else question.turns[:1]
+        )
+        prompt = renderer.render(turns, [""] * (len(turns) - 1))
+        longest = max(longest, len(prompt.ids) + len(turns) * settings.max_tokens)
+    return max(2048, -(-longest // 256) * 256)
+
+
+def _questions(settings: CommonSettings) -> tuple[Question, ...]:
+    return builtin() if settings.path is None else read_spec_bench(settings.path)
+
+
+def server_config(settings: CommonSettings) -> ClusterConfig:
+    """The given file with the precision of this run, or one model of the given source. Raises OSError,
+    yaml.YAMLError and pydantic.ValidationError."""
+    if settings.server_config is not None:
+        given = ClusterConfig.from_yaml(settings.server_config)
+        first = given.models[0].model_copy(update={"dtype": settings.dtype})
+        return given.model_copy(update={"models": (first, *given.models[1:])})
+    name = EMBEDDED_MODEL_NAME if settings.source == EMBEDDED_MODEL else "model"
+    return ClusterConfig(models=(ModelConfig(name=name, source=settings.source, dtype=settings.dtype),))

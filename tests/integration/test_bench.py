@@ -1,0 +1,60 @@
+"""`s2d bench` as users start it: its own server, real weights, files at the end, nothing left running."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.integration.ray_node import ROOT
+
+TIMEOUT_S = 400.0
+
+
+@pytest.mark.slow
+@pytest.mark.serve
+def test_spec_with_two_prompts(tmp_path: Path) -> None:
+    questions = tmp_path / "question.jsonl"
+    lines = [
+        {"question_id": 1, "category": "writing", "turns": ["Count from one to ten.", "Again, backwards."]},
+        {"question_id": 2, "category": "qa", "turns": ["What is the capital of France?"]},
+    ]
+    questions.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "cluster.cli.main", "bench", "spec"]
+    options = ["--dataset", "spec-bench", "--path", str(questions), "--dtype", "float32", "--all-turns"]
+    engines = ["-e", "s2d-plain", "-e", "s2d-prompt_lookup", "--max-tokens", "24", "--out", str(out)]
+    before = {p.pid for p in psutil.process_iter()}
+    done = subprocess.run(
+        [*command, *options, *engines],
+        cwd=ROOT,
+        env={**os.environ, "COLUMNS": "160"},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    document = json.loads((out / "spec.json").read_text())
+    assert document["interrupted"] is None
+    assert len(document["records"]) == 6  # three turns on two engines
+    assert all(record["error"] is None and record["token_ids"] for record in document["records"])
+    assert document["engines"]["s2d-plain"]["dtype"] == "float32"
+    assert document["environment"]["memory_bandwidth_gb_s"] > 0
+    overall = {row["engine"]: row for row in document["summary"] if row["task"] == "overall"}
+    assert overall["s2d-plain"]["mean_accepted_tokens"] == 1.0
+    assert overall["s2d-prompt_lookup"]["mean_accepted_tokens"] >= 1.0
+    same = overall["s2d-prompt_lookup"]["equality"]
+    assert (same["ids_equal"], same["bytes_equal"]) == (3, 3)
+    assert (out / "spec.png").exists()
+    left = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if process.pid not in before and any("s2d-bench-" in a for a in process.info["cmdline"] or ())
+    ]
+    assert left == []

@@ -1,0 +1,119 @@
+"""`s2d bench`: options, settings, the registry of engines, the environment's record."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+from typer.testing import CliRunner
+
+from cluster.bench import environment as environments
+from cluster.bench.config import LoadSettings, SpecSettings
+from cluster.bench.engines.interface import EngineUnavailableError
+from cluster.bench.engines.openai_endpoint import OpenAIEndpoint
+from cluster.bench.engines.registry import FACTORIES, EngineContext, create
+from cluster.bench.session import server_config
+from cluster.cli.main import app
+
+runner = CliRunner()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["spec", "--dataset", "spec-bench"], "path: required by"),
+        (["spec", "--dataset", "mine"], "dataset: Input should be"),
+        (["spec", "-e", "s2d-plain", "--baseline", "s2d-auto"], "baseline: 's2d-auto' is not one of"),
+        (["spec", "-e", "s2d-plain", "-e", "s2d-plain"], "engines: names must be unique"),
+        (["spec", "-e", "nobody"], "unknown engine 'nobody'; known: s2d-plain"),
+        (["spec", "-e", "x=ftp://y"], "use NAME=URL"),
+        (["load", "--rate", "-1"], "rate: must be positive"),
+        (["load", "--dtype", "float7"], "dtype: Input should be"),
+        (["spec", "--dataset", "spec-bench", "--path", "nowhere.jsonl"], "No such file"),
+    ],
+)
+def test_what_is_wrong_is_one_line(tmp_path: Path, arguments: list[str], says: str) -> None:
+    # A folder with a model is not needed: all of this is found before.
+    result = runner.invoke(app, ["bench", *arguments, "--out", str(tmp_path)])
+    assert result.exit_code == 1
+    assert says in result.output
+    assert "Traceback" not in result.output
+
+
+def test_help_names_the_commands_and_options() -> None:
+    assert all(word in runner.invoke(app, ["bench", "--help"]).output for word in ("spec", "load"))
+    text = runner.invoke(app, ["bench", "load", "--help"], env={"COLUMNS": "200"}).output
+    for option in ("--engine", "--concurrency", "--rate", "--pairs", "--slo-tpot-ms", "--out", "--seed"):
+        assert option in text
+
+
+def test_settings_refuse_unknown_fields_and_size_the_engines() -> None:
+    with pytest.raises(ValidationError, match="enginse"):
+        SpecSettings.model_validate({"enginse": ("a",)})
+    settings = LoadSettings(engines=("a", "b=http://h"), concurrency=(1, 32), slo_tpot_ms=40.0)
+    assert settings.names == ("a", "b")
+    assert settings.baseline_name == "a"
+    assert settings.concurrency_limit == 32
+    assert settings.slo.tpot_s == pytest.approx(0.04)
+    assert settings.slo.ttft_s is None
+    assert LoadSettings(concurrency=(1,), rate=(2.0,)).concurrency_limit == 64
+    assert SpecSettings().concurrency_limit == 1
+
+
+def context(**fields: int) -> EngineContext:
+    config = server_config(SpecSettings(dtype="float32"))
+    return EngineContext(Path(), config.models[0].source, "float32", config, **fields)
+
+
+def test_configurations_share_a_server_and_nested_has_its_own() -> None:
+    shared = context(concurrency=24, threads=1)
+    for name in FACTORIES:
+        assert create(name, shared).name == name
+    plain, nested = shared.server(False), shared.server(True)
+    assert plain is shared.server(False)
+    assert plain is not nested
+    assert plain._config.draft_pool.drafters == ("prompt_lookup", "token_recycling")
+    assert nested._config.draft_pool.drafters == ("prompt_lookup", "token_recycling", "nested")
+    engine = plain._config.models[0].engine
+    assert (engine.max_num_seqs, engine.threads) == (24, 1)
+    assert plain._config.models[0].dtype == "float32"
+
+
+def test_endpoints_by_url() -> None:
+    engine = create("theirs=http://host:8000/v1?x=y", context())
+    assert isinstance(engine, OpenAIEndpoint)
+    assert engine.name == "theirs"
+    with pytest.raises(EngineUnavailableError, match="unknown engine"):
+        create("theirs", context())
+
+
+def test_a_server_configuration_keeps_all_but_the_precision(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("models: [{name: mine, source: some/folder, dtype: bfloat16, max_model_len: 512}]")
+    model = server_config(SpecSettings(server_config=file, dtype="float32")).models[0]
+    assert (model.name, model.source, model.dtype, model.max_model_len) == (
+        "mine", "some/folder", "float32", 512,
+    )  # fmt: skip
+
+
+def test_the_environment_is_recorded() -> None:
+    record = environments.environment(bandwidth=False)
+    assert record["cpu"]
+    assert record["physical_cores"] >= 1
+    assert record["packages"]["torch"]
+    assert record["date"].endswith("+00:00")
+    assert "memory_bandwidth_gb_s" not in record
+
+
+def test_the_bandwidth_is_measured() -> None:
+    assert 0 < environments.read_floor_seconds(1 << 20, repeats=2) < 1.0
+
+
+def test_no_checkout_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*arguments: object, **options: object) -> None:
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(subprocess, "run", missing)
+    assert environments.git_commit() is None
