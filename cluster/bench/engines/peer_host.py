@@ -181,7 +181,8 @@ class PeerHost:
                 self._process.stdin.write(json.dumps({"op": "cancel", "id": key}).encode() + b"\n")
 
     async def _read_answers(self, process: asyncio.subprocess.Process) -> None:
-        assert process.stdout is not None and self._hello is not None
+        assert process.stdout is not None
+        assert self._hello is not None
         try:
             async for line in process.stdout:
                 now = time.perf_counter()

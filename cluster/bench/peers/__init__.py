@@ -1,1 +1,1 @@
-"""Other engines, each in a Python environment of its own: how to install them and the scripts that run there."""
+"""Other engines in Python environments of their own: how to install them, and the scripts that run there."""

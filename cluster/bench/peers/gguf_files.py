@@ -1,7 +1,8 @@
 """A model as GGUF in the precisions that llama.cpp is compared at, written once to the user's cache.
 
-The weights are those of the model's own GGUF file, dequantised, so that every engine runs the same numbers up to
-its precision; metadata and tokenizer are copied. Q8_0 and Q4_0 are made from the F16 file by llama.cpp itself.
+The weights are those of the model's own GGUF file, dequantised, so that every engine runs the same numbers
+up to its precision; metadata and tokenizer are copied. Q8_0 and Q4_0 are made from the F16 file by llama.cpp
+itself.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ Progress = Callable[[str], None]
 def gguf_file(
     source: ResolvedSource, precision: Precision, python: Path, threads: int, progress: Progress
 ) -> Path:
-    """The file for `source` at `precision`, written now if it is not there (seconds a hundred million weights).
+    """The file for `source` at `precision`, written now if it is not there (seconds for 100M weights).
 
     python: the interpreter of llama.cpp's environment, for Q8_0 and Q4_0. Raises EngineUnavailableError.
     """

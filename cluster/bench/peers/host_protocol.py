@@ -28,7 +28,7 @@ EXIT_GRACE_S = 10.0
 
 
 class Channel:
-    """Takes over standard input and output; whatever else prints to standard output goes to standard error."""
+    """Takes over standard input and output; what anything else prints goes to standard error."""
 
     def __init__(self) -> None:
         self._out = os.fdopen(os.dup(1), "w", buffering=1 << 16, encoding="utf-8")

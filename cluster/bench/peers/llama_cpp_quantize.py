@@ -1,4 +1,4 @@
-"""Quantise a GGUF file with llama.cpp itself: INPUT OUTPUT TYPE THREADS. Runs in llama-cpp-python's environment.
+"""Quantise a GGUF file with llama.cpp itself: INPUT OUTPUT TYPE THREADS. Runs in its environment.
 
 The library's defaults decide which tensors get which type, as in its own quantising tool (in Q4_0 the output
 matrix is kept in a better type).
