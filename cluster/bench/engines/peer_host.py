@@ -54,7 +54,8 @@ class PeerHost:
         self._environment = dict(environment or {})
         self._timeouts = timeouts or HostTimeouts()
         self._process: asyncio.subprocess.Process | None = None
-        self._stderr: deque[str] = deque(maxlen=STDERR_LINES)
+        self.stderr: deque[str] = deque(maxlen=STDERR_LINES)
+        """The script's last error output."""
         self._tasks: list[asyncio.Task[None]] = []
         self._hello: asyncio.Future[dict[str, Any]] | None = None
         self._answers: dict[str, asyncio.Queue[tuple[float, dict[str, Any]]]] = {}
@@ -207,7 +208,7 @@ class PeerHost:
         while chunk := await process.stderr.read(1 << 16):
             for line in chunk.decode(errors="replace").splitlines():
                 if line.strip():
-                    self._stderr.append(line.rstrip())
+                    self.stderr.append(line.rstrip())
 
     def _fail(self, reason: str) -> None:
         self._failure = self._failure or reason
@@ -218,7 +219,7 @@ class PeerHost:
             answers.put_nowait((time.perf_counter(), {"event": "error", "message": reason}))
 
     def _with_stderr(self, reason: str) -> str:
-        shown = list(self._stderr)[-ERROR_LINES:]
+        shown = list(self.stderr)[-ERROR_LINES:]
         return "\n  ".join([reason + ("; its last output:" if shown else ""), *shown])
 
 
