@@ -147,7 +147,6 @@ class PeerHost:
         try:
             async with asyncio.timeout(self._timeouts.request_s):
                 answers = await self._send(key, message)
-                response.started = time.perf_counter()
                 await _collect(answers, response)
         except TimeoutError:
             response.error = f"not finished after {self._timeouts.request_s:.0f} s"
