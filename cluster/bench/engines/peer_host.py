@@ -20,6 +20,8 @@ from typing import Any
 from cluster.bench.engines.interface import BenchRequest, BenchResponse, SpeculationCounts
 
 LINE_LIMIT_BYTES = 1 << 24
+NOT_INHERITED = frozenset({"OMP_WAIT_POLICY", "OMP_NUM_THREADS", "PYTHONPATH", "PYTHONHOME"})
+"""What is set for our own processes and not for a peer: sleeping OpenMP threads slow llama.cpp down."""
 STDERR_LINES = 200
 ERROR_LINES = 15
 """Of standard error, how many lines are kept and how many an error message shows."""
@@ -73,7 +75,7 @@ class PeerHost:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
-                env=os.environ | self._environment,
+                env={k: v for k, v in os.environ.items() if k not in NOT_INHERITED} | self._environment,
                 start_new_session=True,
                 limit=LINE_LIMIT_BYTES,
             )

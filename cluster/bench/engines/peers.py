@@ -33,7 +33,7 @@ def _threads(options: PeerOptions) -> int:
 
 
 def _omp(threads: int) -> dict[str, str]:
-    return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+    return {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
 
 
 def _hugging_face(name: str, options: PeerOptions, mode: str = "plain") -> BenchEngine:
@@ -92,7 +92,6 @@ def _vllm(name: str, options: PeerOptions, method: str | None = None) -> BenchEn
             "VLLM_NO_USAGE_STATS": "1",
             # "auto" would leave a core idle.
             "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}",
-            "OMP_WAIT_POLICY": "PASSIVE",
         }
         arguments = _flags(
             model=folder,
