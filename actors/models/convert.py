@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import os
 import shutil
 import struct
 import tempfile
@@ -12,25 +11,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import platformdirs
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from actors.models.cache import cache_dir
 from actors.models.source import ModelSourceError, ResolvedSource
 
-CACHE_ENV = "S2D_CACHE_DIR"
 LAYOUT_VERSION = 1
 """Raised when what a conversion writes changes, so that older folders are left aside."""
 LOCK_TIMEOUT_S = 600.0
 LOCK_POLL_S = 0.2
 
 Progress = Callable[[str], None]
-
-
-def cache_dir() -> Path:
-    """Where converted models are kept: $S2D_CACHE_DIR, or the user's cache directory."""
-    override = os.environ.get(CACHE_ENV)
-    return Path(override).expanduser() if override else Path(platformdirs.user_cache_dir("s2d-serve"))
 
 
 def model_folder(

@@ -101,3 +101,11 @@ class LoadSettings(CommonSettings):
     @property
     def concurrency_limit(self) -> int:
         return max((*self.concurrency, self.open_loop_limit if self.rate else 1))
+
+
+class ProfileSettings(LoadSettings):
+    """Where our own time goes. `pairs` blocks a configuration and concurrency, added up."""
+
+    concurrency: tuple[int, ...] = Field((1, 8), min_length=1, description="Requests in flight.")
+    rate: tuple[()] = ()
+    pairs: int = Field(3, ge=1)

@@ -113,14 +113,16 @@ async def run_load(
         size = block_size(point, settings)
         for engine in engines:
             # At the same batch size, once: costs that an engine measures or compiles lazily are then known.
-            at_once = [_request(questions[i % len(questions)], renderer, settings, i, 0) for i in range(size)]
+            at_once = load_requests(
+                [questions[i % len(questions)] for i in range(size)], renderer, settings, 0
+            )
             await warm_up(engine, at_once[: point.concurrency or size], settings.request_timeout_s)
         for pair in range(settings.pairs):
             asked = [questions[(place + i) % len(questions)] for i in range(size)]
             place += size
             for order, engine in enumerate(rotated(engines, pair)):
                 await reset(engine)
-                requests = [_request(q, renderer, settings, i, pair) for i, q in enumerate(asked)]
+                requests = load_requests(asked, renderer, settings, pair)
                 began = time.perf_counter()
                 if point.concurrency is not None:
                     responses = await closed_loop(
@@ -133,6 +135,13 @@ async def run_load(
                 blocks.append(block)
                 advance(block)
     return blocks
+
+
+def load_requests(
+    questions: Sequence[Question], renderer: PromptRenderer, settings: LoadSettings, pair: int
+) -> list[BenchRequest]:
+    """First turns, with seeds and ids that differ."""
+    return [_request(question, renderer, settings, i, pair) for i, question in enumerate(questions)]
 
 
 def _request(

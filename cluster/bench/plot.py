@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.bench.load import LoadRow
+from cluster.bench.profile import PARTS, PROCESSES, ProfileRow
 from cluster.bench.spec_bench import SpecRow
 
 COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb")
@@ -87,6 +88,26 @@ def plot_load(rows: Sequence[LoadRow], path: Path) -> None:
                 axis.set_xscale("log", base=2)
                 ticks = sorted({row.point.concurrency for row in shown if row.point.concurrency})
                 axis.set_xticks(ticks, [str(tick) for tick in ticks])
+    _save(plt, figure, path)
+
+
+def plot_profile(rows: Sequence[ProfileRow], path: Path) -> None:
+    """Stacked bars, one a configuration and concurrency: ms a round of the engine thread by part, and of
+    processor time by process."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(13, 1.5 + 0.6 * len(rows)), squeeze=False)
+    names = [f"{row.engine}, {row.concurrency} at once" for row in rows]
+    panels = (("engine thread", PARTS, "parts"), ("processor time", PROCESSES, "cpu"))
+    for axis, (title, kinds, attribute) in zip(axes[0], panels, strict=True):
+        left = [0.0] * len(rows)
+        for index, kind in enumerate(kinds):
+            widths = [1e3 * getattr(row, attribute)[kind] / max(1, row.rounds) for row in rows]
+            axis.barh(names, widths, left=left, color=COLORS[index % len(COLORS)], label=kind)
+            left = [a + b for a, b in zip(left, widths, strict=True)]
+        axis.invert_yaxis()
+        axis.set_xlabel("ms a round")
+        axis.set_title(title)
+        axis.legend(fontsize=8)
     _save(plt, figure, path)
 
 

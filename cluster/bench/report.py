@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from cluster.bench import load, spec_bench
-from cluster.bench.config import CommonSettings, LoadSettings, SpecSettings
+from cluster.bench.config import CommonSettings, LoadSettings, ProfileSettings, SpecSettings
 from cluster.bench.load import Block
 from cluster.bench.paired import MIN_PAIRS
-from cluster.bench.plot import plot_load, plot_speedups
+from cluster.bench.plot import plot_load, plot_profile, plot_speedups
+from cluster.bench.profile import ProfileRow
 from cluster.bench.records import Record
-from cluster.bench.tables import Table, load_tables, spec_tables
+from cluster.bench.tables import Table, load_tables, profile_tables, spec_tables
 from cluster.gateway.sse import to_jsonable
 
 FORMAT_VERSION = 1
@@ -115,6 +116,24 @@ def write_load(
     tables = load_tables(rows, settings.baseline_name)
     _write(out, "load", "Serving load", document, tables)
     _picture(lambda: plot_load(rows, out / "load.png"))
+    return tables
+
+
+def write_profile(
+    out: Path,
+    settings: ProfileSettings,
+    rows: Sequence[ProfileRow],
+    machine: Mapping[str, Any],
+    engines: Mapping[str, Mapping[str, Any]],
+    interrupted: str | None = None,
+) -> list[Table]:
+    """profile.json, profile.md and profile.png in `out`; returns the tables."""
+    document = _document("profile", settings, machine, engines, interrupted) | {
+        "rows": [to_jsonable(row) for row in rows]
+    }
+    tables = profile_tables(rows)
+    _write(out, "profile", "Where the time goes", document, tables)
+    _picture(lambda: plot_profile(rows, out / "profile.png"))
     return tables
 
 

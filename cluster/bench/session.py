@@ -21,15 +21,16 @@ from actors.models.convert import model_folder
 from actors.models.source import ModelSourceError, resolve_source
 from actors.sampling.params import ParameterError
 from cluster.bench import load, spec_bench
-from cluster.bench.config import CommonSettings, LoadSettings, SpecSettings
+from cluster.bench.config import CommonSettings, LoadSettings, ProfileSettings, SpecSettings
 from cluster.bench.datasets import DatasetError, Question, builtin, read_spec_bench, sample
 from cluster.bench.engines.interface import BenchEngine, EngineUnavailableError
 from cluster.bench.engines.registry import EngineContext, check, create
 from cluster.bench.environment import environment
 from cluster.bench.load import Block
+from cluster.bench.profile import ProfileRow, run_profile
 from cluster.bench.records import Record
 from cluster.bench.rendering import PromptRenderer
-from cluster.bench.report import write_load, write_spec
+from cluster.bench.report import write_load, write_profile, write_spec
 from cluster.bench.running import BenchError, running
 from cluster.bench.tables import Table
 from cluster.config import EMBEDDED_MODEL, EMBEDDED_MODEL_NAME, ClusterConfig, ModelConfig
@@ -107,6 +108,22 @@ async def measure_load(settings: LoadSettings, out: Path, api_key: str | None = 
                 settings,
                 lambda block: bar.advance(task),
                 blocks,
+            )
+
+
+async def measure_profile(settings: ProfileSettings, out: Path, api_key: str | None = None) -> None:
+    """As `measure_spec`, but an interrupted run writes nothing: its shares would not be comparable."""
+    rows: list[ProfileRow] = []
+    async with _session(settings, api_key) as session:
+        total = len(settings.concurrency) * settings.pairs * len(session.engines)
+
+        def save(interrupted: str | None) -> list[Table]:
+            return write_profile(out, settings, rows, session.machine, session.descriptions(), interrupted)
+
+        with _saving(session.console, out, save, lambda: bool(rows)), _progress(session.console) as bar:
+            task = bar.add_task("profiling", total=total)
+            rows += await run_profile(
+                session.engines, session.questions, session.renderer, settings, lambda: bar.advance(task)
             )
 
 

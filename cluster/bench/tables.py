@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.bench.load import LoadRow
 from cluster.bench.metrics import Acceptance, Percentiles
 from cluster.bench.paired import Comparison
+from cluster.bench.profile import PARTS, PROCESSES, ProfileRow
 from cluster.bench.spec_bench import OVERALL, SpecRow
 
 
@@ -165,3 +166,33 @@ def load_tables(rows: Sequence[LoadRow], baseline: str) -> list[Table]:
         )  # fmt: skip
         tables.append(Table(point.label, columns, cells))
     return tables
+
+
+def profile_tables(rows: Sequence[ProfileRow]) -> list[Table]:
+    """Milliseconds a round: the engine thread by part, and processor time by process."""
+    wall = Table(
+        "Engine thread, ms a round",
+        ("engine", "concurrency", "tokens/s", "tokens a round", "round", *PARTS),
+        tuple((*_profile_head(row), *_per_round(row, row.parts, PARTS)) for row in rows),
+    )
+    cpu = Table(
+        "Processor time, ms a round",
+        ("engine", "concurrency", "tokens/s", "tokens a round", "round", *PROCESSES),
+        tuple((*_profile_head(row), *_per_round(row, row.cpu, PROCESSES)) for row in rows),
+    )
+    return [wall, cpu]
+
+
+def _profile_head(row: ProfileRow) -> tuple[str, ...]:
+    rounds = max(1, row.rounds)
+    return (
+        row.engine,
+        str(row.concurrency),
+        _number(row.tokens / row.wall_s, 1),
+        _number(row.tokens / rounds),
+        _number(1e3 * row.wall_s / rounds),
+    )
+
+
+def _per_round(row: ProfileRow, seconds: Mapping[str, float], names: Sequence[str]) -> list[str]:
+    return [_number(1e3 * seconds[name] / max(1, row.rounds)) for name in names]

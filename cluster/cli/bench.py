@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cluster.bench.peers.install import install_command
 from cluster.cli.common import err, fail
 
 bench = typer.Typer(
@@ -129,6 +130,37 @@ def load(
         threshold=threshold, request_timeout_s=timeout, threads=threads, **points,
     )  # fmt: skip
     _run(measure_load, settings, out, api_key)
+
+
+@bench.command()
+def profile(
+    engine: Engines = None,
+    source: Source = None,
+    dtype: DType = "bfloat16",
+    config: ServerConfig = None,
+    concurrency: Annotated[
+        list[int] | None, typer.Option(help="Requests in flight; may be repeated.")
+    ] = None,
+    max_tokens: MaxTokens = 64,
+    requests_per_stream: Annotated[int, typer.Option(min=1, help="Requests a block, per stream.")] = 2,
+    pairs: Annotated[int, typer.Option(min=1, help="Blocks of every engine, added up.")] = 3,
+    timeout: Timeout = 300.0,
+    threads: Threads = 0,
+    out: Out = Path("bench-results/profile"),
+) -> None:
+    """Split our own rounds into forward passes, sampling, wire, scheduling and Serve, as a stacked plot."""
+    from cluster.bench.config import ProfileSettings
+    from cluster.bench.session import measure_profile
+
+    settings = _settings(
+        ProfileSettings, engine, source=source, dtype=dtype, server_config=config, max_tokens=max_tokens,
+        requests_per_stream=requests_per_stream, pairs=pairs, request_timeout_s=timeout, threads=threads,
+        concurrency=tuple(concurrency) if concurrency else None,
+    )  # fmt: skip
+    _run(measure_profile, settings, out, None)
+
+
+bench.command("install")(install_command)
 
 
 def _settings(kind: Any, engines: list[str] | None, **given: Any) -> Any:

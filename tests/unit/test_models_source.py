@@ -16,7 +16,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from actors.models import convert, source
-from actors.models.convert import cache_dir, model_folder
+from actors.models.cache import ENVIRONMENT_VARIABLE, cache_dir
+from actors.models.convert import model_folder
 from actors.models.load import load_runner
 from actors.models.runner import RaggedBatch
 from actors.models.source import ModelSourceError, ResolvedSource, hash_file, resolve_source
@@ -127,7 +128,7 @@ class TestHash:
 
 @pytest.fixture
 def gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ResolvedSource:
-    monkeypatch.setenv(convert.CACHE_ENV, str(tmp_path / "cache"))
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, str(tmp_path / "cache"))
     (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
     return resolve_source(str(tmp_path / "tiny.gguf"))
 
@@ -234,7 +235,7 @@ def passing_folder() -> Iterator[Path]:
 def test_the_embedded_model_converts_and_answers(
     passing_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(convert.CACHE_ENV, str(passing_folder))
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, str(passing_folder))
     said: list[str] = []
 
     def load() -> tuple[float, object]:

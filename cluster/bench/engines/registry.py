@@ -9,6 +9,7 @@ from typing import Any
 
 from cluster.bench.engines.interface import BenchEngine, EngineUnavailableError
 from cluster.bench.engines.openai_endpoint import OpenAIEndpoint
+from cluster.bench.engines.peers import PEERS, PeerOptions
 from cluster.bench.engines.s2d import S2DEngine
 from cluster.bench.engines.s2d_server import S2DServer
 from cluster.config import ClusterConfig, DrafterName, NestedDrafterConfig
@@ -68,12 +69,26 @@ def _s2d(nested: bool = False, **speculation: Any) -> Factory:
     return lambda name, context: S2DEngine(name, context.server(nested), speculation)
 
 
+def _peer(build: Callable[[PeerOptions], BenchEngine]) -> Factory:
+    return lambda name, context: build(
+        PeerOptions(
+            model=context.source,
+            threads=context.threads,
+            max_model_len=context.max_model_len,
+            max_concurrency=context.concurrency,
+            # Peers with int8 weights have the precision in their name.
+            dtype="float32" if context.dtype == "float32" else "bfloat16",
+        )
+    )
+
+
 FACTORIES: Mapping[str, Factory] = {
     "s2d-plain": _s2d(enabled=False),
     "s2d-auto": _s2d(),
     "s2d-prompt_lookup": _s2d(drafter="prompt_lookup"),
     "s2d-token_recycling": _s2d(drafter="token_recycling"),
     "s2d-nested": _s2d(nested=True, drafter="nested"),
+    **{name: _peer(build) for name, build in PEERS.items()},
 }
 
 

@@ -28,6 +28,11 @@ class S2DEngine:
     def name(self) -> str:
         return self._name
 
+    @property
+    def server(self) -> S2DServer:
+        """Shared with other configurations."""
+        return self._server
+
     async def start(self) -> None:
         await self._server.acquire()
         self._holds_server = True

@@ -52,6 +52,13 @@ class S2DServer:
         return self._config.models[0].name
 
     @property
+    def pid(self) -> int:
+        """Of `s2d serve`, whose descendants are all processes of the server."""
+        if self._process is None:
+            raise RuntimeError("the server is not running")
+        return self._process.pid
+
+    @property
     def api_key(self) -> str | None:
         return self._config.gateway.api_key
 
@@ -73,10 +80,17 @@ class S2DServer:
                 await self._stop()
 
     async def info(self) -> Mapping[str, Any]:
-        """What the server says of its model: dtype, backend, drafters."""
+        """What the server says of its model: dtype, backend, drafters. Raises httpx.HTTPError."""
+        return await self._get(f"/v1/models/{self.model}")
+
+    async def state(self) -> Mapping[str, Any]:
+        """The body of GET /state, live. Raises httpx.HTTPError."""
+        return await self._get("/state")
+
+    async def _get(self, path: str) -> Mapping[str, Any]:
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         async with httpx.AsyncClient(base_url=self.url, timeout=10.0, headers=headers) as client:
-            answer = await client.get(f"/v1/models/{self.model}")
+            answer = await client.get(path)
             return dict(answer.raise_for_status().json())
 
     async def _start(self) -> None:

@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 import gguf
 import numpy as np
 
-from actors.models.convert import cache_dir
+from actors.models.cache import cache_dir
 from actors.models.source import ResolvedSource
 from cluster.bench.engines.interface import EngineUnavailableError
 
