@@ -40,7 +40,7 @@ class Channel:
         # From the start, so that the end of the benchmark also ends a script that is still loading.
         threading.Thread(target=self._read, name="host-input", daemon=True).start()
 
-    def listen(self, deliver: Callable[[Message], None]) -> None:
+    def listen(self, deliver: Callable[[Message], object]) -> None:
         """Call `deliver` with every message, from a thread of its own."""
 
         def hand_on() -> None:
