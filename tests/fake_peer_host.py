@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 
+import host_protocol
 from host_protocol import Channel, SpeculationTally
 
 
@@ -21,20 +22,22 @@ def main() -> None:
     parser.add_argument("--step", type=float, default=0.001)
     parser.add_argument("--fail", choices=("start", "silent", "deaf"))
     parser.add_argument("--child", action="store_true")
+    parser.add_argument("--grace", type=float, default=10.0)
     args = parser.parse_args()
+    host_protocol.EXIT_GRACE_S = args.grace
     channel = Channel()
-    print("this goes to standard error")
+    print("this goes to standard error", flush=True)
+    versions = {}
+    if args.child:
+        versions["child"] = str(subprocess.Popen(["sleep", "60"]).pid)
+        print(versions["child"], flush=True)
     if args.fail == "start":
         print("no such weights", file=sys.stderr)
         raise SystemExit(3)
     if args.fail == "silent":
         time.sleep(60)
-    versions = {}
-    if args.child:
-        versions["child"] = str(subprocess.Popen(["sleep", "60"]).pid)
     inbox: queue.Queue[dict] = queue.Queue()
-    if args.fail != "deaf":
-        channel.listen(inbox.put)
+    channel.listen(inbox.put)
     channel.hello(versions, {"step": args.step})
     if args.fail == "deaf":
         time.sleep(60)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -158,3 +160,28 @@ async def test_stop_ends_a_deaf_script_and_its_children() -> None:
     else:
         pytest.fail("the child outlived the stop")
     assert (await host.generate(request(1))).error == "stopped"
+
+
+def test_a_script_that_still_loads_ends_with_the_benchmark() -> None:
+    command = [sys.executable, str(FAKE), "--fail", "silent", "--child", "--grace", "0.1"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command,
+        stdin=pipe,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(PROTOCOL)},
+        start_new_session=True,
+    ) as process:
+        assert process.stderr is not None
+        assert process.stdin is not None
+        process.stderr.readline()
+        child = int(process.stderr.readline())
+        assert alive(child)
+        process.stdin.close()
+        process.wait(timeout=5)
+    deadline = time.monotonic() + 5
+    while alive(child):
+        assert time.monotonic() < deadline, "the child outlived its parent"
+        time.sleep(0.01)

@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import json
 import os
+import queue
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -24,7 +26,7 @@ from typing import Any
 
 Message = dict[str, Any]
 EXIT_GRACE_S = 10.0
-"""After "stop", a script that is still there ends itself so many seconds later."""
+"""After "stop", a script that is still there ends itself and its children so many seconds later."""
 
 
 class Channel:
@@ -34,10 +36,18 @@ class Channel:
         self._out = os.fdopen(os.dup(1), "w", buffering=1 << 16, encoding="utf-8")
         os.dup2(2, 1)
         self._lock = threading.Lock()
+        self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        # From the start, so that the end of the benchmark also ends a script that is still loading.
+        threading.Thread(target=self._read, name="host-input", daemon=True).start()
 
-    def listen(self, deliver: Callable[[Message], None]) -> None:
-        """Call `deliver` with every message from now on, from a thread of its own."""
-        threading.Thread(target=self._read, args=(deliver,), name="host-input", daemon=True).start()
+    def listen(self, deliver: Callable[[Message], object]) -> None:
+        """Call `deliver` with every message, from a thread of its own."""
+
+        def hand_on() -> None:
+            while True:
+                deliver(self._inbox.get())
+
+        threading.Thread(target=hand_on, name="host-messages", daemon=True).start()
 
     def send(self, *messages: Message) -> None:
         text = "".join(json.dumps(message, separators=(",", ":")) + "\n" for message in messages)
@@ -54,7 +64,7 @@ class Channel:
     def error(self, request_id: str, message: str) -> None:
         self.send({"event": "error", "id": request_id, "message": message})
 
-    def _read(self, deliver: Callable[[Message], None]) -> None:
+    def _read(self) -> None:
         for line in sys.stdin:
             try:
                 message = json.loads(line)
@@ -63,11 +73,18 @@ class Channel:
                 continue
             if message.get("op") == "stop":
                 break
-            deliver(message)
-        late = threading.Timer(EXIT_GRACE_S, os._exit, (1,))
+            self._inbox.put(message)
+        late = threading.Timer(EXIT_GRACE_S, _end_group)
         late.daemon = True
         late.start()
-        deliver({"op": "stop"})
+        self._inbox.put({"op": "stop"})
+
+
+def _end_group() -> None:
+    """Ends this process, and its children where it leads a group of its own."""
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)
 
 
 def refusal(message: Message, max_model_len: int, greedy_only: bool) -> str | None:

@@ -68,7 +68,8 @@ class Library:
         if not wanted:
             return np.empty(0, np.int64)
         rows = np.ctypeslib.as_array(llama_cpp.llama_get_logits(self._context), (wanted, self._width))
-        return rows.argmax(axis=1)
+        best: np.ndarray = rows.argmax(axis=1)
+        return best
 
     def truncate(self, slot: int, length: int) -> None:
         llama_cpp.llama_memory_seq_rm(self._memory, slot, length, -1)
