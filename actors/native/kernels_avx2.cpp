@@ -24,8 +24,8 @@ struct V {
 };
 
 // Six rows of bfloat16 would fit by count, but GCC then spills sums.
-constexpr int max_rows(bool bf16) { return bf16 ? 5 : 6; }
-constexpr int max_groups(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
+constexpr int max_rows(Format f) { return f == Format::int8 ? 4 : f == Format::bf16 ? 5 : 6; }
+constexpr int max_groups(Format, int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 
 inline float madd(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline V zero() { return V{_mm256_setzero_ps(), _mm256_setzero_ps()}; }
@@ -63,6 +63,31 @@ inline bool any_greater(V v, float x) {
     return _mm256_movemask_ps(_mm256_or_ps(_mm256_cmp_ps(v.a, limit, _CMP_GT_OQ),
                                            _mm256_cmp_ps(v.b, limit, _CMP_GT_OQ))) != 0;
 }
+
+// Integers. Both factors lie in -127..127, so that the 16-bit sums of two products never saturate.
+struct I {
+    __m256i a, b;
+};
+struct Quads {
+    __m256i a, b, size_a, size_b;
+};
+constexpr uint8_t BIAS = 0;
+
+inline I integers() { return I{_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+inline Quads quads(const char* p) {
+    const __m256i a = words(p), b = words(p + 32);
+    return Quads{a, b, _mm256_abs_epi8(a), _mm256_abs_epi8(b)};
+}
+inline __m256i dot(__m256i x, __m256i w, __m256i size, __m256i acc) {
+    const __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(x, w));
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+inline I dot(const uint8_t* x, Quads w, I acc) {
+    const __m256i four = _mm256_castps_si256(_mm256_broadcast_ss(reinterpret_cast<const float*>(x)));
+    return I{dot(four, w.a, w.size_a, acc.a), dot(four, w.b, w.size_b, acc.b)};
+}
+inline I bias_sum(Quads, I bias) { return bias; }
+inline V unbiased(I sum, I) { return V{_mm256_cvtepi32_ps(sum.a), _mm256_cvtepi32_ps(sum.b)}; }
 
 #include "kernels_impl.h"
 

@@ -13,10 +13,10 @@
 #endif
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma")
 #endif
 
 namespace s2d {
@@ -28,8 +28,8 @@ struct V {
     __m512 v;
 };
 
-constexpr int max_rows(bool) { return 6; }
-constexpr int max_groups(int) { return 4; }
+constexpr int max_rows(Format) { return 6; }
+constexpr int max_groups(Format f, int rows) { return f == Format::int8 && rows > 4 ? 2 : 4; }
 
 inline float madd(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline V zero() { return V{_mm512_setzero_ps()}; }
@@ -55,6 +55,28 @@ inline float sum(V v) {
 inline bool any_greater(V v, float x) {
     return _mm512_cmp_ps_mask(v.v, _mm512_set1_ps(x), _CMP_GT_OQ) != 0;
 }
+
+// Integers. The instruction multiplies unsigned by signed: inputs are biased by 128, and 128 times the sum of the
+// weights, gathered along the way, is taken off at the end.
+struct I {
+    __m512i v;
+};
+struct Quads {
+    __m512i v;
+};
+constexpr uint8_t BIAS = 128;
+
+inline I integers() { return I{_mm512_setzero_si512()}; }
+inline Quads quads(const char* p) { return Quads{_mm512_loadu_si512(p)}; }
+inline I dot(const uint8_t* x, Quads w, I acc) {
+    int32_t four;
+    memcpy(&four, x, sizeof four);
+    return I{_mm512_dpbusd_epi32(acc.v, _mm512_set1_epi32(four), w.v)};
+}
+inline I bias_sum(Quads w, I bias) {
+    return I{_mm512_dpbusd_epi32(bias.v, _mm512_set1_epi8(static_cast<char>(BIAS)), w.v)};
+}
+inline V unbiased(I sum, I bias) { return V{_mm512_cvtepi32_ps(_mm512_sub_epi32(sum.v, bias.v))}; }
 
 #include "kernels_impl.h"
 

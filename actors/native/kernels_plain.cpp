@@ -21,13 +21,13 @@ struct V {
 };
 
 #if defined(__aarch64__)
-constexpr int max_rows(bool) { return 4; }
-constexpr int max_groups(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
+constexpr int max_rows(Format) { return 4; }
+constexpr int max_groups(Format, int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 inline Quad madd(Quad a, Quad b, Quad c) { return vfmaq_f32(c, a, b); }
 inline float madd(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 #else
-constexpr int max_rows(bool) { return 2; }
-constexpr int max_groups(int) { return 1; }
+constexpr int max_rows(Format) { return 2; }
+constexpr int max_groups(Format, int) { return 1; }
 inline Quad madd(Quad a, Quad b, Quad c) { return a * b + c; }
 inline float madd(float a, float b, float c) { return a * b + c; }
 #endif
@@ -90,6 +90,35 @@ inline bool any_greater(V v, float x) {
     bool any = false;
     for (int i = 0; i < 16; ++i) any |= values[i] > x;
     return any;
+}
+
+struct I {
+    int32_t lane[16];
+};
+struct Quads {
+    int8_t value[64];
+};
+constexpr uint8_t BIAS = 0;
+
+inline I integers() { return I{}; }
+inline Quads quads(const char* p) {
+    Quads w;
+    memcpy(&w, p, sizeof w);
+    return w;
+}
+inline I dot(const uint8_t* x, Quads w, I acc) {
+    int8_t four[4];
+    memcpy(four, x, sizeof four);
+    for (int i = 0; i < 16; ++i) {
+        for (int j = 0; j < 4; ++j) acc.lane[i] += four[j] * w.value[4 * i + j];
+    }
+    return acc;
+}
+inline I bias_sum(Quads, I bias) { return bias; }
+inline V unbiased(I sum, I) {
+    float values[16];
+    for (int i = 0; i < 16; ++i) values[i] = static_cast<float>(sum.lane[i]);
+    return load(values);
 }
 
 #include "kernels_impl.h"
