@@ -1,8 +1,9 @@
 """int8 products in torch: the arithmetic of the native core, on any device.
 
-Weights have one scale an output, inputs one scale for every `SPAN` of a row; both are symmetric, -127..127. The
-sum of a span is an integer below 2^24, which float32 holds exactly whatever its order; spans are added first to
-last. So the bits are those of the native core (actors/native/kernels.h), and a row's depend on that row alone.
+Weights are int8 with one scale an output. Inputs are quantised to 16 bits with one scale a row: in 8 bits the
+outliers of a row drown the rest of it. The sum over `SPAN` inputs fits 32 bits, and float64 holds it exactly in
+any order; spans are rounded to float32 and added first to last. So the bits are those of the native core
+(actors/native/kernels.h), and a row's depend on that row alone.
 """
 
 from __future__ import annotations
@@ -11,43 +12,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SPAN = 64
+SPAN = 512
+WEIGHT_LIMIT, INPUT_LIMIT = 127, 32767
 TINY = 1e-30
-"""Greatest magnitude of a span (or of an output's weights) that still quantises to zeros."""
+"""Greatest magnitude of a row (or of an output's weights) that still quantises to zeros."""
 
 
-def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x: float32 [..., S]. Returns integers in float32 [..., S] and scales [..., 1] with x ~ integers * scale.
+def quantize(x: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    """x: float32 [N, K]. Returns integers -limit..limit in float32 [N, K] and scales [N, 1], x ~ both multiplied.
 
     A row with an infinity or NaN has the scale NaN and zeros.
     """
     top = x.abs().amax(-1, keepdim=True)  # NaN where a value is
     usable = top.isfinite() & (top >= TINY)
-    scale = torch.where(usable, top / 127.0, torch.where(top.isfinite(), 0.0, torch.nan))
-    factor = torch.where(usable, 127.0 / top, 0.0)
+    wide = torch.full_like(top, limit)  # a number over a tensor is a product with the reciprocal in torch
+    scale = torch.where(usable, top / wide, torch.where(top.isfinite(), 0.0, torch.nan))
+    factor = torch.where(usable, wide / top, 0.0)
     return torch.where(usable, (x * factor).round(), 0.0), scale
 
 
 class Int8Product:
-    """`MatrixProduct` with int8 weights [N, K]; float32 output. Weights are widened at every call."""
+    """`MatrixProduct` with int8 weights [N, K]; float32 output. Weights are widened at every call, which makes
+    this slow: it is for machines without the compiled core."""
 
     row_invariant = True
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self._outputs, self._inputs = weight.shape
-        values, scale = quantize(weight.float())
-        self._padding = -self._inputs % SPAN
-        spans = F.pad(values.to(torch.int8), (0, self._padding)).view(self._outputs, -1, SPAN)
-        self._spans = spans.transpose(0, 1).contiguous()  # [K / SPAN, N, SPAN]
+        values, scale = quantize(weight.float(), WEIGHT_LIMIT)
+        self._spans = [part.to(torch.int8).contiguous() for part in values.split(SPAN, dim=1)]
         self._scale = scale[:, 0]
         self._bias = None if bias is None else bias.float()
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [M, K]. Returns float32 [M, N]."""
-        padded = F.pad(x.float(), (0, self._padding)).view(x.shape[0], -1, SPAN)
-        values, scales = quantize(padded)
-        out = torch.zeros(x.shape[0], self._outputs, device=x.device)
-        for index, weight in enumerate(self._spans):
-            out += F.linear(values[:, index], weight.float()) * scales[:, index]
-        out *= self._scale
+        values, scales = quantize(x.float(), INPUT_LIMIT)
+        out = torch.zeros(x.shape[0], self._scale.numel(), device=x.device)
+        for part, weight in zip(values.double().split(SPAN, dim=1), self._spans, strict=True):
+            out += F.linear(part, weight.double()).float()
+        out *= self._scale * scales
         return out if self._bias is None else out.add_(self._bias)

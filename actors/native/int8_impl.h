@@ -1,45 +1,29 @@
-// Inputs quantised to int8 and their products with int8 weights (see kernels.h). Included by kernels_impl.h.
+// Quantised inputs and their products with int8 weights (see kernels.h). Included by kernels_impl.h.
 
-// The integers nearest to x * factor, ties to even, BIAS added; |x * factor| is at most about 127.
-inline void round_span(const float* x, int64_t count, float factor, uint8_t* values) {
-    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
-    for (int64_t i = 0; i < count; ++i) {
-        const float shifted = x[i] * factor + magic;
-        uint32_t bits;
-        memcpy(&bits, &shifted, sizeof bits);
-        values[i] = static_cast<uint8_t>(bits + BIAS);
-    }
-}
-
-// The greatest magnitude as bits: ordered like the values, infinity and NaN on top.
-inline uint32_t magnitude_bits(const float* x, int64_t count) {
-    int32_t top = 0;
-    for (int64_t i = 0; i < count; ++i) {
+float quantize(const float* x, int64_t k, int16_t* values) {
+    int32_t top_bits = 0;  // of a magnitude: ordered like the values, infinity and NaN on top
+    for (int64_t i = 0; i < k; ++i) {
         int32_t bits;
         memcpy(&bits, x + i, sizeof bits);
         bits &= 0x7fffffff;
-        top = bits > top ? bits : top;
+        top_bits = bits > top_bits ? bits : top_bits;
     }
-    return static_cast<uint32_t>(top);
-}
-
-void quantize(const float* x, int64_t k, uint8_t* values, float* scales) {
-    for (int64_t at = 0; at < k; at += SPAN) {
-        const int64_t count = k - at < SPAN ? k - at : SPAN;
-        const uint32_t bits = count == SPAN ? magnitude_bits(x + at, SPAN) : magnitude_bits(x + at, count);
-        float top;
-        memcpy(&top, &bits, sizeof top);
-        const float scale = top / 127.0f;
-        if (bits >= 0x7f800000u || top < TINY) {
-            memset(values + at, BIAS, static_cast<size_t>(count));
-            *scales++ = bits >= 0x7f800000u ? NAN : 0.0f;
-            continue;
-        }
-        if (count == SPAN) round_span(x + at, SPAN, 127.0f / top, values + at);
-        else round_span(x + at, count, 127.0f / top, values + at);
-        *scales++ = scale;
+    for (int64_t i = k; i % 4; ++i) values[i] = 0;
+    float top;
+    memcpy(&top, &top_bits, sizeof top);
+    const bool finite = top_bits < 0x7f800000;
+    if (!finite || top < TINY) {
+        memset(values, 0, static_cast<size_t>(k) * sizeof *values);
+        return finite ? 0.0f : NAN;
     }
-    for (int64_t i = k; i % 4; ++i) values[i] = BIAS;
+    const float factor = 32767.0f / top, magic = 12582912.0f;  // as in exponential(): rounds to nearest, ties to even
+    for (int64_t i = 0; i < k; ++i) {
+        const float shifted = x[i] * factor + magic;
+        uint32_t bits;
+        memcpy(&bits, &shifted, sizeof bits);
+        values[i] = static_cast<int16_t>(bits);
+    }
+    return top / 32767.0f;
 }
 
 // Adds what the epilogue says to 16 sums (fewer in the last group) and stores them.
@@ -71,43 +55,45 @@ inline void tile_int8(const Product& p, int64_t row, int64_t group, const char* 
         for (int g = 0; g < GROUPS; ++g) total[r][g] = zero();
     }
     const int64_t ldx = p.q.ld, bytes = p.group_bytes;
-    const uint8_t* x = p.q.values + row * ldx;
-    const float* scales = p.q.scales + row * p.q.spans;
+    const int16_t* x = p.q.values + row * ldx;
     const char* w = static_cast<const char*>(p.w) + group * bytes;
-    int64_t left = (p.k + 3) / 4;
-    for (; left > 0; left -= SPAN / 4, ++scales) {
+    for (int64_t left = (p.k + 3) / 4; left > 0; left -= SPAN / 4) {
         const int64_t count = left < SPAN / 4 ? left : SPAN / 4;
-        I acc[ROWS][GROUPS], bias[GROUPS];
+        I acc[ROWS][GROUPS];
         S2D_UNROLL
-        for (int g = 0; g < GROUPS; ++g) {
-            bias[g] = integers();
+        for (int r = 0; r < ROWS; ++r) {
             S2D_UNROLL
-            for (int r = 0; r < ROWS; ++r) acc[r][g] = integers();
+            for (int g = 0; g < GROUPS; ++g) acc[r][g] = integers();
         }
         for (int64_t i = 0; i < count; ++i, w += 64, x += 4, next += step) {
             S2D_UNROLL
             for (int g = 0; g < GROUPS; ++g) __builtin_prefetch(next + g * bytes, 0, 2);
             S2D_UNROLL
             for (int g = 0; g < GROUPS; ++g) {
-                const Quads quad = quads(w + g * bytes);
-                bias[g] = bias_sum(quad, bias[g]);
                 S2D_UNROLL
-                for (int r = 0; r < ROWS; ++r) acc[r][g] = dot(x + r * ldx, quad, acc[r][g]);
+                for (int part = 0; part < I::PARTS; ++part) {
+                    const Pairs first = low_pairs(w + g * bytes, part), second = high_pairs(w + g * bytes, part);
+                    const int16_t* inputs = x;
+                    if constexpr (ROWS > 2) asm("" : "+r"(inputs));  // reloaded: kept, they would push sums out of registers
+                    S2D_UNROLL
+                    for (int r = 0; r < ROWS; ++r) {
+                        dot(acc[r][g], part, inputs + r * ldx, first);
+                        dot(acc[r][g], part, inputs + r * ldx + 2, second);
+                    }
+                }
             }
         }
         S2D_UNROLL
         for (int r = 0; r < ROWS; ++r) {
             S2D_UNROLL
-            for (int g = 0; g < GROUPS; ++g) {
-                total[r][g] = add(total[r][g], mul(unbiased(acc[r][g], bias[g]), spread(scales[r * p.q.spans])));
-            }
+            for (int g = 0; g < GROUPS; ++g) total[r][g] = add(total[r][g], to_float(acc[r][g]));
         }
     }
     alignas(64) float sums[LANES];
     for (int g = 0; g < GROUPS; ++g) {
         const V scale = load(reinterpret_cast<const float*>(w + g * bytes));
         for (int r = 0; r < ROWS; ++r) {
-            store(sums, mul(total[r][g], scale));
+            store(sums, mul(total[r][g], mul(scale, spread(p.q.scales[(row + r) * p.q.stride]))));
             finish(p, row + r, group + g, sums);
         }
     }

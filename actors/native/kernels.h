@@ -4,12 +4,13 @@
 // or to a pair of inputs (bfloat16) are adjacent, 64 bytes, so that a weight is one sequential stream:
 //   float32   [group][k][16]
 //   bfloat16  [group][k / 2][16][2]      the even input in the low half of each 32-bit word
-//   int8      [group][k / 4][16][4]      then the 16 outputs' scales in float32
+//   int8      [group][k / 4][16][4]      in the order 0, 2, 1, 3; then the 16 outputs' scales in float32
 // A 32-bit word of bfloat16 expands to its even value by a shift and to its odd value by a mask.
 //
-// int8 weights are symmetric, -127..127 with one scale an output. A row of inputs is quantised the same way, with
-// one scale for every SPAN inputs. The sum of a span is an exact integer, so that its order does not matter; spans
-// are added in float32, first to last, product and sum rounded apart: every instruction set gives the same bits.
+// int8 weights are symmetric, -127..127 with one scale an output. Rows of inputs are quantised on the way, symmetric
+// in 16 bits with one scale a row (in 8 bits the outliers of a row drown the rest of it, and the multipliers of AVX2
+// take pairs of 16 bits anyway). The sum over SPAN inputs is an exact integer, so that its order does not matter;
+// spans are added in float32, first to last: every instruction set gives the same bits.
 //
 // Every product sums over k = 0, 1, 2, ... into one float32 accumulator per output, whatever the number of rows:
 // the bits of an output row do not depend on the other rows, on the tile that computed it or on the thread.
@@ -24,8 +25,8 @@ constexpr int64_t BLOCK = 32;       // KV slots a block
 constexpr int64_t MAX_GROUP = 64;   // query heads a KV head
 constexpr int64_t MAX_TOP = 16;     // best entries a row that topk returns
 
-constexpr int64_t SPAN = 64;        // inputs that share a scale
-constexpr float TINY = 1e-30f;      // what is all smaller than this quantises to 0
+constexpr int64_t SPAN = 512;       // inputs whose products fit 32 bits: 512 * 127 * 32767 < 2^31
+constexpr float TINY = 1e-30f;      // a row (or weights of an output) of nothing greater quantises to zeros
 
 enum class Format : int32_t { float32, bf16, int8 };
 
@@ -37,14 +38,12 @@ constexpr int64_t group_bytes(int64_t k, Format format) {
         default: return k * 64;
     }
 }
-constexpr int64_t spans_of(int64_t k) { return (k + SPAN - 1) / SPAN; }
-
-// Rows of int8 inputs, biased by what the instruction set wants, with their scales.
+// Rows of quantised inputs.
 struct Quantized {
-    const uint8_t* values;
-    int64_t ld;  // at least k rounded up to whole words of 4
+    const int16_t* values;
+    int64_t ld;  // from a row to the next, at least k rounded up to a multiple of 4
     const float* scales;
-    int64_t spans;  // from a row of scales to the next
+    int64_t stride;  // from a row's scale to the next
 };
 
 enum class Epilogue { store, add, scale_add };
@@ -90,9 +89,9 @@ struct Attention {
 struct Kernels {
     const char* name;
     void (*product)(const Product&);
-    // A row of k inputs for products with int8 weights: values up to a whole word of 4, spans_of(k) scales. A span
-    // with an infinity or NaN has the scale NaN.
-    void (*quantize)(const float* x, int64_t k, uint8_t* values, float* scales);
+    // A row of k inputs for products with int8 weights, filled up with zeros to a multiple of 4. Returns its scale,
+    // NaN where the row holds an infinity or NaN.
+    float (*quantize)(const float* x, int64_t k, int16_t* values);
     void (*attention)(const Attention&);
     // out = x / sqrt(mean(x^2) + eps) * weight over n (a multiple of 16) values; out may be x.
     void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* out);

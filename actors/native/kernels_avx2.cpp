@@ -64,30 +64,23 @@ inline bool any_greater(V v, float x) {
                                            _mm256_cmp_ps(v.b, limit, _CMP_GT_OQ))) != 0;
 }
 
-// Integers. Both factors lie in -127..127, so that the 16-bit sums of two products never saturate.
+// 16 integers, and weights as 8 outputs times 2 inputs of 16 bits.
 struct I {
-    __m256i a, b;
+    static constexpr int PARTS = 2;
+    __m256i part[PARTS];
 };
-struct Quads {
-    __m256i a, b, size_a, size_b;
-};
-constexpr uint8_t BIAS = 0;
+typedef __m256i Pairs;
 
-inline I integers() { return I{_mm256_setzero_si256(), _mm256_setzero_si256()}; }
-inline Quads quads(const char* p) {
-    const __m256i a = words(p), b = words(p + 32);
-    return Quads{a, b, _mm256_abs_epi8(a), _mm256_abs_epi8(b)};
+inline I integers() { return I{{_mm256_setzero_si256(), _mm256_setzero_si256()}}; }
+inline Pairs low_pairs(const char* p, int part) {
+    return _mm256_srai_epi16(_mm256_slli_epi16(words(p + 32 * part), 8), 8);
 }
-inline __m256i dot(__m256i x, __m256i w, __m256i size, __m256i acc) {
-    const __m256i pairs = _mm256_maddubs_epi16(size, _mm256_sign_epi8(x, w));
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+inline Pairs high_pairs(const char* p, int part) { return _mm256_srai_epi16(words(p + 32 * part), 8); }
+inline void dot(I& acc, int part, const int16_t* x, Pairs w) {
+    const __m256i two = _mm256_castps_si256(_mm256_broadcast_ss(reinterpret_cast<const float*>(x)));
+    acc.part[part] = _mm256_add_epi32(acc.part[part], _mm256_madd_epi16(two, w));
 }
-inline I dot(const uint8_t* x, Quads w, I acc) {
-    const __m256i four = _mm256_castps_si256(_mm256_broadcast_ss(reinterpret_cast<const float*>(x)));
-    return I{dot(four, w.a, w.size_a, acc.a), dot(four, w.b, w.size_b, acc.b)};
-}
-inline I bias_sum(Quads, I bias) { return bias; }
-inline V unbiased(I sum, I) { return V{_mm256_cvtepi32_ps(sum.a), _mm256_cvtepi32_ps(sum.b)}; }
+inline V to_float(I sum) { return V{_mm256_cvtepi32_ps(sum.part[0]), _mm256_cvtepi32_ps(sum.part[1])}; }
 
 #include "kernels_impl.h"
 

@@ -56,27 +56,22 @@ inline bool any_greater(V v, float x) {
     return _mm512_cmp_ps_mask(v.v, _mm512_set1_ps(x), _CMP_GT_OQ) != 0;
 }
 
-// Integers. The instruction multiplies unsigned by signed: inputs are biased by 128, and 128 times the sum of the
-// weights, gathered along the way, is taken off at the end.
+// 16 integers, and weights as 16 outputs times 2 inputs of 16 bits.
 struct I {
+    static constexpr int PARTS = 1;
     __m512i v;
 };
-struct Quads {
-    __m512i v;
-};
-constexpr uint8_t BIAS = 128;
+typedef __m512i Pairs;
 
 inline I integers() { return I{_mm512_setzero_si512()}; }
-inline Quads quads(const char* p) { return Quads{_mm512_loadu_si512(p)}; }
-inline I dot(const uint8_t* x, Quads w, I acc) {
-    int32_t four;
-    memcpy(&four, x, sizeof four);
-    return I{_mm512_dpbusd_epi32(acc.v, _mm512_set1_epi32(four), w.v)};
+inline Pairs low_pairs(const char* p, int) { return _mm512_srai_epi16(_mm512_slli_epi16(_mm512_loadu_si512(p), 8), 8); }
+inline Pairs high_pairs(const char* p, int) { return _mm512_srai_epi16(_mm512_loadu_si512(p), 8); }
+inline void dot(I& acc, int, const int16_t* x, Pairs w) {
+    int32_t two;
+    memcpy(&two, x, sizeof two);
+    acc.v = _mm512_dpwssd_epi32(acc.v, _mm512_set1_epi32(two), w);
 }
-inline I bias_sum(Quads w, I bias) {
-    return I{_mm512_dpbusd_epi32(bias.v, _mm512_set1_epi8(static_cast<char>(BIAS)), w.v)};
-}
-inline V unbiased(I sum, I bias) { return V{_mm512_cvtepi32_ps(_mm512_sub_epi32(sum.v, bias.v))}; }
+inline V to_float(I sum) { return V{_mm512_cvtepi32_ps(sum.v)}; }
 
 #include "kernels_impl.h"
 

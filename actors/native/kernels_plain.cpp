@@ -93,29 +93,25 @@ inline bool any_greater(V v, float x) {
 }
 
 struct I {
+    static constexpr int PARTS = 1;
     int32_t lane[16];
 };
-struct Quads {
-    int8_t value[64];
+struct Pairs {
+    int16_t value[32];
 };
-constexpr uint8_t BIAS = 0;
 
 inline I integers() { return I{}; }
-inline Quads quads(const char* p) {
-    Quads w;
-    memcpy(&w, p, sizeof w);
+inline Pairs pairs(const char* p) {
+    Pairs w;
+    for (int i = 0; i < 32; ++i) w.value[i] = static_cast<signed char>(p[2 * i]);
     return w;
 }
-inline I dot(const uint8_t* x, Quads w, I acc) {
-    int8_t four[4];
-    memcpy(four, x, sizeof four);
-    for (int i = 0; i < 16; ++i) {
-        for (int j = 0; j < 4; ++j) acc.lane[i] += four[j] * w.value[4 * i + j];
-    }
-    return acc;
+inline Pairs low_pairs(const char* p, int) { return pairs(p); }
+inline Pairs high_pairs(const char* p, int) { return pairs(p + 1); }
+inline void dot(I& acc, int, const int16_t* x, const Pairs& w) {
+    for (int i = 0; i < 16; ++i) acc.lane[i] += x[0] * w.value[2 * i] + x[1] * w.value[2 * i + 1];
 }
-inline I bias_sum(Quads, I bias) { return bias; }
-inline V unbiased(I sum, I) {
+inline V to_float(const I& sum) {
     float values[16];
     for (int i = 0; i < 16; ++i) values[i] = static_cast<float>(sum.lane[i]);
     return load(values);

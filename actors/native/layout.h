@@ -79,7 +79,7 @@ private:
 inline int64_t groups_of(int64_t n) { return (n + LANES - 1) / LANES; }
 inline int64_t matrix_bytes(int64_t n, int64_t k, Format format) { return groups_of(n) * group_bytes(k, format); }
 // Bytes of a row of k quantised inputs, whole cache lines.
-inline int64_t quantized_bytes(int64_t k) { return (k + 63) / 64 * 64; }
+inline int64_t quantized_bytes(int64_t k) { return (k + 31) / 32 * 64; }
 
 // The part of `count` things that a thread of a team works on.
 inline void share(int64_t count, int thread, int threads, int64_t& begin, int64_t& end) {
@@ -127,7 +127,8 @@ void quantize_group(const T* rows, int64_t n, int64_t k, int64_t first_row, char
         scales[lane] = top / 127.0f;
         const float factor = 127.0f / top;
         for (int64_t i = 0; i < k; ++i) {
-            out[(i / 4 * LANES + lane) * 4 + i % 4] = static_cast<char>(lrintf(widen(row[i]) * factor));
+            const int64_t at = i % 4 == 1 ? 2 : i % 4 == 2 ? 1 : i % 4;
+            out[(i / 4 * LANES + lane) * 4 + at] = static_cast<char>(lrintf(widen(row[i]) * factor));
         }
     }
 }

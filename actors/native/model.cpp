@@ -10,19 +10,19 @@ namespace {
 constexpr int64_t CHUNK = 512;  // rows worked on at a time: bounds the scratch memory
 constexpr int64_t FEW = 8;      // rows up to which repeating a norm on each thread costs less than a barrier
 
-// A row of quantised inputs: first the scales, then the values, in room for the widest of the model.
-int64_t quantized_floats(const Shape& s) { return (spans_of(s.widest()) + 15) / 16 * 16 + quantized_bytes(s.widest()) / 4; }
-int64_t values_at(const Shape& s) { return (spans_of(s.widest()) + 15) / 16 * 16; }
+// A row of quantised inputs: its scale in a cache line, then the values, with room for the widest of the model.
+constexpr int64_t VALUES_AT = 16;
+int64_t quantized_floats(const Shape& s) { return VALUES_AT + quantized_bytes(s.widest()) / 4; }
 
 }  // namespace
 
-// Rows begin..end-1 of x to int8, where the weights are.
+// Rows begin..end-1 of x, where the weights are int8.
 void Model::quantize(const float* x, int64_t k, int64_t begin, int64_t end, float* to) const {
     if (!shape_.int8) return;
     const int64_t ld = quantized_floats(shape_);
     for (int64_t r = begin; r < end; ++r) {
         float* row = to + r * ld;
-        kernels_.quantize(x + r * k, k, reinterpret_cast<uint8_t*>(row + values_at(shape_)), row);
+        *row = kernels_.quantize(x + r * k, k, reinterpret_cast<int16_t*>(row + VALUES_AT));
     }
 }
 
@@ -32,7 +32,7 @@ void Model::multiply(const float* x, int64_t rows, const float* quantized, const
     const Format format = shape_.format();
     const int64_t ld = quantized_floats(shape_);
     kernels_.product({x, k, rows, w, group_bytes(k, format), format, k, n, begin, end, y, n, bias, nullptr, epilogue,
-                      {reinterpret_cast<const uint8_t*>(quantized + values_at(shape_)), ld * 4, quantized, ld}});
+                      {reinterpret_cast<const int16_t*>(quantized + VALUES_AT), ld * 2, quantized, ld}});
 }
 
 template <typename T>
