@@ -218,7 +218,10 @@ def load_generic(
     max_model_len: int | None = None,
     int8: bool = False,
 ) -> GenericModel:
-    """Load and probe any causal model of a local folder. `int8` quantises its linear layers. Raises `UnsupportedModelError` or ValueError."""
+    """Load and probe any causal model of a local folder. `int8` quantises its linear layers.
+
+    Raises `UnsupportedModelError` or ValueError.
+    """
     config = load_config(folder)
     architecture = architecture_of(config)
     text = config.get_text_config()

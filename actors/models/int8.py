@@ -1,9 +1,9 @@
 """int8 products in torch: the arithmetic of the native core, on any device.
 
-Weights are int8 with one scale an output. Inputs are quantised to 16 bits with one scale a row: in 8 bits the
-outliers of a row drown the rest of it. The sum over `SPAN` inputs fits 32 bits, and float64 holds it exactly in
-any order; spans are rounded to float32 and added first to last. So the bits are those of the native core
-(actors/native/kernels.h), and a row's depend on that row alone.
+Weights are int8 with one scale an output. Inputs are quantised to 16 bits with one scale a row: in 8 bits
+the outliers of a row drown the rest of it. The sum over `SPAN` inputs fits 32 bits, and float64 holds it
+exactly in any order; spans are rounded to float32 and added first to last. So the bits are those of the
+native core (actors/native/kernels.h), and a row's depend on that row alone.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ TINY = 1e-30
 
 
 def quantize(x: Tensor, limit: int) -> tuple[Tensor, Tensor]:
-    """x: float32 [N, K]. Returns integers -limit..limit in float32 [N, K] and scales [N, 1], x ~ both multiplied.
+    """x: float32 [N, K]. Returns integers -limit..limit in float32 [N, K] and scales [N, 1].
 
-    A row with an infinity or NaN has the scale NaN and zeros.
+    Their product is near x. A row with an infinity or NaN has the scale NaN and zeros.
     """
     top = x.abs().amax(-1, keepdim=True)  # NaN where a value is
     usable = top.isfinite() & (top >= TINY)
@@ -32,8 +32,10 @@ def quantize(x: Tensor, limit: int) -> tuple[Tensor, Tensor]:
 
 
 class Int8Product:
-    """`MatrixProduct` with int8 weights [N, K]; float32 output. Weights are widened at every call, which makes
-    this slow: it is for machines without the compiled core."""
+    """`MatrixProduct` with int8 weights [N, K]; float32 output.
+
+    Weights are widened at every call, which is slow: this is for machines without the compiled core.
+    """
 
     row_invariant = True
 

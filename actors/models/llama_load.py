@@ -138,8 +138,8 @@ def load_llama_weights(
 ) -> tuple[LlamaWeights, ModelInfo]:
     """Read a Llama-family folder.
 
-    `num_layers` reads only the first so many decoder layers (what a nested draft needs). `int8` asks the runner
-    to quantise (`ModelInfo.int8`). Raises
+    `num_layers` reads only the first so many decoder layers (what a nested draft needs). `int8` asks the
+    runner to quantise (`ModelInfo.int8`). Raises
     `UnsupportedModelError` for every other family, ValueError for an impossible length, depth or folder.
     """
     config = load_config(folder)

@@ -20,8 +20,8 @@ BLOCK_SIZE = 32
 class ModelInfo:
     """Shape of a model. `max_model_len` is in tokens; `num_layers` decoder layers.
 
-    `dtype` is that of the embedding, the KV pool and, unless `int8`, of the weights. With `int8` the weights of
-    linear layers and of the head are quantised from it.
+    `dtype` is that of the embedding, the KV pool and, unless `int8`, of the weights. With `int8` the weights
+    of linear layers and of the head are quantised from it.
     """
 
     name: str

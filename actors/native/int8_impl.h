@@ -74,7 +74,8 @@ inline void tile_int8(const Product& p, int64_t row, int64_t group, const char* 
                 for (int part = 0; part < I::PARTS; ++part) {
                     const Pairs first = low_pairs(w + g * bytes, part), second = high_pairs(w + g * bytes, part);
                     const int16_t* inputs = x;
-                    if constexpr (ROWS > 2) asm("" : "+r"(inputs));  // reloaded: kept, they would push sums out of registers
+                    // Read again for each part: kept in registers, GCC spills the sums instead.
+                    if constexpr (ROWS > 2) asm("" : "+r"(inputs));
                     S2D_UNROLL
                     for (int r = 0; r < ROWS; ++r) {
                         dot(acc[r][g], part, inputs + r * ldx, first);

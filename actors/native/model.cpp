@@ -162,7 +162,8 @@ void Model::run_chunk(float* hidden, int64_t first, int64_t last, int64_t at, in
         const bool by_head = few && (rows == 1 || s.kv_heads >= threads);
         int64_t row0 = 0, row1 = rows, begin, end;
         float* normed = few ? own_normed_[static_cast<size_t>(thread)].data() : work_.normed.data();
-        float* quantized = !s.int8 ? normed : few ? own_quantized_[static_cast<size_t>(thread)].data() : work_.quantized.data();
+        Scratch& held = few ? own_quantized_[static_cast<size_t>(thread)] : work_.quantized;
+        float* quantized = s.int8 ? held.data() : normed;
         if (!few) share(rows, thread, threads, row0, row1);
         const auto norm = [&](const float* weight) {
             for (int64_t r = row0; r < row1; ++r) {

@@ -241,7 +241,9 @@ def _print(console: Console, title: str, rows: Sequence[dict[str, Any]]) -> None
 
 
 def main(
-    dtype: Annotated[Literal["bfloat16", "float32", "int8"], typer.Option(help="Weights of every arm.")] = "bfloat16",
+    dtype: Annotated[
+        Literal["bfloat16", "float32", "int8"], typer.Option(help="Weights of every arm.")
+    ] = "bfloat16",
     backend: Annotated[Literal["auto", "native", "torch"], typer.Option(help="Forward pass.")] = "auto",
     source: Annotated[str, typer.Option(help="Model.")] = EMBEDDED_MODEL,
     tokens: Annotated[int, typer.Option(help="Tokens a request.")] = 96,

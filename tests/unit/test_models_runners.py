@@ -189,7 +189,9 @@ def test_bfloat16_is_close_and_its_logits_are_not_rounded(
 
 
 @pytest.mark.parametrize("compiled", [True, False])
-@pytest.mark.parametrize(("backend", "name"), [("torch", "qwen2_yarn"), ("generic", "gemma2"), ("auto", "llama")])
+@pytest.mark.parametrize(
+    ("backend", "name"), [("torch", "qwen2_yarn"), ("generic", "gemma2"), ("auto", "llama")]
+)
 def test_int8_is_close(
     backend: str,
     name: str,

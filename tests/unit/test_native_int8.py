@@ -69,7 +69,9 @@ def test_integer_sums_are_exact_at_the_extremes(isa: str) -> None:
     signs = torch.randint(0, 2, (24, k), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
     w = torch.cat([torch.ones(1, k), -torch.ones(1, k), signs]) * 127
     x = torch.cat([torch.ones(1, k), -torch.ones(1, k), signs[:7]]) * 32767
-    spans = [(a.double() @ b.double().T).float() for a, b in zip(x.split(SPAN, 1), w.split(SPAN, 1), strict=True)]
+    spans = [
+        (a.double() @ b.double().T).float() for a, b in zip(x.split(SPAN, 1), w.split(SPAN, 1), strict=True)
+    ]
     assert torch.equal(native(w, isa)(x), spans[0] + spans[1] + spans[2] + spans[3])
 
 
