@@ -47,6 +47,35 @@ inline void finish(const Product& p, int64_t row, int64_t group, const float* su
     }
 }
 
+constexpr int WHOLE_ROWS = 4;  // rows whose sums of a whole group fit the registers where it has two parts
+
+// Adds `count` quadruples of inputs to parts FIRST..LAST-1 of the sums.
+template <int ROWS, int GROUPS, int FIRST, int LAST>
+__attribute__((always_inline)) inline void add_span(I (&acc)[ROWS][GROUPS], const int16_t* x, int64_t ldx, const char* w,
+                                                    int64_t bytes, int64_t count, const char* next, int64_t step) {
+    for (int64_t i = 0; i < count; ++i, w += 64, x += 4, next += step) {
+        if constexpr (FIRST == 0) {
+            S2D_UNROLL
+            for (int g = 0; g < GROUPS; ++g) __builtin_prefetch(next + g * bytes, 0, 2);
+        }
+        S2D_UNROLL
+        for (int g = 0; g < GROUPS; ++g) {
+            S2D_UNROLL
+            for (int part = FIRST; part < LAST; ++part) {
+                const Pairs first = low_pairs(w + g * bytes, part), second = high_pairs(w + g * bytes, part);
+                const int16_t* inputs = x;
+                // Read again for each part: kept in registers, GCC spills the sums instead.
+                if constexpr (ROWS > 2) asm("" : "+r"(inputs));
+                S2D_UNROLL
+                for (int r = 0; r < ROWS; ++r) {
+                    dot(acc[r][g], part, inputs + r * ldx, first);
+                    dot(acc[r][g], part, inputs + r * ldx + 2, second);
+                }
+            }
+        }
+    }
+}
+
 // ROWS rows times GROUPS output groups. `next` and `step` as for the other formats.
 template <int ROWS, int GROUPS>
 inline void tile_int8(const Product& p, int64_t row, int64_t group, const char* next, int64_t step) {
@@ -65,25 +94,15 @@ inline void tile_int8(const Product& p, int64_t row, int64_t group, const char* 
             S2D_UNROLL
             for (int g = 0; g < GROUPS; ++g) acc[r][g] = integers();
         }
-        for (int64_t i = 0; i < count; ++i, w += 64, x += 4, next += step) {
-            S2D_UNROLL
-            for (int g = 0; g < GROUPS; ++g) __builtin_prefetch(next + g * bytes, 0, 2);
-            S2D_UNROLL
-            for (int g = 0; g < GROUPS; ++g) {
-                S2D_UNROLL
-                for (int part = 0; part < I::PARTS; ++part) {
-                    const Pairs first = low_pairs(w + g * bytes, part), second = high_pairs(w + g * bytes, part);
-                    const int16_t* inputs = x;
-                    // Read again for each part: kept in registers, GCC spills the sums instead.
-                    if constexpr (ROWS > 2) asm("" : "+r"(inputs));
-                    S2D_UNROLL
-                    for (int r = 0; r < ROWS; ++r) {
-                        dot(acc[r][g], part, inputs + r * ldx, first);
-                        dot(acc[r][g], part, inputs + r * ldx + 2, second);
-                    }
-                }
-            }
+        if constexpr (ROWS > WHOLE_ROWS && I::PARTS == 2) {
+            add_span<ROWS, GROUPS, 0, 1>(acc, x, ldx, w, bytes, count, next, step);
+            add_span<ROWS, GROUPS, 1, 2>(acc, x, ldx, w, bytes, count, nullptr, 0);
+        } else {
+            add_span<ROWS, GROUPS, 0, I::PARTS>(acc, x, ldx, w, bytes, count, next, step);
         }
+        x += 4 * count;
+        w += 64 * count;
+        next += step * count;
         S2D_UNROLL
         for (int r = 0; r < ROWS; ++r) {
             S2D_UNROLL

@@ -24,7 +24,7 @@ struct V {
 };
 
 // Six rows of bfloat16 would fit by count, but GCC then spills sums.
-constexpr int max_rows(Format f) { return f == Format::int8 ? 4 : f == Format::bf16 ? 5 : 6; }
+constexpr int max_rows(Format f) { return f == Format::bf16 ? 5 : 6; }
 constexpr int max_groups(Format, int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 
 inline float madd(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
