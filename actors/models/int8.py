@@ -31,6 +31,10 @@ def quantize(x: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     return torch.where(usable, (x * factor).round(), 0.0), scale
 
 
+def _spans(x: Tensor) -> list[Tensor]:
+    return [x[:, start : start + SPAN] for start in range(0, x.shape[1], SPAN)]
+
+
 class Int8Product:
     """`MatrixProduct` with int8 weights [N, K]; float32 output.
 
@@ -41,7 +45,7 @@ class Int8Product:
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         values, scale = quantize(weight.float(), WEIGHT_LIMIT)
-        self._spans = [part.to(torch.int8).contiguous() for part in values.split(SPAN, dim=1)]
+        self._spans = [part.to(torch.int8).contiguous() for part in _spans(values)]
         self._scale = scale[:, 0]
         self._bias = None if bias is None else bias.float()
 
@@ -49,7 +53,7 @@ class Int8Product:
         """x: [M, K]. Returns float32 [M, N]."""
         values, scales = quantize(x.float(), INPUT_LIMIT)
         out = torch.zeros(x.shape[0], self._scale.numel(), device=x.device)
-        for part, weight in zip(values.double().split(SPAN, dim=1), self._spans, strict=True):
+        for part, weight in zip(_spans(values.double()), self._spans, strict=True):
             out += F.linear(part, weight.double()).float()
         out *= self._scale * scales
         return out if self._bias is None else out.add_(self._bias)
