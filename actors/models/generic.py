@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 
 from actors.models.attention import AttentionPlan, plan_attention
 from actors.models.hf_attention import ATTENTION_NAME, PagedPass, freeze_rope, paged_attention
-from actors.models.linear import MatrixProduct, pack
+from actors.models.linear import MatrixProduct, ProductKind, pack
 from actors.models.llama_load import UnsupportedModelError, architecture_of, context_limit, load_config
 from actors.models.runner import BLOCK_SIZE, ModelInfo, RaggedBatch
 
@@ -32,14 +32,29 @@ Typical is the median of a chunk: in bfloat16 a mixture of experts may route sin
 class Float32Head(nn.Module):
     """Replaces an output embedding: the same product, returned in float32 and never rounded before."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, kind: ProductKind = "auto") -> None:
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
-        bias = None if linear.bias is None else linear.bias.detach()
-        self._product: MatrixProduct = pack(linear.weight.detach(), bias, float32_output=True)
+        self._product: MatrixProduct = _pack(linear, kind, float32_output=True)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self._product(hidden.flatten(0, -2).float()).float().view(*hidden.shape[:-1], -1)
+
+
+class PackedLinear(nn.Module):
+    """Replaces a linear layer by a product of another kind, in the dtype of its input."""
+
+    def __init__(self, linear: nn.Linear, kind: ProductKind) -> None:
+        super().__init__()
+        self._product: MatrixProduct = _pack(linear, kind)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._product(x.flatten(0, -2).float()).view(*x.shape[:-1], -1).to(x.dtype)
+
+
+def _pack(linear: nn.Linear, kind: ProductKind, *, float32_output: bool = False) -> MatrixProduct:
+    bias = None if linear.bias is None else linear.bias.detach()
+    return pack(linear.weight.detach(), bias, kind, float32_output=float32_output)
 
 
 class GenericModel:
@@ -54,8 +69,10 @@ class GenericModel:
         self._takes_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
         freeze_rope(model, info.max_model_len)
         head = model.get_output_embeddings()
+        if info.int8:
+            self._quantize(head)
         if isinstance(head, nn.Linear):
-            model.set_output_embeddings(Float32Head(head))
+            model.set_output_embeddings(Float32Head(head, "int8" if info.int8 else "auto"))
         elif info.dtype != torch.float32:
             raise self.unsupported(
                 "it has no linear output embedding, which float32 logits need: use float32"
@@ -64,6 +81,20 @@ class GenericModel:
 
     def unsupported(self, reason: str) -> UnsupportedModelError:
         return UnsupportedModelError(f"{self.info.architecture} is not supported: {reason}")
+
+    def _quantize(self, head: nn.Module | None) -> None:
+        """Every linear layer but the head to int8. Layers that are no `nn.Linear` (the fused experts of a
+        mixture, the transposed ones of GPT-2) stay as they are; with none replaced the model is refused."""
+        found = [
+            (parent, name, child)
+            for parent in self.model.modules()
+            for name, child in parent.named_children()
+            if type(child) is nn.Linear and child is not head
+        ]
+        if not found:
+            raise self.unsupported("it has no linear layers that int8 could replace")
+        for parent, name, child in found:
+            setattr(parent, name, PackedLinear(child, "int8"))
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -185,8 +216,12 @@ def load_generic(
     *,
     name: str | None = None,
     max_model_len: int | None = None,
+    int8: bool = False,
 ) -> GenericModel:
-    """Load and probe any causal model of a local folder. Raises `UnsupportedModelError` or ValueError."""
+    """Load and probe any causal model of a local folder. `int8` quantises its linear layers.
+
+    Raises `UnsupportedModelError` or ValueError.
+    """
     config = load_config(folder)
     architecture = architecture_of(config)
     text = config.get_text_config()
@@ -216,6 +251,7 @@ def load_generic(
         max_model_len=limit,
         dtype=dtype,
         device=device,
+        int8=int8,
     )
     return GenericModel(model.to(device), info)
 

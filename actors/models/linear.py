@@ -13,7 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ProductKind = Literal["auto", "plain", "prepacked", "prepacked_float32", "chunked_float32", "cuda_float32"]
+from actors.models.int8 import Int8Product
+from actors.native.library import available as native_available
+from actors.native.linear import NativeLinear
+
+ProductKind = Literal[
+    "auto", "plain", "prepacked", "prepacked_float32", "chunked_float32", "cuda_float32", "native", "int8"
+]
 PREPACK_ROWS = 8
 """Rows oneDNN lays a packed weight out for. Layouts for 2 to 64 rows cost the same; the one for 1 row does
 not."""
@@ -154,7 +160,8 @@ def pack(
     float32_output: bool = False,
 ) -> MatrixProduct:
     """Pack a weight [N, K] and a bias [N]. `kind` "auto" asks `choose_kind`; others are taken as they are and
-    raise RuntimeError where this machine lacks them."""
+    raise RuntimeError where this machine lacks them. "native" is the compiled core in the weight's dtype;
+    "int8" quantises, on the compiled core where it is there and in torch (same bits, slower) elsewhere."""
     if kind == "auto":
         kind = choose_kind(
             weight.dtype,
@@ -173,5 +180,11 @@ def pack(
             return ChunkedFloat32Product(weight, bias)
         case "cuda_float32":
             return CudaFloat32Product(weight, bias)
+        case "native":
+            return NativeLinear(weight, bias)
+        case "int8":
+            if weight.device.type == "cpu" and native_available():
+                return NativeLinear(weight, bias, int8=True)
+            return Int8Product(weight, bias)
         case _:
             raise ValueError(f"unknown kind of product {kind!r}")

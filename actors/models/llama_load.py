@@ -134,10 +134,12 @@ def load_llama_weights(
     name: str | None = None,
     max_model_len: int | None = None,
     num_layers: int | None = None,
+    int8: bool = False,
 ) -> tuple[LlamaWeights, ModelInfo]:
     """Read a Llama-family folder.
 
-    `num_layers` reads only the first so many decoder layers (what a nested draft needs). Raises
+    `num_layers` reads only the first so many decoder layers (what a nested draft needs). `int8` asks the
+    runner to quantise (`ModelInfo.int8`). Raises
     `UnsupportedModelError` for every other family, ValueError for an impossible length, depth or folder.
     """
     config = load_config(folder)
@@ -178,6 +180,7 @@ def load_llama_weights(
         max_model_len=limit,
         dtype=dtype,
         device=device,
+        int8=int8,
     )
     return weights, info
 

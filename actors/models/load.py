@@ -26,7 +26,7 @@ from actors.models.source import resolve_source
 from actors.models.threads import physical_cores
 from actors.models.torch_llama import TorchLlamaRunner
 
-DTypeName = Literal["bfloat16", "float32"]
+DTypeName = Literal["bfloat16", "float32", "int8"]
 BackendName = Literal["native", "torch", "generic"]
 Backend = Literal["auto", "native", "torch", "generic"]
 GIB = 1 << 30
@@ -63,6 +63,7 @@ def load_runner(
 ) -> LoadedModel:
     """Load a model with its own KV pool.
 
+    `dtype` int8 quantises the weights of linear layers while loading; embedding and KV cache are bfloat16.
     `backend` "auto" takes the fastest implementation that runs the model: native (CPU, Llama family), torch
     (Llama family), generic (anything transformers runs through its attention interface). `kv_blocks` blocks
     of BLOCK_SIZE tokens, 0 for what fits `kv_memory_gib`. `threads` 0 takes the
@@ -82,13 +83,15 @@ def load_runner(
         raise UnsupportedModelError(f"num_layers needs a Llama-family model, {resolved.name} is none")
     say(f"loading {resolved.name} as {dtype} on {torch_device}")
 
-    target = _Target(resolved.name, folder, getattr(torch, dtype), torch_device, max_model_len, num_layers)
+    int8 = dtype == "int8"
+    kept = torch.bfloat16 if dtype != "float32" else torch.float32
+    target = _Target(resolved.name, folder, kept, int8, torch_device, max_model_len, num_layers)
     size = _PoolSize(kv_blocks, kv_memory_gib)
     runner: ModelRunner
     if chosen == "generic":
         torch.set_num_threads(threads or physical_cores())
         model = load_generic(
-            folder, target.dtype, torch_device, name=resolved.name, max_model_len=max_model_len
+            folder, kept, torch_device, name=resolved.name, max_model_len=max_model_len, int8=int8
         )
         runner = GenericRunner(model, size.blocks(model.kv_bytes_per_token))
     else:
@@ -103,6 +106,7 @@ class _Target:
     name: str
     folder: Path
     dtype: torch.dtype
+    int8: bool
     device: torch.device
     max_model_len: int | None
     num_layers: int | None
@@ -119,6 +123,7 @@ def _load_llama(
         name=target.name,
         max_model_len=target.max_model_len,
         num_layers=target.num_layers,
+        int8=target.int8,
     )
     blocks = size.blocks(2 * info.num_layers * info.num_kv_heads * info.head_dim * info.dtype.itemsize)
     if chosen == "native":

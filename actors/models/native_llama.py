@@ -1,9 +1,10 @@
 """The Llama family on the native CPU core: blocked weights, float32 activations, one call for many layers.
 
 Row-invariant by construction: every sum has a fixed order, whatever else is in the batch (see
-actors/native/kernels.h). Weights are float32 or bfloat16; activations, the residual stream and the logits
-are float32 in both, and the KV pool has the weights' type. Trees are exact too: a token of a tree gets the
-bits that the chain of its ancestors would give it.
+actors/native/kernels.h). Weights are float32, bfloat16 or int8 (`ModelInfo.int8`: quantised here, the head
+too, with the inputs of every product quantised on the way); activations, the residual stream and the logits
+are float32 in all of them. The KV pool and the embedding have the type that the weights came in. Trees are
+exact too: a token of a tree gets the bits that the chain of its ancestors would give it.
 
 While it waits, a thread of the core spins for 60 microseconds and then sleeps. torch's own threads spin for
 milliseconds after every parallel operation unless the process runs with OMP_WAIT_POLICY=passive or
@@ -53,7 +54,8 @@ class NativeLlamaRunner:
     One thread at a time may use it: it has one set of scratch buffers.
 
     Args:
-        weights: read during construction; only an embedding that is not tied to the head is kept.
+        weights: read during construction; only an embedding that is not tied to the head, or that of int8
+            weights, is kept.
         info: describes the same model, on the CPU, in float32 or bfloat16.
         num_blocks: KV blocks of `BLOCK_SIZE` tokens.
         threads: threads of a pass, the caller's included; None takes all cores that the process may use.
@@ -84,7 +86,7 @@ class NativeLlamaRunner:
         self.threads = threads if threads is not None else len(os.sched_getaffinity(0))
         if self.threads < 1:
             raise ValueError(f"threads must be at least 1, not {self.threads}")
-        tied = weights.head.data_ptr() == weights.embed.data_ptr()
+        tied = weights.head.data_ptr() == weights.embed.data_ptr() and not info.int8
         positions = info.max_model_len
         shape = Shape(
             layers=len(weights.layers),
@@ -98,6 +100,7 @@ class NativeLlamaRunner:
             max_position=positions,
             bf16=info.dtype == torch.bfloat16,
             tied=tied,
+            int8=info.int8,
             eps=weights.rms_norm_eps,
         )
         model = self._library.c.s2d_create(ctypes.byref(shape), self.threads, self._library.isa_code)

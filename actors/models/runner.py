@@ -18,7 +18,11 @@ BLOCK_SIZE = 32
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """Shape of a model. `max_model_len` is in tokens; `num_layers` decoder layers."""
+    """Shape of a model. `max_model_len` is in tokens; `num_layers` decoder layers.
+
+    `dtype` is that of the embedding, the KV pool and, unless `int8`, of the weights. With `int8` the weights
+    of linear layers and of the head are quantised from it.
+    """
 
     name: str
     architecture: str
@@ -31,6 +35,12 @@ class ModelInfo:
     max_model_len: int
     dtype: torch.dtype
     device: torch.device
+    int8: bool = False
+
+    @property
+    def dtype_name(self) -> str:
+        """What the configuration calls it: float32, bfloat16 or int8."""
+        return "int8" if self.int8 else str(self.dtype).removeprefix("torch.")
 
 
 @dataclass(slots=True)

@@ -1,7 +1,8 @@
 """A lean forward pass of Llama-family models in plain torch, for CPU and CUDA.
 
 The residual stream, norms, rotation and logits are float32; products and the KV pool use the weights' dtype
-(on a CPU without bfloat16 arithmetic, products use float32 copies, see `actors.models.linear`).
+(on a CPU without bfloat16 arithmetic, products use float32 copies, see `actors.models.linear`). int8 weights
+are quantised at construction.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from actors.models.attention import AttentionOptions, AttentionPlan, attend, plan_attention
-from actors.models.linear import MatrixProduct, can_prepack, choose_kind, pack
+from actors.models.linear import MatrixProduct, ProductKind, can_prepack, choose_kind, pack
 from actors.models.llama_weights import LlamaLayerWeights, LlamaWeights
 from actors.models.runner import BLOCK_SIZE, ModelInfo, RaggedBatch
 
@@ -64,7 +65,8 @@ class TorchLlamaRunner:
         self._inv_freq, self._rope_scaling = weights.inv_freq.float(), weights.attention_scaling
         parameters = _count(weights)
         self._layers = tuple(self._pack_layer(layer, parameters) for layer in weights.layers)
-        self._head = pack(weights.head, parameters=parameters, float32_output=True)
+        head_kind: ProductKind = "int8" if info.int8 else "auto"
+        self._head = pack(weights.head, None, head_kind, parameters=parameters, float32_output=True)
         # bfloat16 products on a CPU without the instructions are emulated: attend in float32 there.
         wide = info.device.type == "cpu" and not can_prepack(info.dtype)
         self._attention_dtype = torch.float32 if wide else info.dtype
@@ -82,7 +84,11 @@ class TorchLlamaRunner:
         return self._num_blocks
 
     def _pack_layer(self, layer: LlamaLayerWeights, parameters: int) -> _Layer:
-        kind = choose_kind(layer.qkv.dtype, layer.qkv.device, parameters=parameters)
+        kind: ProductKind = (
+            "int8"
+            if self._info.int8
+            else choose_kind(layer.qkv.dtype, layer.qkv.device, parameters=parameters)
+        )
         return _Layer(
             qkv=pack(layer.qkv, layer.qkv_bias, kind),
             o=pack(layer.o, None, kind),

@@ -3,6 +3,7 @@
 #include <new>
 #include <string.h>
 
+#include "linear.h"
 #include "model.h"
 
 #define S2D_API extern "C" __attribute__((visibility("default")))
@@ -16,7 +17,8 @@ const Kernels* choose(int32_t isa) {
 #if defined(__x86_64__)
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                        __builtin_cpu_supports("avx512vnni");
     if (isa == 3 || (isa == 0 && avx512)) return avx512 ? &avx512_kernels() : nullptr;
     if (isa == 2 || (isa == 0 && avx2)) return avx2 ? &avx2_kernels() : nullptr;
 #else
@@ -37,7 +39,7 @@ int32_t guarded(Body&& body) {
 }  // namespace
 
 // Raised whenever a signature below changes.
-S2D_API int32_t s2d_abi_version() { return 1; }
+S2D_API int32_t s2d_abi_version() { return 2; }
 
 S2D_API const char* s2d_isa_name(int32_t isa) {
     const Kernels* kernels = choose(isa);
@@ -86,22 +88,24 @@ S2D_API int64_t s2d_weight_bytes(void* model) { return static_cast<Model*>(model
 
 S2D_API float s2d_read_weights(void* model) { return static_cast<Model*>(model)->read_weights(); }
 
-// y [rows, n] = x [rows, k] w [n, k]^T, w of float32 or bfloat16 bits, on one thread: for tests of the products.
-S2D_API int32_t s2d_product(int32_t isa, const float* x, int64_t rows, const void* w, int32_t bf16, int64_t n, int64_t k,
-                            float* y) {
-    return guarded([&] {
-        const Kernels* kernels = choose(isa);
-        if (!kernels) return BAD_RANGE;
-        Arena arena(static_cast<size_t>(matrix_bytes(n, k, bf16)));
-        for (int64_t g = 0; g < groups_of(n); ++g) {
-            char* to = arena.data() + g * group_bytes(k, bf16);
-            if (bf16) block_group(static_cast<const uint16_t*>(w), n, k, g * LANES, reinterpret_cast<uint16_t*>(to));
-            else block_group(static_cast<const float*>(w), n, k, g * LANES, reinterpret_cast<float*>(to));
-        }
-        kernels->product({x, k, rows, arena.data(), group_bytes(k, bf16), bf16 != 0, k, n, 0, groups_of(n), y, n, nullptr,
-                          nullptr, Epilogue::store});
-        return OK;
-    });
+// A matrix by itself: rows [n, k] of float32 or bfloat16 bits, kept in a format of kernels.h, and a bias [n] or null.
+// Null where there is no such instruction set or no memory.
+S2D_API void* s2d_linear_create(const void* rows, int32_t bf16, const float* bias, int64_t n, int64_t k, int32_t format,
+                                int32_t threads, int32_t isa) {
+    const Kernels* kernels = choose(isa);
+    if (!kernels) return nullptr;
+    try {
+        return new Linear(rows, bf16 != 0, bias, n, k, static_cast<Format>(format), threads, *kernels);
+    } catch (...) {
+        return nullptr;
+    }
+}
+
+S2D_API void s2d_linear_destroy(void* linear) { delete static_cast<Linear*>(linear); }
+
+// y [rows, n] = x [rows, k] w^T + bias.
+S2D_API int32_t s2d_linear_run(void* linear, const float* x, int64_t rows, float* y) {
+    return guarded([&] { return static_cast<Linear*>(linear)->run(x, rows, y), OK; });
 }
 
 // Gumbel noise -log(-log1p(-w)), w = min((x + 1/2) 2^-32, 1 - 2^-24), x the uint32 of Philox4x32-10 with counter

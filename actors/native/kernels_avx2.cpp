@@ -24,8 +24,8 @@ struct V {
 };
 
 // Six rows of bfloat16 would fit by count, but GCC then spills sums.
-constexpr int max_rows(bool bf16) { return bf16 ? 5 : 6; }
-constexpr int max_groups(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
+constexpr int max_rows(Format f) { return f == Format::bf16 ? 5 : 6; }
+constexpr int max_groups(Format, int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 
 inline float madd(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline V zero() { return V{_mm256_setzero_ps(), _mm256_setzero_ps()}; }
@@ -63,6 +63,24 @@ inline bool any_greater(V v, float x) {
     return _mm256_movemask_ps(_mm256_or_ps(_mm256_cmp_ps(v.a, limit, _CMP_GT_OQ),
                                            _mm256_cmp_ps(v.b, limit, _CMP_GT_OQ))) != 0;
 }
+
+// 16 integers, and weights as 8 outputs times 2 inputs of 16 bits.
+struct I {
+    static constexpr int PARTS = 2;
+    __m256i part[PARTS];
+};
+typedef __m256i Pairs;
+
+inline I integers() { return I{{_mm256_setzero_si256(), _mm256_setzero_si256()}}; }
+inline Pairs low_pairs(const char* p, int part) {
+    return _mm256_srai_epi16(_mm256_slli_epi16(words(p + 32 * part), 8), 8);
+}
+inline Pairs high_pairs(const char* p, int part) { return _mm256_srai_epi16(words(p + 32 * part), 8); }
+inline void dot(I& acc, int part, const int16_t* x, Pairs w) {
+    const __m256i two = _mm256_castps_si256(_mm256_broadcast_ss(reinterpret_cast<const float*>(x)));
+    acc.part[part] = _mm256_add_epi32(acc.part[part], _mm256_madd_epi16(two, w));
+}
+inline V to_float(I sum) { return V{_mm256_cvtepi32_ps(sum.part[0]), _mm256_cvtepi32_ps(sum.part[1])}; }
 
 #include "kernels_impl.h"
 

@@ -13,10 +13,10 @@
 #endif
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma")
 #endif
 
 namespace s2d {
@@ -28,8 +28,8 @@ struct V {
     __m512 v;
 };
 
-constexpr int max_rows(bool) { return 6; }
-constexpr int max_groups(int) { return 4; }
+constexpr int max_rows(Format) { return 6; }
+constexpr int max_groups(Format f, int rows) { return f == Format::int8 && rows > 4 ? 2 : 4; }
 
 inline float madd(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline V zero() { return V{_mm512_setzero_ps()}; }
@@ -55,6 +55,23 @@ inline float sum(V v) {
 inline bool any_greater(V v, float x) {
     return _mm512_cmp_ps_mask(v.v, _mm512_set1_ps(x), _CMP_GT_OQ) != 0;
 }
+
+// 16 integers, and weights as 16 outputs times 2 inputs of 16 bits.
+struct I {
+    static constexpr int PARTS = 1;
+    __m512i v;
+};
+typedef __m512i Pairs;
+
+inline I integers() { return I{_mm512_setzero_si512()}; }
+inline Pairs low_pairs(const char* p, int) { return _mm512_srai_epi16(_mm512_slli_epi16(_mm512_loadu_si512(p), 8), 8); }
+inline Pairs high_pairs(const char* p, int) { return _mm512_srai_epi16(_mm512_loadu_si512(p), 8); }
+inline void dot(I& acc, int, const int16_t* x, Pairs w) {
+    int32_t two;
+    memcpy(&two, x, sizeof two);
+    acc.v = _mm512_dpwssd_epi32(acc.v, _mm512_set1_epi32(two), w);
+}
+inline V to_float(I sum) { return V{_mm512_cvtepi32_ps(sum.v)}; }
 
 #include "kernels_impl.h"
 

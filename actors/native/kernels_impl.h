@@ -1,15 +1,18 @@
 // The kernels, written once and included by each instruction-set variant, which defines before it:
-//   V (16 floats), Broadcast (one float for all lanes), max_rows(bf16) (rows of a register tile), max_groups(rows),
-//   zero, load, store, spread, broadcast, even, odd, fma, madd, add, mul, sum, any_greater.
+//   V (16 floats), Broadcast (one float for all lanes), max_rows(format) (rows of a register tile),
+//   max_groups(format, rows), zero, load, store, spread, broadcast, even, odd, fma, madd, add, mul, sum, any_greater;
+//   for int8: I (16 integers in I::PARTS registers), Pairs (the weights of a part's outputs and two inputs),
+//   integers, low_pairs, high_pairs, dot, to_float.
 // No include guard on purpose; everything lives in the includer's unnamed namespace. Only plain functions and C
 // headers are used, so that no inline function compiled for one instruction set can be linked into another.
 
 #define S2D_UNROLL _Pragma("GCC unroll 8")
 
+#include "int8_impl.h"
 #include "products_impl.h"
 #include "layer_impl.h"
 #include "sampling_impl.h"
 
 Kernels make_table(const char* name) {
-    return Kernels{name, product, attention, rms_norm, rotate, silu_mul, gumbel, argmax, topk, read_stream};
+    return Kernels{name, product, quantize, attention, rms_norm, rotate, silu_mul, gumbel, argmax, topk, read_stream};
 }

@@ -21,13 +21,13 @@ struct V {
 };
 
 #if defined(__aarch64__)
-constexpr int max_rows(bool) { return 4; }
-constexpr int max_groups(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
+constexpr int max_rows(Format) { return 4; }
+constexpr int max_groups(Format, int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 inline Quad madd(Quad a, Quad b, Quad c) { return vfmaq_f32(c, a, b); }
 inline float madd(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 #else
-constexpr int max_rows(bool) { return 2; }
-constexpr int max_groups(int) { return 1; }
+constexpr int max_rows(Format) { return 2; }
+constexpr int max_groups(Format, int) { return 1; }
 inline Quad madd(Quad a, Quad b, Quad c) { return a * b + c; }
 inline float madd(float a, float b, float c) { return a * b + c; }
 #endif
@@ -90,6 +90,31 @@ inline bool any_greater(V v, float x) {
     bool any = false;
     for (int i = 0; i < 16; ++i) any |= values[i] > x;
     return any;
+}
+
+struct I {
+    static constexpr int PARTS = 1;
+    int32_t lane[16];
+};
+struct Pairs {
+    int16_t value[32];
+};
+
+inline I integers() { return I{}; }
+inline Pairs pairs(const char* p) {
+    Pairs w;
+    for (int i = 0; i < 32; ++i) w.value[i] = static_cast<signed char>(p[2 * i]);
+    return w;
+}
+inline Pairs low_pairs(const char* p, int) { return pairs(p); }
+inline Pairs high_pairs(const char* p, int) { return pairs(p + 1); }
+inline void dot(I& acc, int, const int16_t* x, const Pairs& w) {
+    for (int i = 0; i < 16; ++i) acc.lane[i] += x[0] * w.value[2 * i] + x[1] * w.value[2 * i + 1];
+}
+inline V to_float(const I& sum) {
+    float values[16];
+    for (int i = 0; i < 16; ++i) values[i] = static_cast<float>(sum.lane[i]);
+    return load(values);
 }
 
 #include "kernels_impl.h"

@@ -60,21 +60,21 @@ inline float greatest(const float* s) {
     return a > b ? a : b;
 }
 
-template <bool BF16>
+template <Format F>
 void attention_of(const Attention& a) {
     alignas(64) float scores[MAX_GROUP * BLOCK];
     float highest[MAX_GROUP], total[MAX_GROUP], best[MAX_GROUP], mass[MAX_GROUP], rescale[MAX_GROUP];
-    const int64_t half_bytes = BLOCK * a.head_dim * (BF16 ? 2 : 4);
-    Product qk{a.q, a.head_dim, a.group, nullptr, group_bytes(a.head_dim, BF16), BF16, a.head_dim, BLOCK,
+    const int64_t half_bytes = BLOCK * a.head_dim * (F == Format::bf16 ? 2 : 4);
+    Product qk{a.q, a.head_dim, a.group, nullptr, group_bytes(a.head_dim, F), F, a.head_dim, BLOCK,
                0, BLOCK / LANES, scores, BLOCK, nullptr, nullptr, Epilogue::store};
-    Product pv{scores, BLOCK, a.group, nullptr, group_bytes(BLOCK, BF16), BF16, BLOCK, a.head_dim,
+    Product pv{scores, BLOCK, a.group, nullptr, group_bytes(BLOCK, F), F, BLOCK, a.head_dim,
                0, a.head_dim / LANES, a.out, a.head_dim, nullptr, rescale, Epilogue::store};
     for (int64_t b = 0; b * BLOCK < a.keys; ++b) {
         const int64_t count = a.keys - b * BLOCK < BLOCK ? a.keys - b * BLOCK : BLOCK;
         const char* keys = b < a.tail_from ? a.pool + a.block_table[b] * a.block_bytes
                                            : a.tail + (b - a.tail_from) * 2 * half_bytes;
         qk.w = keys;
-        product_of<BF16>(qk);
+        product_of<F>(qk);
         for (int64_t r = 0; r < a.group; ++r) {
             float* s = scores + r * BLOCK;
             for (int64_t j = 0; j < BLOCK; ++j) s[j] *= a.scale;
@@ -100,7 +100,7 @@ void attention_of(const Attention& a) {
         pv.w = keys + half_bytes;
         pv.k = count;
         pv.epilogue = b == 0 ? Epilogue::store : Epilogue::scale_add;
-        product_of<BF16>(pv);
+        product_of<F>(pv);
     }
     for (int64_t r = 0; r < a.group; ++r) {
         const float inverse = 1.0f / total[r];
@@ -109,6 +109,6 @@ void attention_of(const Attention& a) {
 }
 
 void attention(const Attention& a) {
-    if (a.bf16) attention_of<true>(a);
-    else attention_of<false>(a);
+    if (a.bf16) attention_of<Format::bf16>(a);
+    else attention_of<Format::float32>(a);
 }

@@ -1,6 +1,7 @@
 // Where things lie in memory: aligned memory, blocked weights, KV blocks.
 #pragma once
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -76,7 +77,16 @@ private:
 };
 
 inline int64_t groups_of(int64_t n) { return (n + LANES - 1) / LANES; }
-inline int64_t matrix_bytes(int64_t n, int64_t k, bool bf16) { return groups_of(n) * group_bytes(k, bf16); }
+inline int64_t matrix_bytes(int64_t n, int64_t k, Format format) { return groups_of(n) * group_bytes(k, format); }
+// Bytes of a row of k quantised inputs, whole cache lines.
+inline int64_t quantized_bytes(int64_t k) { return (k + 31) / 32 * 64; }
+
+// The part of `count` things that a thread of a team works on.
+inline void share(int64_t count, int thread, int threads, int64_t& begin, int64_t& end) {
+    begin = count * thread / threads;
+    end = count * (thread + 1) / threads;
+}
+
 
 // Writes one group of a blocked matrix from rows [n, k]; rows from n on are left as they are (zero).
 template <typename T>
@@ -104,6 +114,37 @@ inline void convert(float x, float& to) { to = x; }
 inline void convert(float x, uint16_t& to) { to = to_bf16(x); }
 inline float widen(float x) { return x; }
 inline float widen(uint16_t x) { return from_bf16(x); }
+
+// The same for int8: values rounded to the nearest multiple of their output's scale.
+template <typename T>
+void quantize_group(const T* rows, int64_t n, int64_t k, int64_t first_row, char* out) {
+    float* scales = reinterpret_cast<float*>(out + group_bytes(k, Format::int8) - 64);
+    for (int64_t lane = 0; lane < LANES && first_row + lane < n; ++lane) {
+        const T* row = rows + (first_row + lane) * k;
+        float top = 0.0f;
+        for (int64_t i = 0; i < k; ++i) top = fmaxf(top, fabsf(widen(row[i])));
+        if (!(top >= TINY)) continue;  // zeros
+        scales[lane] = top / 127.0f;
+        const float factor = 127.0f / top;
+        for (int64_t i = 0; i < k; ++i) {
+            const int64_t at = i % 4 == 1 ? 2 : i % 4 == 2 ? 1 : i % 4;
+            out[(i / 4 * LANES + lane) * 4 + at] = static_cast<char>(lrintf(widen(row[i]) * factor));
+        }
+    }
+}
+
+// Writes one group of a blocked matrix in any format, from rows of float32 or bfloat16 bits (those are kept as
+// they are, or quantised).
+inline void put_group(const void* rows, bool bf16, int64_t n, int64_t k, int64_t first_row, Format format, char* out) {
+    if (format == Format::int8) {
+        if (bf16) quantize_group(static_cast<const uint16_t*>(rows), n, k, first_row, out);
+        else quantize_group(static_cast<const float*>(rows), n, k, first_row, out);
+    } else if (bf16) {
+        block_group(static_cast<const uint16_t*>(rows), n, k, first_row, reinterpret_cast<uint16_t*>(out));
+    } else {
+        block_group(static_cast<const float*>(rows), n, k, first_row, reinterpret_cast<float*>(out));
+    }
+}
 
 // The KV of one head in one block: K then V, both as blocked weights. K has the 32 slots as outputs and head_dim
 // inputs (scores = q K^T), V has head_dim outputs and the 32 slots as inputs (out = p V).

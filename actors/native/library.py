@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 ISA_VARIABLE = "S2D_NATIVE_ISA"
 ISA_CODES = {"auto": 0, "plain": 1, "avx2": 2, "avx512": 3}
 MAX_TOP = 16
@@ -49,6 +49,7 @@ class Shape(ctypes.Structure):
         ),
         ("bf16", c_int32),
         ("tied", c_int32),
+        ("int8", c_int32),
         ("eps", c_float),
     )
 
@@ -82,7 +83,12 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "s2d_copy_slots": (c_int32, (c_void_p, c_void_p, c_void_p, c_int64)),
     "s2d_weight_bytes": (c_int64, (c_void_p,)),
     "s2d_read_weights": (c_float, (c_void_p,)),
-    "s2d_product": (c_int32, (c_int32, c_void_p, c_int64, c_void_p, c_int32, c_int64, c_int64, c_void_p)),
+    "s2d_linear_create": (
+        c_void_p,
+        (c_void_p, c_int32, c_void_p, c_int64, c_int64, c_int32, c_int32, c_int32),
+    ),
+    "s2d_linear_destroy": (None, (c_void_p,)),
+    "s2d_linear_run": (c_int32, (c_void_p, c_void_p, c_int64, c_void_p)),
     "s2d_gumbel": (c_int32, (c_int32, c_uint64, c_int64, c_uint32, c_void_p, c_int64, c_void_p)),
     "s2d_topk": (c_int32, (c_int32, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p)),
     "s2d_argmax": (c_int32, (c_int32, c_void_p, c_int64, c_int64, c_void_p)),
@@ -121,24 +127,6 @@ class NativeLibrary:
         if name is None:
             raise NativeUnavailableError(f"this machine has no {isa}")
         self.isa: str = name.decode()
-
-    def product(self, x: Tensor, weight: Tensor) -> Tensor:
-        """float32 [M, K] times weight [N, K] (float32 or bfloat16) transposed: float32 [M, N], on one thread.
-        The weight is blocked at every call, so this is for tests of the products."""
-        bf16 = weight.dtype == torch.bfloat16
-        out = torch.empty(x.shape[0], weight.shape[0])
-        status = self.c.s2d_product(
-            self.isa_code,
-            pointer(x, torch.float32),
-            x.shape[0],
-            pointer(weight, torch.bfloat16 if bf16 else torch.float32),
-            bf16,
-            *weight.shape,
-            out.data_ptr(),
-        )
-        if status != 0:
-            raise MemoryError("no memory for a blocked weight")
-        return out
 
     def gumbel(self, key: int, position: int, stream: int, ids: Tensor | None, out: Tensor) -> None:
         """Position-keyed Gumbel noise of `actors.sampling.noise` into `out` (float32, any shape): of tokens

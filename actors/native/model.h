@@ -1,6 +1,7 @@
 // A Llama-family decoder with its own paged KV pool.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "layout.h"
@@ -22,9 +23,13 @@ enum Status : int32_t {
 
 struct Shape {
     int64_t layers, hidden, heads, kv_heads, head_dim, intermediate, vocab, blocks, max_position;
-    int32_t bf16, tied;
+    int32_t bf16, tied;  // bf16: KV pool and embedding table, and what weights come in
+    int32_t int8;        // weights of all products, the head's included; the embedding is then not tied
     float eps;
 
+    Format format() const { return int8 ? Format::int8 : stored(); }
+    Format stored() const { return bf16 ? Format::bf16 : Format::float32; }
+    int64_t widest() const { return std::max({hidden, heads * head_dim, intermediate}); }  // input of a product
     int64_t qkv() const { return (heads + 2 * kv_heads) * head_dim; }
 };
 
@@ -49,12 +54,6 @@ struct Token {
     bool straight;  // its entries are 0..index, in order
 };
 
-// The part of `count` things that a thread of a team works on.
-inline void share(int64_t count, int thread, int threads, int64_t& begin, int64_t& end) {
-    begin = count * thread / threads;
-    end = count * (thread + 1) / threads;
-}
-
 class Model {
 public:
     Model(const Shape& shape, int threads, const Kernels& kernels);
@@ -72,7 +71,7 @@ public:
 
 private:
     struct Work {
-        Scratch normed, qkv, attended, gate_up, active;
+        Scratch normed, qkv, attended, gate_up, active, quantized;
     };
 
     Status prepare(const Batch& batch);
@@ -80,8 +79,9 @@ private:
     void write_kv(int64_t layer, int64_t row, int64_t head, const Token& token);
     void attend(int64_t layer, int64_t row, int64_t head, int64_t at, int thread, const Batch& batch);
     const char* assemble(const Token& token, int64_t packed, char* pool, int thread, const Batch& batch);
-    void multiply(const float* x, int64_t ldx, int64_t rows, const char* w, int64_t n, int64_t k, int64_t begin,
-                  int64_t end, float* y, int64_t ldy, const float* bias, Epilogue epilogue) const;
+    void quantize(const float* x, int64_t k, int64_t begin, int64_t end, float* to) const;
+    void multiply(const float* x, int64_t rows, const float* quantized, const char* w, int64_t n, int64_t k,
+                  int64_t begin, int64_t end, float* y, const float* bias, Epilogue epilogue) const;
     template <typename T>
     void embed_rows(const int64_t* ids, int64_t begin, int64_t end, float* out) const;
 
@@ -101,7 +101,7 @@ private:
     Work work_;
     std::vector<Token> tokens_;
     std::vector<std::vector<int64_t>> paths_;  // a thread's list of the entries of this pass a token sees
-    std::vector<Scratch> tails_, own_normed_;  // of a thread
+    std::vector<Scratch> tails_, own_normed_, own_quantized_;  // of a thread
 };
 
 }  // namespace s2d

@@ -7,13 +7,13 @@ namespace s2d {
 namespace {
 
 int64_t weight_room(const Shape& s) {
-    const bool bf16 = s.bf16;
+    const Format format = s.format();
     const auto vector = [](int64_t n) { return static_cast<int64_t>(Arena::round(static_cast<size_t>(n) * 4)); };
-    const int64_t layer = matrix_bytes(s.qkv(), s.hidden, bf16) + matrix_bytes(s.hidden, s.heads * s.head_dim, bf16) +
-                          matrix_bytes(2 * s.intermediate, s.hidden, bf16) +
-                          matrix_bytes(s.hidden, s.intermediate, bf16) + 2 * vector(s.hidden) + vector(s.qkv()) +
+    const int64_t layer = matrix_bytes(s.qkv(), s.hidden, format) + matrix_bytes(s.hidden, s.heads * s.head_dim, format) +
+                          matrix_bytes(2 * s.intermediate, s.hidden, format) +
+                          matrix_bytes(s.hidden, s.intermediate, format) + 2 * vector(s.hidden) + vector(s.qkv()) +
                           2 * vector(s.head_dim);
-    return s.layers * layer + matrix_bytes(s.vocab, s.hidden, bf16) + vector(s.hidden) +
+    return s.layers * layer + matrix_bytes(s.vocab, s.hidden, format) + vector(s.hidden) +
            2 * vector(s.max_position * (s.head_dim / 2));
 }
 
@@ -30,26 +30,22 @@ Model::Model(const Shape& shape, int threads, const Kernels& kernels)
       layers_(static_cast<size_t>(shape.layers)),
       paths_(static_cast<size_t>(pool_.threads())),
       tails_(static_cast<size_t>(pool_.threads())),
-      own_normed_(static_cast<size_t>(pool_.threads())) {}
+      own_normed_(static_cast<size_t>(pool_.threads())),
+      own_quantized_(static_cast<size_t>(pool_.threads())) {}
 
 // which: 0 qkv, 1 o, 2 gate_up, 3 down, 4 head.
 void Model::set_matrix(int64_t layer, int64_t which, const void* rows) {
     const Shape& s = shape_;
     const int64_t n = which == 0 ? s.qkv() : which == 2 ? 2 * s.intermediate : which == 4 ? s.vocab : s.hidden;
     const int64_t k = which == 1 ? s.heads * s.head_dim : which == 3 ? s.intermediate : s.hidden;
-    char* out = weights_.take<char>(static_cast<size_t>(matrix_bytes(n, k, s.bf16)));
+    char* out = weights_.take<char>(static_cast<size_t>(matrix_bytes(n, k, s.format())));
     pool_.parallel([&](int thread, int threads) {
         int64_t begin, end;
         share(groups_of(n), thread, threads, begin, end);
         for (int64_t g = begin; g < end; ++g) {
             // gate and up groups in turn, so that one thread holds both halves of what it activates
             const int64_t row = (which == 2 ? g % 2 * (n / 2 / LANES) + g / 2 : g) * LANES;
-            char* to = out + g * group_bytes(k, s.bf16);
-            if (s.bf16) {
-                block_group(static_cast<const uint16_t*>(rows), n, k, row, reinterpret_cast<uint16_t*>(to));
-            } else {
-                block_group(static_cast<const float*>(rows), n, k, row, reinterpret_cast<float*>(to));
-            }
+            put_group(rows, s.bf16 != 0, n, k, row, s.format(), out + g * group_bytes(k, s.format()));
         }
     });
     if (which == 4) {

@@ -3,31 +3,12 @@
 constexpr int64_t GROUPS_BYTES = 256 << 10;  // weights worked on together where there are many rows
 constexpr int64_t FEW_TILES = 4;
 
-// Adds what the epilogue says to 16 sums (fewer in the last group) and stores them.
-inline void finish(const Product& p, int64_t row, int64_t group, const float* sums) {
-    const int64_t first = group * LANES, count = p.n - first;
-    float* y = p.y + row * p.ldy + first;
-    if (count >= LANES) {
-        V v = load(sums);
-        if (p.bias) v = add(v, load(p.bias + first));
-        if (p.epilogue == Epilogue::add) v = add(load(y), v);
-        if (p.epilogue == Epilogue::scale_add) v = fma(load(y), spread(p.row_scale[row]), v);
-        store(y, v);
-        return;
-    }
-    for (int64_t i = 0; i < count; ++i) {
-        float x = sums[i];
-        if (p.bias) x += p.bias[first + i];
-        if (p.epilogue == Epilogue::add) x = y[i] + x;
-        if (p.epilogue == Epilogue::scale_add) x = madd(y[i], p.row_scale[row], x);
-        y[i] = x;
-    }
-}
-
 // ROWS rows times GROUPS output groups, sums in registers. `next` runs through the weights needed afterwards by
 // `step` bytes a line, so that all tiles over the same groups together prefetch each of their lines once.
-template <bool BF16, int ROWS, int GROUPS>
+template <Format F, int ROWS, int GROUPS>
 __attribute__((noinline)) void tile(const Product& p, int64_t row, int64_t group, const char* next, int64_t step) {
+    if constexpr (F == Format::int8) return tile_int8<ROWS, GROUPS>(p, row, group, next, step);
+    constexpr bool BF16 = F == Format::bf16;
     V acc[ROWS][GROUPS];
     S2D_UNROLL
     for (int r = 0; r < ROWS; ++r) {
@@ -81,32 +62,32 @@ __attribute__((noinline)) void tile(const Product& p, int64_t row, int64_t group
     for (int i = 0; i < ROWS * GROUPS; ++i) finish(p, row + i / GROUPS, group + i % GROUPS, sums + i * LANES);
 }
 
-template <bool BF16, int ROWS>
+template <Format F, int ROWS>
 inline void tile_groups(const Product& p, int64_t row, int64_t group, int groups, const char* next, int64_t step) {
-    if constexpr (max_groups(ROWS) >= 4) {
-        if (groups == 4) return tile<BF16, ROWS, 4>(p, row, group, next, step);
+    if constexpr (max_groups(F, ROWS) >= 4) {
+        if (groups == 4) return tile<F, ROWS, 4>(p, row, group, next, step);
     }
-    if constexpr (max_groups(ROWS) >= 2) {
-        if (groups == 2) return tile<BF16, ROWS, 2>(p, row, group, next, step);
+    if constexpr (max_groups(F, ROWS) >= 2) {
+        if (groups == 2) return tile<F, ROWS, 2>(p, row, group, next, step);
     }
-    tile<BF16, ROWS, 1>(p, row, group, next, step);
+    tile<F, ROWS, 1>(p, row, group, next, step);
 }
 
-template <bool BF16, int ROWS>
+template <Format F, int ROWS>
 inline void tile_rows(const Product& p, int64_t height, int64_t row, int64_t group, int groups, const char* next,
                       int64_t step) {
     if constexpr (ROWS > 1) {
-        if (height < ROWS) return tile_rows<BF16, ROWS - 1>(p, height, row, group, groups, next, step);
+        if (height < ROWS) return tile_rows<F, ROWS - 1>(p, height, row, group, groups, next, step);
     }
-    tile_groups<BF16, ROWS>(p, row, group, groups, next, step);
+    tile_groups<F, ROWS>(p, row, group, groups, next, step);
 }
 
-template <bool BF16>
+template <Format F>
 void product_of(const Product& p) {
-    constexpr int64_t MOST_ROWS = max_rows(BF16);
+    constexpr int64_t MOST_ROWS = max_rows(F);
     const int64_t tiles = (p.rows + MOST_ROWS - 1) / MOST_ROWS;
     const int64_t base = p.rows / tiles, larger = p.rows % tiles;
-    const int64_t width = max_groups(static_cast<int>(base + (larger > 0)));
+    const int64_t width = max_groups(F, static_cast<int>(base + (larger > 0)));
     // Few rows: all tiles over one group while it is in the first-level cache, fetching the next group meanwhile.
     // Many: one tile over as many groups as the second level holds, so that its rows stay in the first.
     const int64_t held = GROUPS_BYTES / p.group_bytes;
@@ -122,7 +103,7 @@ void product_of(const Product& p) {
                 const char* next = static_cast<const char*>(p.w) + (group + groups) * p.group_bytes;
                 const int64_t share = block == width ? tiles : 1;
                 const int64_t part = block == width ? t : 0;
-                tile_rows<BF16, MOST_ROWS>(p, height, row, group, groups, next + part * (p.group_bytes / share),
+                tile_rows<F, MOST_ROWS>(p, height, row, group, groups, next + part * (p.group_bytes / share),
                                            (64 + share - 1) / share);
                 group += groups;
             }
@@ -132,8 +113,11 @@ void product_of(const Product& p) {
 }
 
 void product(const Product& p) {
-    if (p.bf16) product_of<true>(p);
-    else product_of<false>(p);
+    switch (p.format) {
+        case Format::float32: return product_of<Format::float32>(p);
+        case Format::bf16: return product_of<Format::bf16>(p);
+        case Format::int8: return product_of<Format::int8>(p);
+    }
 }
 
 float read_stream(const float* data, int64_t bytes) {

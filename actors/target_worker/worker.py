@@ -106,7 +106,7 @@ class TargetWorker:
             id=config.name,
             source=config.source,
             max_model_len=model.max_model_len,
-            dtype=str(model.dtype).removeprefix("torch."),
+            dtype=model.dtype_name,
             architecture=model.architecture,
             vocab_size=model.vocab_size,
             backend=loaded.backend,

@@ -235,7 +235,9 @@ def _print(console: Console, title: str, rows: Sequence[dict[str, Any]]) -> None
 
 
 def main(
-    dtype: Annotated[Literal["bfloat16", "float32"], typer.Option(help="Weights of every arm.")] = "bfloat16",
+    dtype: Annotated[
+        Literal["bfloat16", "float32", "int8"], typer.Option(help="Weights of every arm.")
+    ] = "bfloat16",
     backend: Annotated[Literal["auto", "native", "torch"], typer.Option(help="Forward pass.")] = "auto",
     source: Annotated[str, typer.Option(help="Model.")] = EMBEDDED_MODEL,
     tokens: Annotated[int, typer.Option(help="Tokens a request.")] = 96,
@@ -323,6 +325,8 @@ def main(
 
 def _weight_bytes(loaded: LoadedModel) -> int:
     """Bytes of weights that one step reads: all layers and the head."""
+    if isinstance(loaded.runner, NativeLlamaRunner):
+        return loaded.runner.weight_bytes
     from safetensors import safe_open
 
     size = torch.empty(0, dtype=loaded.info.dtype).element_size()

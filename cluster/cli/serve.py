@@ -24,7 +24,7 @@ def serve(
     config: Annotated[
         Path | None, typer.Option("--config", "-c", help="YAML file; the embedded model without one.")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32, for every model.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16, int8 or float32, for every model.")] = None,
     host: Annotated[str | None, typer.Option(help="Address of the HTTP proxy.")] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="HTTP port.")] = None,
     grpc_port: Annotated[int | None, typer.Option(min=1, max=65535, help="gRPC port.")] = None,

@@ -13,10 +13,12 @@ from actors.models.linear import ProductKind, can_prepack, choose_kind, pack
 
 CPU = torch.device("cpu")
 SHAPES = [(96, 64), (960, 576), (576, 1536), (4099, 48)]
-KINDS: list[ProductKind] = ["plain", "prepacked", "prepacked_float32", "chunked_float32", "auto"]
+KINDS: list[ProductKind] = ["plain", "prepacked", "prepacked_float32", "chunked_float32", "native", "auto"]
 
 
 def available(kind: ProductKind, dtype: torch.dtype) -> bool:
+    if kind == "native":
+        return linear.native_available()
     needs: dict[str, torch.dtype] = {"prepacked": dtype, "prepacked_float32": torch.float32}
     return kind not in needs or can_prepack(needs[kind])
 
@@ -59,7 +61,7 @@ def test_float32_output_was_never_rounded(shape: tuple[int, int], dtype: torch.d
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", ["prepacked", "prepacked_float32"])
+@pytest.mark.parametrize("kind", ["prepacked", "prepacked_float32", "native", "int8"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_declared_row_invariance_holds(shape: tuple[int, int], kind: ProductKind, dtype: torch.dtype) -> None:
     if not available(kind, dtype):
@@ -71,6 +73,22 @@ def test_declared_row_invariance_holds(shape: tuple[int, int], kind: ProductKind
     for rows in (1, 2, 3, 5, 8, 16, 32):
         assert torch.equal(product(x[:rows]), whole[:rows]), rows
         assert torch.equal(product(x[64 - rows :]), whole[64 - rows :]), rows
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_int8_is_near_the_definition_and_the_same_without_the_core(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, bias, x = operands((67, 150), 5, torch.bfloat16)
+    known = pack(weight, bias, "int8")(x)
+    if not compiled:
+        monkeypatch.setattr(linear, "native_available", lambda: False)
+    product = pack(weight, bias, "int8")
+    assert isinstance(product, linear.NativeLinear) == (compiled and linear.native_available())
+    out = product(x)
+    assert torch.equal(out, known)
+    expected = F.linear(x.double(), weight.double(), bias.double())
+    assert float((out - expected).std() / expected.std()) < 0.02
 
 
 def test_a_single_row_is_doubled_where_its_kernel_differs(monkeypatch: pytest.MonkeyPatch) -> None:

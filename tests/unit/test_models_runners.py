@@ -188,6 +188,35 @@ def test_bfloat16_is_close_and_its_logits_are_not_rounded(
     assert not torch.equal(ours, ours.bfloat16().float())
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize(
+    ("backend", "name"), [("torch", "qwen2_yarn"), ("generic", "gemma2"), ("auto", "llama")]
+)
+def test_int8_is_close(
+    backend: str,
+    name: str,
+    compiled: bool,
+    folders: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not compiled:
+        monkeypatch.setattr("actors.models.linear.native_available", lambda: False)
+        monkeypatch.setattr("actors.native.library.unavailable_reason", lambda: "not built")
+    folder = folders(name)
+    loaded = load(folder, backend, "int8")
+    assert (loaded.info.dtype, loaded.info.dtype_name) == (torch.bfloat16, "int8")
+    assert compiled or loaded.backend != "native"
+    (ids,) = random_ids(40)
+    ours = run_in_steps(loaded.runner, [ids], [[16], [1], [4]])[0]
+    expected = reference(folder, ids, torch.bfloat16)
+    assert float((ours - expected).std() / expected.std()) < 0.06
+
+
+def test_int8_needs_linear_layers(folders: Callable[[str], Path]) -> None:
+    with pytest.raises(UnsupportedModelError, match="no linear layers"):
+        load(folders("gpt2"), "generic", "int8")
+
+
 @pytest.fixture(scope="module")
 def schedule_case(
     folders: Callable[[str], Path],

@@ -20,6 +20,7 @@ from actors.models.llama_weights import LlamaLayerWeights, LlamaWeights
 from actors.models.native_llama import NativeLlamaRunner
 from actors.models.runner import BLOCK_SIZE, ModelInfo, RaggedBatch
 from actors.native.library import NativeLibrary, NativeUnavailableError, load_library, unavailable_reason
+from actors.native.linear import NativeLinear
 
 if (_missing := unavailable_reason()) is not None:
     pytest.skip(_missing, allow_module_level=True)
@@ -137,19 +138,22 @@ def in_chunks(runner: NativeLlamaRunner, ids: Tensor, sizes: list[int], sequence
 def test_product(library: NativeLibrary, dtype: torch.dtype, shape: tuple[int, int]) -> None:
     k, n = shape
     torch.manual_seed(k)
-    x, w = torch.randn(67, k), torch.randn(n, k).to(dtype)
-    expected = x.double() @ w.double().T
-    tolerance = 3e-6 * (x.abs().double() @ w.abs().double().T)
-    full = library.product(x, w)
+    x, w, bias = torch.randn(67, k), torch.randn(n, k).to(dtype), torch.randn(n)
+    expected = x.double() @ w.double().T + bias
+    tolerance = 3e-6 * (x.abs().double() @ w.abs().double().T + bias.abs())
+    product = NativeLinear(w, bias, threads=2, isa=library.isa)
+    full = product(x)
     assert ((full.double() - expected).abs() <= tolerance).all()
-    for m in (1, 2, 3, 4, 5, 6, 7, 8, 16, 64):
-        assert torch.equal(library.product(x[:m].contiguous(), w), full[:m]), m
+    for m in (0, 1, 2, 3, 4, 5, 6, 7, 8, 16, 64):
+        assert torch.equal(product(x[:m]), full[:m]), m
+    with pytest.raises(ValueError, match="inputs"):
+        product(torch.zeros(2, k + 1))
 
 
 def test_products_of_the_vector_variants_have_the_same_bits() -> None:
     vector = [isa for isa in ISAS if isa != "plain"]
     x, w = torch.randn(5, 100), torch.randn(40, 100)
-    results = [load_library(isa).product(x, w) for isa in vector]
+    results = [NativeLinear(w, threads=1, isa=isa)(x) for isa in vector]
     assert all(torch.equal(r, results[0]) for r in results)
 
 

@@ -1,0 +1,66 @@
+#include "linear.h"
+
+#include <algorithm>
+#include <map>
+
+namespace s2d {
+namespace {
+
+// One team a number of threads, as long as a matrix uses it. A pool runs one caller at a time.
+std::shared_ptr<Pool> shared_pool(int threads) {
+    static std::mutex mutex;
+    static std::map<int, std::weak_ptr<Pool>> pools;
+    std::lock_guard<std::mutex> lock(mutex);
+    std::shared_ptr<Pool> pool = pools[threads].lock();
+    if (!pool) pools[threads] = pool = std::make_shared<Pool>(threads);
+    return pool;
+}
+
+}  // namespace
+
+Linear::Linear(const void* rows, bool bf16, const float* bias, int64_t n, int64_t k, Format format, int threads,
+               const Kernels& kernels)
+    : kernels_(kernels),
+      pool_(shared_pool(threads)),
+      format_(format),
+      n_(n),
+      k_(k),
+      weights_(static_cast<size_t>(matrix_bytes(n, k, format)) + Arena::round(static_cast<size_t>(n) * sizeof(float))),
+      matrix_(weights_.take<char>(static_cast<size_t>(matrix_bytes(n, k, format)))) {
+    pool_->parallel([&](int thread, int threads_) {
+        int64_t begin, end;
+        share(groups_of(n), thread, threads_, begin, end);
+        for (int64_t g = begin; g < end; ++g) {
+            put_group(rows, bf16, n, k, g * LANES, format, matrix_ + g * group_bytes(k, format));
+        }
+    });
+    if (bias) {
+        bias_ = weights_.take<float>(static_cast<size_t>(n) * sizeof(float));
+        std::copy(bias, bias + n, bias_);
+    }
+}
+
+void Linear::run(const float* x, int64_t rows, float* y) const {
+    if (rows == 0) return;
+    const int64_t ld = quantized_bytes(k_) / 2;
+    Scratch buffer;
+    int16_t* values = nullptr;
+    float* scales = nullptr;
+    if (format_ == Format::int8) {
+        scales = buffer.reserve(rows * (1 + ld / 2));
+        values = reinterpret_cast<int16_t*>(scales + rows);
+    }
+    pool_->parallel([&](int thread, int threads) {
+        int64_t begin, end;
+        if (format_ == Format::int8) {
+            share(rows, thread, threads, begin, end);
+            for (int64_t r = begin; r < end; ++r) scales[r] = kernels_.quantize(x + r * k_, k_, values + r * ld);
+            pool_->barrier();
+        }
+        share(groups_of(n_), thread, threads, begin, end);
+        kernels_.product({x, k_, rows, matrix_, group_bytes(k_, format_), format_, k_, n_, begin, end, y, n_, bias_,
+                          nullptr, Epilogue::store, {values, ld, scales, 1}});
+    });
+}
+
+}  // namespace s2d

@@ -1,0 +1,86 @@
+"""One matrix product on the native core, for any linear layer on the CPU.
+
+Row-invariant in every format: each output has one fixed order of summation (actors/native/kernels.h).
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from actors.native.library import NativeLibrary, load_library, pointer
+
+LinearFormat = Literal["float32", "bfloat16", "int8"]
+_FORMATS: dict[LinearFormat, int] = {"float32": 0, "bfloat16": 1, "int8": 2}
+
+
+class NativeLinear:
+    """y = x W^T + b over a weight in the core's blocked layout.
+
+    Args:
+        weight: [N, K], float32 or bfloat16; copied.
+        bias: [N] or None; copied.
+        int8: quantise the weight (one scale an output) and the inputs (see kernels.h) to int8.
+        threads: of a product; None takes as many as torch uses now. Linears of one thread count share a team.
+        isa: instruction set (see `load_library`).
+
+    Raises:
+        NativeUnavailableError: the core is not there.
+        ValueError: the weight is of another dtype or device.
+        MemoryError: it does not fit.
+    """
+
+    row_invariant = True
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        int8: bool = False,
+        threads: int | None = None,
+        isa: str | None = None,
+    ) -> None:
+        self._library: NativeLibrary = load_library(isa)
+        if weight.dtype not in (torch.float32, torch.bfloat16) or weight.dim() != 2:
+            raise ValueError(f"a weight must be float32 or bfloat16 [N, K], not {weight.dtype}")
+        self._outputs, self._inputs = weight.shape
+        self.format: LinearFormat = (
+            "int8" if int8 else "bfloat16" if weight.dtype == torch.bfloat16 else "float32"
+        )
+        weight = weight.detach().contiguous()
+        bias = None if bias is None else bias.detach().float().contiguous()
+        handle = self._library.c.s2d_linear_create(
+            pointer(weight, weight.dtype),
+            weight.dtype == torch.bfloat16,
+            None if bias is None else pointer(bias, torch.float32),
+            self._outputs,
+            self._inputs,
+            _FORMATS[self.format],
+            torch.get_num_threads() if threads is None else threads,
+            self._library.isa_code,
+        )
+        if not handle:
+            raise MemoryError("no memory for a blocked weight, or no thread could be started")
+        self._handle: int = handle
+        weakref.finalize(self, _destroy, self._library, handle)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [M, K], any float dtype. Returns float32 [M, N]. Raises ValueError for another width."""
+        x = x.detach().float().contiguous()
+        if x.dim() != 2 or x.shape[1] != self._inputs:
+            raise ValueError(f"inputs are {tuple(x.shape)}, not [M, {self._inputs}]")
+        out = torch.empty(x.shape[0], self._outputs)
+        status = self._library.c.s2d_linear_run(
+            self._handle, pointer(x, torch.float32), x.shape[0], out.data_ptr()
+        )
+        if status != 0:
+            raise MemoryError("no memory for quantised inputs")
+        return out
+
+
+def _destroy(library: NativeLibrary, handle: int) -> None:
+    library.c.s2d_linear_destroy(handle)
