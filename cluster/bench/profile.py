@@ -12,8 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
-
 from cluster.bench.config import ProfileSettings
 from cluster.bench.datasets import Question
 from cluster.bench.engines.interface import BenchEngine, BenchRequest
@@ -100,6 +98,8 @@ def process_kind(command: str) -> str:
 
 def cpu_seconds(server_pid: int) -> Counter[str]:
     """Processor seconds so far, user and system, by kind of process; our own count as the client."""
+    import psutil  # of the extra "bench"
+
     total: Counter[str] = Counter({"client": sum(os.times()[:2])})
     root = psutil.Process(server_pid)
     for process in (root, *root.children(recursive=True)):
