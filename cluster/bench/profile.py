@@ -7,7 +7,7 @@ are subtracted. Processor time is what the operating system booked on each proce
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -96,11 +96,11 @@ def process_kind(command: str) -> str:
     return "proxy" if "ProxyActor" in command else "Ray"
 
 
-def cpu_seconds(server_pid: int) -> Counter[str]:
+def cpu_seconds(server_pid: int) -> dict[str, float]:
     """Processor seconds so far, user and system, by kind of process; our own count as the client."""
     import psutil  # of the extra "bench"
 
-    total: Counter[str] = Counter({"client": sum(os.times()[:2])})
+    total = dict.fromkeys(PROCESSES, 0.0) | {"client": sum(os.times()[:2])}
     root = psutil.Process(server_pid)
     for process in (root, *root.children(recursive=True)):
         try:
@@ -163,10 +163,12 @@ async def _block(
 
 
 def _sum(rows: Sequence[ProfileRow]) -> ProfileRow:
-    parts, cpu = Counter[str](), Counter[str]()
+    parts: defaultdict[str, float] = defaultdict(float)
+    cpu: defaultdict[str, float] = defaultdict(float)
     for row in rows:
-        parts.update(row.parts)
-        cpu.update(row.cpu)
+        for total, values in ((parts, row.parts), (cpu, row.cpu)):
+            for name, seconds in values.items():
+                total[name] += seconds
     return ProfileRow(
         rows[0].engine,
         rows[0].concurrency,
