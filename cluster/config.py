@@ -136,7 +136,12 @@ class GatewayConfig(ConfigModel):
     api_key: str | None = Field(None, description="Bearer token that clients must send; null for none.")
     max_body_bytes: int = Field(4 * 1024 * 1024, ge=1024, description="Larger HTTP bodies get 413.")
     request_timeout_s: float = Field(600.0, gt=0, description="Longest time one request may take.")
-    stream_interval_ms: float = Field(20.0, ge=0, description="Tokens are coalesced for at most this long.")
+    stream_interval_ms: float | None = Field(
+        None,
+        ge=0,
+        description="Tokens are coalesced for at most this long. Null: 20 ms, and 100 ms where a model's "
+        "compute threads take every core, since each chunk costs them several milliseconds there.",
+    )
     admin_endpoints: bool = Field(False, description="Serve POST /admin/reset (drops shared caches).")
     num_cpus: float = Field(0.2, gt=0)
 

@@ -32,3 +32,8 @@ def _quota(file: Path) -> int | None:
         return None if quota == "max" else math.ceil(int(quota) / int(period))
     except (OSError, ValueError):
         return None
+
+
+def takes_every_core(threads: int) -> bool:
+    """Whether so many compute threads (0: one a physical core) leave no CPU of this process to others."""
+    return (threads or physical_cores()) >= len(os.sched_getaffinity(0))

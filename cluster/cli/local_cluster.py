@@ -17,6 +17,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from actors.models.threads import takes_every_core
+from cluster.cli.priorities import give_way
 from cluster.config import ClusterConfig, GatewayConfig
 
 OBJECT_STORE_BYTES = 200 * 1024 * 1024
@@ -124,6 +126,8 @@ class LocalCluster:
             return
         with phase("ready"):
             self._wait_ready()
+        if any(takes_every_core(model.engine.threads) for model in self._config.models):
+            give_way(descendants(os.getpid()))
 
     def _start_ray(self) -> None:
         for name, value in RAY_ENVIRONMENT.items():

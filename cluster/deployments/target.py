@@ -32,7 +32,7 @@ class Target:
     """
 
     async def __init__(  # type: ignore[misc]
-        self, model: dict[str, Any], draft_pool: dict[str, Any], stream_interval_ms: float
+        self, model: dict[str, Any], draft_pool: dict[str, Any], stream_interval_ms: float | None
     ) -> None:
         # Imported here: it pulls in torch, which whoever only builds the application need not load.
         from cluster.deployments.wiring import build_target_worker

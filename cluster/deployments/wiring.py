@@ -16,12 +16,15 @@ from actors.drafting.selector import CANDIDATES_WANTED, DrafterPool
 from actors.drafting.token_recycling import TokenRecyclingDrafter
 from actors.engine.build import build_engine
 from actors.engine.interface import TargetEngine
-from actors.models.load import LoadedModel, load_runner
+from actors.models.load import LoadedModel, choose_device, load_runner
+from actors.models.threads import takes_every_core
 from actors.sampling.grammar import GrammarCompiler
 from actors.target_worker.worker import TargetWorker
 from cluster.config import DraftPoolConfig, ModelConfig
 
 logger = logging.getLogger(__name__)
+STREAM_INTERVAL_MS, CROWDED_INTERVAL_MS = 20.0, 100.0
+"""Between two chunks of a stream, with cores to spare and without."""
 Leases = Callable[[], Sequence[Mapping[str, object]]]
 
 
@@ -66,10 +69,13 @@ def build_target_worker(
     leases: Leases,
     *,
     replica_id: str,
-    stream_interval_ms: float,
+    stream_interval_ms: float | None,
 ) -> TargetWorker:
     """Load the model and connect to the draft pool. Blocking: seconds to minutes."""
     max_sessions = config.engine.max_num_seqs + config.engine.max_queued
+    if stream_interval_ms is None:
+        crowded = choose_device(config.device).type == "cpu" and takes_every_core(config.engine.threads)
+        stream_interval_ms = CROWDED_INTERVAL_MS if crowded else STREAM_INTERVAL_MS
     nested = pool.nested if pool.replicas and "nested" in pool.drafters else None
     return TargetWorker(
         config,

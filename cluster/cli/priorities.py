@@ -1,0 +1,44 @@
+"""On a machine whose every core computes, what manages must not interrupt what computes.
+
+A target's threads meet at a barrier hundreds of times a round. Each time that Ray or the gateway wakes on one
+of their cores, all of them wait. With a lower priority they run in the gaps of a round instead, which come
+every few milliseconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+NICENESS = 10
+MANAGING = (
+    "ServeController",
+    "ProxyActor",
+    "RegistryActor",
+    ":gateway",
+    "gcs_server",
+    "DashboardAgent",
+    "dashboard/dashboard.py",
+    "log_monitor.py",
+    "autoscaler/_private/monitor.py",
+)
+"""Marks in command lines. Not the raylet, whose children inherit its priority, and not idle workers, which
+may become targets."""
+
+
+def give_way(processes: Collection[int], niceness: int = NICENESS) -> set[int]:
+    """Lower the priority of every thread of the managing ones among `processes`; returns these. Threads that
+    they start later inherit it; what is gone or not ours is left alone."""
+    lowered: set[int] = set()
+    for pid in processes:
+        with contextlib.suppress(OSError):
+            command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            if not any(mark in command for mark in MANAGING):
+                continue
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                with contextlib.suppress(OSError):
+                    os.setpriority(os.PRIO_PROCESS, int(task.name), niceness)
+            lowered.add(pid)
+    return lowered

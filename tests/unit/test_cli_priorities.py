@@ -1,0 +1,53 @@
+"""Managing processes give way; what computes does not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from actors.models.threads import takes_every_core
+from cluster.cli.priorities import give_way
+
+SLEEPER = """
+import threading, time
+threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+print(1, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def processes() -> Iterator[dict[str, int]]:
+    names = ("ServeReplica:s2d:gateway", "ServeReplica:s2d:target-m", "ray::IDLE", "ray::ProxyActor")
+    command = [sys.executable, "-c", SLEEPER]
+    running = {name: subprocess.Popen([*command, name], stdout=subprocess.PIPE) for name in names}
+    for process in running.values():
+        assert process.stdout is not None
+        process.stdout.readline()
+    yield {name: process.pid for name, process in running.items()}
+    for process in running.values():
+        process.kill()
+        process.wait()
+
+
+def test_every_thread_of_managing_processes_gives_way(processes: dict[str, int]) -> None:
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    gone = 2**22 - 1
+    lowered = give_way([*processes.values(), gone], niceness=19)
+    assert lowered == {processes["ServeReplica:s2d:gateway"], processes["ray::ProxyActor"]}
+    for pid in processes.values():
+        tasks = [int(t.name) for t in Path(f"/proc/{pid}/task").iterdir()]
+        assert len(tasks) == 2
+        expected = 19 if pid in lowered else before
+        assert {os.getpriority(os.PRIO_PROCESS, task) for task in tasks} == {expected}
+
+
+def test_whether_threads_take_every_core() -> None:
+    cpus = len(os.sched_getaffinity(0))
+    assert takes_every_core(cpus)
+    assert not takes_every_core(cpus - 1) or cpus == 1
