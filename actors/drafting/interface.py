@@ -11,6 +11,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+MAX_HELD_CANDIDATES = 256
+"""Verified rows of a session that a source keeps for learning drafters until it tells them; older ones are
+dropped."""
+
 DraftErrorCode = Literal["unknown_session", "stale_epoch", "capacity", "unsupported", "internal"]
 
 

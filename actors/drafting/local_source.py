@@ -8,13 +8,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from actors.drafting.errors import DrafterError
-from actors.drafting.interface import SessionDraft, SessionOpen, SessionUpdate
+from actors.drafting.interface import MAX_HELD_CANDIDATES, SessionDraft, SessionOpen, SessionUpdate
 from actors.drafting.selector import DrafterPool
 
 logger = logging.getLogger(__name__)
-
-MAX_UNTOLD_CANDIDATES = 256
-"""Verified rows kept for learning drafters while a session is not collected; older ones are dropped."""
 
 
 @dataclass(slots=True)
@@ -63,7 +60,7 @@ class LocalDraftSource:
                 continue
             session.tokens.extend(update.new_tokens)
             session.candidates.extend(update.candidates)
-            del session.candidates[:-MAX_UNTOLD_CANDIDATES]
+            del session.candidates[:-MAX_HELD_CANDIDATES]
             session.wish = update
 
     def collect(self, wanted: Mapping[int, int], timeout_s: float) -> dict[int, SessionDraft]:
@@ -75,12 +72,15 @@ class LocalDraftSource:
             session = self._sessions.get(sid)
             if session is None or session.wish is None or session.wish.epoch != epoch:
                 continue
-            told = self._tell(sid, session, session.wish)
-            if session.error is not None:
-                code, message = session.error.code, session.error.message
-                drafts[sid] = SessionDraft(sid, epoch, error=code, error_message=message)
-            else:
-                asked.append(told)
+            if session.error is None:
+                try:
+                    asked.append(self._tell(session, session.wish))
+                    continue
+                except DrafterError as error:
+                    logger.debug("session %d gets no local drafts: %s", sid, error)
+                    session.error = error
+            code, message = session.error.code, session.error.message
+            drafts[sid] = SessionDraft(sid, epoch, error=code, error_message=message)
         for draft in self._pool.propose(asked):
             drafts[draft.session_id] = replace(draft, epoch=wanted[draft.session_id])
             self._drafted += len(draft.token_ids)
@@ -88,28 +88,23 @@ class LocalDraftSource:
         self._draft_s += time.perf_counter() - started
         return drafts
 
-    def _tell(self, sid: int, session: _Session, wish: SessionUpdate) -> SessionUpdate:
-        """Bring the pool up to date with a session, and return the wish in the pool's epoch."""
-        try:
-            if session.opening is not None:
-                opening, session.opening = session.opening, None
-                self._pool.open(opening)
-            if session.error is None:
-                session.epoch += 1
-                told = replace(
-                    wish,
-                    epoch=session.epoch,
-                    new_tokens=tuple(session.tokens),
-                    candidates=tuple(session.candidates),
-                )
-                session.tokens.clear()
-                session.candidates.clear()
-                self._pool.apply(told)
-                return told
-        except DrafterError as error:
-            logger.debug("session %d gets no local drafts: %s", sid, error)
-            session.error = error
-        return wish
+    def _tell(self, session: _Session, wish: SessionUpdate) -> SessionUpdate:
+        """Bring the pool up to date with a session, and return the wish in the pool's epoch. Raises
+        `DrafterError`, after which the session is lost here."""
+        if session.opening is not None:
+            self._pool.open(session.opening)
+            session.opening = None
+        session.epoch += 1
+        told = replace(
+            wish,
+            epoch=session.epoch,
+            new_tokens=tuple(session.tokens),
+            candidates=tuple(session.candidates),
+        )
+        session.tokens.clear()
+        session.candidates.clear()
+        self._pool.apply(told)
+        return told
 
     def close_session(self, session_id: int) -> None:
         self._pool.close(session_id)

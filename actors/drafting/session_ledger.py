@@ -10,13 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from actors.drafting import codec
-from actors.drafting.interface import DraftSampling, SessionDraft, SessionOpen, SessionUpdate
+from actors.drafting.interface import (
+    MAX_HELD_CANDIDATES,
+    DraftSampling,
+    SessionDraft,
+    SessionOpen,
+    SessionUpdate,
+)
 from protos.s2d.v1 import drafting_pb2 as pb
 
 RETRY_S = 1.0
 """A session that the worker had no room for, or failed on, is not asked for again before this long."""
-MAX_UNSENT_CANDIDATES = 256
-"""Verified rows kept for learning drafters while a session has no reason to send; older ones are dropped."""
 MAX_OPEN_TOKENS = 1 << 18
 """Tokens of opened sessions in one message; sessions past it are opened by a later round."""
 
@@ -139,7 +143,7 @@ class SessionLedger:
         session.tokens.extend(update.new_tokens)
         session.unsent += len(update.new_tokens)
         session.candidates.extend(update.candidates)
-        del session.candidates[:-MAX_UNSENT_CANDIDATES]
+        del session.candidates[:-MAX_HELD_CANDIDATES]
         session.drafted += update.drafted
         session.accepted += update.accepted
         session.asked = None

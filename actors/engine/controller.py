@@ -87,23 +87,21 @@ class Controller:
         probes: set[int] = set()
         self.account.round(self.costs.seconds(len(candidates) + other_rows))
         if self.account.solvent:
-            self._plan_free(candidates, budgets, probes, other_rows)
+            probes = self._plan_free(candidates, budgets, other_rows)
         else:
             self._reason = "plain decoding: drafting has to make up for what it lost"
         for index, (candidate, budget) in enumerate(zip(candidates, budgets, strict=True)):
             self._remember(candidate.state, budget, index in probes)
         return budgets
 
-    def _plan_free(
-        self, candidates: Sequence[Candidate], budgets: list[int], probes: set[int], other_rows: int
-    ) -> None:
-        """Budgets of the requests that leave them to the controller."""
+    def _plan_free(self, candidates: Sequence[Candidate], budgets: list[int], other_rows: int) -> set[int]:
+        """Sets the budgets of the requests that leave them to the controller; returns which are probes."""
         free = [(i, c) for i, c in enumerate(candidates) if not c.forced and c.limit > 0]
         forced = any(budgets)
         due = any(self._probe_due(c.state) for _, c in free)
         if self._rounds_to_look > 0 and not (due or forced):
             self._rounds_to_look -= 1
-            return
+            return set()
         base = len(candidates) + sum(budgets) + other_rows
         curves = [self.acceptance.expected_survival(c.state.acceptance, c.drafters, c.limit) for _, c in free]
         wait = 0.0 if forced else self._wait_s
@@ -111,12 +109,14 @@ class Controller:
         self._rounds_to_look = 0 if any(lengths) else _LOOK_INTERVAL - 1
         # The wait is shared: once anybody asks, probes that are due soon come along.
         early = due or forced or any(lengths)
+        probes: set[int] = set()
         for (index, candidate), length in zip(free, lengths, strict=True):
             if length == 0 and self._probe_due(candidate.state, early):
                 probes.add(index)
             if length > 0 or index in probes:
                 budgets[index] = candidate.limit
         self._reason = self._explain(gain, wait, len(free))
+        return probes
 
     def trim(self, drafts: Sequence[tuple[Candidate, str, int]], base_rows: int, emitting: int) -> list[int]:
         """Lengths to verify of drafts that came: (candidate, drafter, drafted). `base_rows` are in the round

@@ -120,9 +120,9 @@ async def run_load(
         for pair in range(settings.pairs):
             asked = [questions[(place + i) % len(questions)] for i in range(size)]
             place += size
+            requests = load_requests(asked, renderer, settings, pair)
             for order, engine in enumerate(rotated(engines, pair)):
                 await reset(engine)
-                requests = load_requests(asked, renderer, settings, pair)
                 began = time.perf_counter()
                 if point.concurrency is not None:
                     responses = await closed_loop(

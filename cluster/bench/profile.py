@@ -116,7 +116,7 @@ async def run_profile(
     questions: Sequence[Question],
     renderer: PromptRenderer,
     settings: ProfileSettings,
-    advance: Callable[[], None] = lambda: None,
+    advance: Callable[[ProfileRow], None] = lambda row: None,
 ) -> list[ProfileRow]:
     """Rows by concurrency, then by engine. Raises BenchError for engines that are not our own, and when one
     cannot be warmed up or reset, or a request fails."""
@@ -135,7 +135,7 @@ async def run_profile(
                 await reset(engine)
                 row = await _block(engine, requests, concurrency, settings.request_timeout_s)
                 rows.setdefault((concurrency, engine.name), []).append(row)
-                advance()
+                advance(row)
     order = [(c, e.name) for c in settings.concurrency for e in ours]
     return [_sum(rows[key]) for key in order]
 

@@ -85,8 +85,9 @@ def write_spec(
         "records": [to_jsonable(r.to_json()) for r in records],
     }
     tables = spec_tables(rows, baseline)
-    _write(out, "spec", "Spec-Bench protocol", document, tables)
-    _picture(lambda: plot_speedups(rows, baseline, out / "spec.png"))
+    _publish(
+        out, "spec", "Spec-Bench protocol", document, tables, lambda path: plot_speedups(rows, baseline, path)
+    )
     return tables
 
 
@@ -114,8 +115,7 @@ def write_load(
         ],
     }
     tables = load_tables(rows, settings.baseline_name)
-    _write(out, "load", "Serving load", document, tables)
-    _picture(lambda: plot_load(rows, out / "load.png"))
+    _publish(out, "load", "Serving load", document, tables, lambda path: plot_load(rows, path))
     return tables
 
 
@@ -132,20 +132,24 @@ def write_profile(
         "rows": [to_jsonable(row) for row in rows]
     }
     tables = profile_tables(rows)
-    _write(out, "profile", "Where the time goes", document, tables)
-    _picture(lambda: plot_profile(rows, out / "profile.png"))
+    _publish(out, "profile", "Where the time goes", document, tables, lambda path: plot_profile(rows, path))
     return tables
 
 
-def _write(out: Path, name: str, title: str, document: Mapping[str, Any], tables: Sequence[Table]) -> None:
+def _publish(
+    out: Path,
+    name: str,
+    title: str,
+    document: Mapping[str, Any],
+    tables: Sequence[Table],
+    draw: Callable[[Path], None],
+) -> None:
+    """NAME.json, NAME.md and, by `draw`, NAME.png. Tables do not need matplotlib, so a run is not lost for
+    want of it."""
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.json").write_text(json.dumps(document, indent=1, allow_nan=False), encoding="utf-8")
     (out / f"{name}.md").write_text(markdown(title, document, tables), encoding="utf-8")
-
-
-def _picture(draw: Callable[[], None]) -> None:
-    """Tables do not need matplotlib, so a run is not lost for want of it."""
     try:
-        draw()
+        draw(out / f"{name}.png")
     except ImportError as error:
         logger.warning("no picture: %s; `pip install matplotlib` and run again", error)

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import TypeVar
 
 from cluster.bench.engines.interface import BenchEngine, BenchRequest, BenchResponse
@@ -81,16 +82,8 @@ async def warm_up(
     """Run requests at once, cut to a few tokens, and forget them. Raises BenchError when one fails: what
     does not answer now need not be measured."""
     short = [
-        BenchRequest(
-            f"warm-up-{i}",
-            r.prompt_ids,
-            r.prompt_text,
-            min(r.max_tokens, tokens),
-            r.ignore_eos,
-            r.temperature,
-            r.seed,
-        )
-        for i, r in enumerate(requests)
+        replace(request, request_id=f"warm-up-{i}", max_tokens=min(request.max_tokens, tokens))
+        for i, request in enumerate(requests)
     ]
     responses = await asyncio.gather(*(ask(engine, r, timeout_s) for r in short))
     failed = next((r.error for r in responses if r.error is not None), None)

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequenc
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
@@ -41,6 +41,9 @@ EXPECTED_ERRORS = (
 )  # fmt: skip
 """What ends a run with one line instead of a traceback."""
 
+S = TypeVar("S", bound=CommonSettings)
+F = TypeVar("F")
+
 
 @dataclass(frozen=True, slots=True)
 class Session:
@@ -69,62 +72,60 @@ def run_to_end(work: Coroutine[Any, Any, None]) -> None:
 async def measure_spec(settings: SpecSettings, out: Path, api_key: str | None = None) -> None:
     """Raises one of `EXPECTED_ERRORS`. An interrupted run writes what it has and says so in the files."""
     records: list[Record] = []
-    async with _session(settings, api_key) as session:
-        turns = [len(q.turns) if settings.all_turns else 1 for q in session.questions]
-        total = sum(turns) * settings.pairs * len(session.engines)
 
-        def save(interrupted: str | None) -> list[Table]:
-            described = session.descriptions()
-            return write_spec(out, settings, records, session.machine, described, interrupted)
+    def total(session: Session) -> int:
+        turns = sum(len(q.turns) if settings.all_turns else 1 for q in session.questions)
+        return turns * settings.pairs * len(session.engines)
 
-        with _saving(session.console, out, save, lambda: bool(records)), _progress(session.console) as bar:
-            task = bar.add_task("measuring", total=total)
-            await spec_bench.run_spec_bench(
-                session.engines,
-                session.questions,
-                session.renderer,
-                settings,
-                lambda record: bar.advance(task),
-                records,
-            )
+    async with _measurement(settings, out, api_key, records, total, write_spec) as (session, advance):
+        await spec_bench.run_spec_bench(
+            session.engines, session.questions, session.renderer, settings, advance, records
+        )
 
 
 async def measure_load(settings: LoadSettings, out: Path, api_key: str | None = None) -> None:
     """As `measure_spec`."""
     blocks: list[Block] = []
-    async with _session(settings, api_key) as session:
-        total = len(load.points(settings)) * settings.pairs * len(session.engines)
 
-        def save(interrupted: str | None) -> list[Table]:
-            described = session.descriptions()
-            return write_load(out, settings, blocks, session.machine, described, interrupted)
+    def total(session: Session) -> int:
+        return len(load.points(settings)) * settings.pairs * len(session.engines)
 
-        with _saving(session.console, out, save, lambda: bool(blocks)), _progress(session.console) as bar:
-            task = bar.add_task("measuring", total=total)
-            await load.run_load(
-                session.engines,
-                session.questions,
-                session.renderer,
-                settings,
-                lambda block: bar.advance(task),
-                blocks,
-            )
+    async with _measurement(settings, out, api_key, blocks, total, write_load) as (session, advance):
+        await load.run_load(session.engines, session.questions, session.renderer, settings, advance, blocks)
 
 
 async def measure_profile(settings: ProfileSettings, out: Path, api_key: str | None = None) -> None:
     """As `measure_spec`, but an interrupted run writes nothing: its shares would not be comparable."""
     rows: list[ProfileRow] = []
+
+    def total(session: Session) -> int:
+        return len(settings.concurrency) * settings.pairs * len(session.engines)
+
+    async with _measurement(settings, out, api_key, rows, total, write_profile) as (session, advance):
+        rows += await run_profile(session.engines, session.questions, session.renderer, settings, advance)
+
+
+@asynccontextmanager
+async def _measurement(
+    settings: S,
+    out: Path,
+    api_key: str | None,
+    found: Sequence[F],
+    total: Callable[[Session], int],
+    write: Callable[
+        [Path, S, Sequence[F], Mapping[str, Any], Mapping[str, Mapping[str, Any]], str | None], list[Table]
+    ],
+) -> AsyncIterator[tuple[Session, Callable[[object], None]]]:
+    """Yields a session and what to call after each of `total` steps. `found` is filled meanwhile; at the end,
+    also an early one, it is written by `write`."""
     async with _session(settings, api_key) as session:
-        total = len(settings.concurrency) * settings.pairs * len(session.engines)
 
         def save(interrupted: str | None) -> list[Table]:
-            return write_profile(out, settings, rows, session.machine, session.descriptions(), interrupted)
+            return write(out, settings, found, session.machine, session.descriptions(), interrupted)
 
-        with _saving(session.console, out, save, lambda: bool(rows)), _progress(session.console) as bar:
-            task = bar.add_task("profiling", total=total)
-            rows += await run_profile(
-                session.engines, session.questions, session.renderer, settings, lambda: bar.advance(task)
-            )
+        with _saving(session.console, out, save, lambda: bool(found)), _progress(session.console) as bar:
+            task = bar.add_task("measuring", total=total(session))
+            yield session, lambda _: bar.advance(task)
 
 
 class _saving:

@@ -3,40 +3,24 @@
 from __future__ import annotations
 
 import os
-import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.bench.engines.s2d_server import free_ports
+
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "S2D_TEST_RAY"
-PORTS = range(20_000, 32_000)
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 20.0
-
-
-def free_ports(count: int) -> list[int]:
-    """Distinct TCP ports that nobody listens on now, apart from those that the kernel and Ray hand out."""
-    with ExitStack() as stack:
-        ports: list[int] = []
-        for port in random.sample(PORTS, len(PORTS)):
-            if len(ports) == count:
-                break
-            held = stack.enter_context(socket.socket())
-            with suppress(OSError):
-                held.bind(("127.0.0.1", port))
-                ports.append(port)
-    assert len(ports) == count
-    return ports
 
 
 def wait_until(condition: object, timeout_s: float, what: str, interval_s: float = 0.2) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 from actors.drafting.interface import SessionDraft
 from actors.engine.controller import Candidate, Controller, ControlState
 from actors.engine.costs import CostModel
@@ -157,9 +159,7 @@ def test_plain_decoding_looks_only_now_and_then() -> None:
     controller, state = _controller(first_row=0.1, per_row=10.0), ControlState()
     _teach(controller, state, accepted=4)
     candidate = Candidate(state, 4, ("d",))
-    looks = []
-    admit = controller._admit
-    controller._admit = lambda *a: looks.append(1) or admit(*a)  # type: ignore[method-assign,func-returns-value]
-    for _ in range(100):
-        controller.plan([candidate])
-    assert 0 < len(looks) < 50
+    with mock.patch.object(controller, "_admit", wraps=controller._admit) as admit:
+        for _ in range(100):
+            controller.plan([candidate])
+    assert 0 < admit.call_count < 50
