@@ -45,6 +45,8 @@ def test_every_thread_of_managing_processes_gives_way(processes: dict[str, int])
         assert len(tasks) == 2
         expected = 19 if pid in lowered else before
         assert {os.getpriority(os.PRIO_PROCESS, task) for task in tasks} == {expected}
+        policy = os.SCHED_BATCH if pid in lowered else os.SCHED_OTHER
+        assert {os.sched_getscheduler(task) for task in tasks} == {policy}
 
 
 def test_whether_threads_take_every_core() -> None:
