@@ -18,7 +18,9 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from actors.models.convert import model_folder
+from actors.models.llama_load import UnsupportedModelError
 from actors.models.source import ModelSourceError, resolve_source
+from actors.native.library import NativeUnavailableError
 from actors.sampling.params import ParameterError
 from cluster.bench import load, spec_bench
 from cluster.bench.config import CommonSettings, LoadSettings, ProfileSettings, SpecSettings
@@ -37,12 +39,13 @@ from cluster.config import EMBEDDED_MODEL, EMBEDDED_MODEL_NAME, ClusterConfig, M
 
 EXPECTED_ERRORS = (
     BenchError, DatasetError, EngineUnavailableError, ModelSourceError, ParameterError, TimeoutError, OSError,
-    yaml.YAMLError, ValidationError,
+    UnsupportedModelError, NativeUnavailableError, yaml.YAMLError, ValidationError,
 )  # fmt: skip
 """What ends a run with one line instead of a traceback."""
 
 S = TypeVar("S", bound=CommonSettings)
 F = TypeVar("F")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +60,16 @@ class Session:
         return {engine.name: engine.describe() for engine in self.engines}
 
 
-def run_to_end(work: Coroutine[Any, Any, None]) -> None:
+def run_to_end(work: Coroutine[Any, Any, R]) -> R:
     """Like asyncio.run; SIGTERM cancels the work as Ctrl-C does, so that what was started is stopped."""
 
-    async def guarded() -> None:
+    async def guarded() -> R:
         task = asyncio.current_task()
         assert task is not None
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-        await work
+        return await work
 
-    asyncio.run(guarded())
+    return asyncio.run(guarded())
 
 
 async def measure_spec(settings: SpecSettings, out: Path, api_key: str | None = None) -> None:
@@ -123,12 +126,12 @@ async def _measurement(
         def save(interrupted: str | None) -> list[Table]:
             return write(out, settings, found, session.machine, session.descriptions(), interrupted)
 
-        with _saving(session.console, out, save, lambda: bool(found)), _progress(session.console) as bar:
+        with saving(session.console, out, save, lambda: bool(found)), progress_bar(session.console) as bar:
             task = bar.add_task("measuring", total=total(session))
             yield session, lambda _: bar.advance(task)
 
 
-class _saving:
+class saving:
     """Writes the files when the block ends, also when it ends early, and shows the tables."""
 
     def __init__(
@@ -157,7 +160,7 @@ class _saving:
         self._console.print(f"written to {self._out}", markup=False)
 
 
-def _progress(console: Console) -> Progress:
+def progress_bar(console: Console) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, transient=True)
 
