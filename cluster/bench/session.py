@@ -35,7 +35,7 @@ from cluster.bench.rendering import PromptRenderer
 from cluster.bench.report import write_load, write_profile, write_spec
 from cluster.bench.running import BenchError, running
 from cluster.bench.tables import Table
-from cluster.config import EMBEDDED_MODEL, EMBEDDED_MODEL_NAME, ClusterConfig, ModelConfig
+from cluster.config import EMBEDDED_MODEL, EMBEDDED_MODEL_NAME, ClusterConfig, DTypeName, ModelConfig
 
 EXPECTED_ERRORS = (
     BenchError, DatasetError, EngineUnavailableError, ModelSourceError, ParameterError, TimeoutError, OSError,
@@ -215,9 +215,17 @@ def _questions(settings: CommonSettings) -> tuple[Question, ...]:
 def server_config(settings: CommonSettings) -> ClusterConfig:
     """The given file with the precision of this run, or one model of the given source. Raises OSError,
     yaml.YAMLError and pydantic.ValidationError."""
-    if settings.server_config is not None:
-        given = ClusterConfig.from_yaml(settings.server_config)
-        first = given.models[0].model_copy(update={"dtype": settings.dtype})
-        return given.model_copy(update={"models": (first, *given.models[1:])})
-    name = EMBEDDED_MODEL_NAME if settings.source == EMBEDDED_MODEL else "model"
-    return ClusterConfig(models=(ModelConfig(name=name, source=settings.source, dtype=settings.dtype),))
+    return own_server_config(settings.source, settings.dtype, settings.server_config)
+
+
+def own_server_config(source: str, dtype: DTypeName, file: Path | None, **engine: int) -> ClusterConfig:
+    """As `server_config`; `engine`: fields of the first model's engine, where 0 keeps what they are."""
+    if file is not None:
+        config = ClusterConfig.from_yaml(file)
+    else:
+        name = EMBEDDED_MODEL_NAME if source == EMBEDDED_MODEL else "model"
+        config = ClusterConfig(models=(ModelConfig(name=name, source=source),))
+    first = config.models[0]
+    changed = first.engine.model_copy(update={k: v for k, v in engine.items() if v})
+    first = first.model_copy(update={"dtype": dtype, "engine": changed})
+    return config.model_copy(update={"models": (first, *config.models[1:])})
