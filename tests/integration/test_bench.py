@@ -64,10 +64,10 @@ def test_spec_with_two_prompts(tmp_path: Path) -> None:
 def test_steps_with_tiny_settings(tmp_path: Path) -> None:
     sizes = ["--rows", "1", "--rows", "8", "--batch", "1", "--batch", "2", "--repeats", "6"]
     contexts = [f"--context={n}" for n in (64, 128, 256, 512)]
-    also = ["--row-invariance-price", "--agreement", "--agreement-tokens", "1"]
+    also = ["--row-invariance-price", "--agreement", "--agreement-tokens", "1", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "cluster.cli.main", "bench", "step", "--dtype", "bfloat16"]
     done = subprocess.run(
-        [sys.executable, "-m", "cluster.cli.main", "bench", "step", "--dtype", "bfloat16", *sizes, *contexts]
-        + [*also, "--out", str(tmp_path)],
+        [*command, *sizes, *contexts, *also],
         cwd=ROOT,
         env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "COLUMNS": "160"},
         capture_output=True,
