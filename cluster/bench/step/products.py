@@ -51,12 +51,8 @@ def measure_products(
     threads = threads or physical_cores()
     matrices = _matrices(source, dtype)
     generator = torch.Generator().manual_seed(0)
-    widths = sorted({m.shape[1] for m in matrices})
-    inputs = {
-        (count, width): torch.randn(max(rows), width, generator=generator)[:count].to(dtype)
-        for width in widths
-        for count in rows
-    }
+    drawn = {m.shape[1]: torch.randn(max(rows), m.shape[1], generator=generator) for m in matrices}
+    inputs = {(count, width): x[:count].to(dtype) for width, x in drawn.items() for count in rows}
     wide = {key: x.float() for key, x in inputs.items()}
     ours = [NativeLinear(matrix, threads=threads) for matrix in matrices]
 
