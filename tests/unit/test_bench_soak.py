@@ -73,7 +73,7 @@ def test_requests_are_mixed_reproducible_and_distinct() -> None:
     assert drawn != requests("m", texts, 400, 8)
     kinds = count_kinds(drawn)
     assert sum(kinds.values()) == 400
-    assert {"completions, greedy, whole", "completions, sampled, cancelled"} <= kinds.keys()
+    assert {"chat, greedy, whole", "completion, sampled, cancelled"} <= kinds.keys()
     assert len(kinds) == 12
     prompts = [str(r.body.get("prompt") or r.body["messages"]) for r in drawn]
     assert len(set(prompts)) == 400

@@ -34,7 +34,7 @@ class SoakRequest:
     def kind(self) -> str:
         how = "cancelled" if self.cancel_after is not None else "streamed" if self.body["stream"] else "whole"
         drawn = "sampled" if self.body["temperature"] else "greedy"
-        return f"{self.path.rsplit('/', 2)[-1]}, {drawn}, {how}"
+        return f"{'chat' if 'chat' in self.path else 'completion'}, {drawn}, {how}"
 
 
 def requests(model: str, texts: Sequence[str], count: int, seed: int) -> list[SoakRequest]:
