@@ -13,7 +13,7 @@ from actors.target_worker.startup import BEGAN
 from actors.target_worker.startup import PHASES as TARGET_PHASES
 
 PRINTED = re.compile(r"✓\s+(?P<name>.+?)\s+\((?P<seconds>\d+\.\d)\s+s\)")
-LIBRARIES, RAY, SERVE, GATEWAY, READY = "Ray's libraries", "Ray", "Serve", "gateway", "ready"
+LIBRARIES, RAY, SERVE, READY = "Ray's libraries", "Ray", "Serve", "ready"
 PHASES = (
     "command line",
     LIBRARIES,
@@ -21,13 +21,11 @@ PHASES = (
     SERVE,
     "target process",
     *(f"target: {name}" for name in TARGET_PHASES),
-    GATEWAY,
     READY,
     "first token",
 )
 """command line: process start and imports of `s2d`; target process: from the deployment's begin to the begin
-of the target's constructor; gateway: from the target's end to the gateway's (it waits for the target); ready:
-until /ready says so; first token: one request over HTTP."""
+of the target's constructor; ready: from its end until /ready says so; first token: one request over HTTP."""
 
 
 def printed_phases(text: str) -> dict[str, float]:
@@ -69,8 +67,7 @@ def split_start(
     ]
     for name in TARGET_PHASES:
         marks.append(marks[-1] + target[name])
-    # A client may find the gateway ready before `s2d serve` says that it is deployed.
-    marks += [min(ready, timeline.ended.get(GATEWAY, ready)), ready, first_token]
+    marks += [ready, first_token]
     return dict(zip(PHASES, differences(marks), strict=True))
 
 
