@@ -157,7 +157,7 @@ class SoakSettings(SettingsModel):
     requests: int = Field(2000, ge=20)
     concurrency: int = Field(8, ge=1, le=1024)
     kv_blocks: int = Field(
-        320, ge=0, description="KV pool of the server; small, so that the warm-up fills it. 0 leaves it."
+        272, ge=0, description="KV pool of the server; small, so that the warm-up fills it. 0 leaves it."
     )
     sample_s: float = Field(3.0, gt=0, description="Seconds between two readings of memory.")
     limit: float = Field(2.0, gt=0, description="Growth of the total, in percent, that is still flat.")

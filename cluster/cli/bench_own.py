@@ -72,7 +72,7 @@ def soak(
     config: ServerConfig = None,
     kv_blocks: Annotated[
         int, typer.Option(min=0, help="KV pool, small so that the warm-up fills it; 0 leaves it.")
-    ] = 320,
+    ] = 272,
     sample: Annotated[float, typer.Option(help="Seconds between readings of memory.")] = 3.0,
     timeout: Annotated[float, typer.Option(help="Seconds a request may take.")] = 120.0,
     threads: Threads = 0,

@@ -17,6 +17,7 @@ from cluster.bench.soak.memory import (
     Growth,
     MemorySample,
     growth,
+    memory_role,
     read_memory,
     worst_total,
 )
@@ -61,9 +62,26 @@ def test_too_few_readings_are_an_error() -> None:
 
 def test_our_own_process_can_be_read() -> None:
     found = read_memory(os.getpid())
-    assert found["Ray"]["processes"] >= 1  # what has no title of its own counts there
-    assert found[TOTAL]["rss"] >= found["Ray"]["rss"] > MIB
+    assert found[TOTAL]["processes"] >= 1
+    assert found[TOTAL]["rss"] > MIB
     assert found[TOTAL]["pss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("command", "role"),
+    [
+        ("ray::ServeReplica:s2d:gateway", "gateway"),
+        ("ray::ServeController.listen_for_change", "Serve controller"),
+        ("/lib/ray/core/src/ray/gcs/gcs_server --log_dir=/tmp", "GCS"),
+        ("/lib/ray/raylet/raylet --agent_command=dashboard/agent.py", "raylet"),
+        ("ray-dashboard-DashboardAgent-0", "Ray agents"),
+        ("python -m cluster.cli.main serve -c c.yaml", "s2d serve"),
+        ("ray::IDLE", "Ray"),
+    ],
+)
+def test_roles_tell_the_parts_of_ray(command: str, role: str) -> None:
+    assert memory_role(command) == role
+    assert role in ROLES
 
 
 def test_requests_are_mixed_reproducible_and_distinct() -> None:

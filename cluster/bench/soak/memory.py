@@ -18,7 +18,21 @@ from cluster.bench.running import BenchError
 TOTAL = "total"
 MIB = 1 << 20
 MEASURES = ("pss", "rss")
-ROLES = tuple(role for role in PROCESSES if role != "client")
+RAY_ROLES = {
+    "raylet/raylet": "raylet",  # names its agents in its arguments
+    "cluster.cli.main": "s2d serve",
+    "bin/s2d": "s2d serve",
+    "ServeController": "Serve controller",
+    "RegistryActor": "registry",
+    "gcs_server": "GCS",
+    "DashboardAgent": "Ray agents",
+    "RuntimeEnvAgent": "Ray agents",
+    "dashboard/": "Ray agents",
+    "log_monitor.py": "Ray agents",
+    "monitor.py": "Ray agents",
+}
+"""By a mark in the command line, first match; other processes of Ray, idle workers among them, are "Ray"."""
+ROLES = tuple(dict.fromkeys((*(p for p in PROCESSES if p != "client"), *RAY_ROLES.values())))
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +61,12 @@ class Growth:
         return 100.0 * (self.after / self.before - 1.0) if self.before else 0.0
 
 
+def memory_role(command: str) -> str:
+    """Which of `ROLES` a command line of the server's process tree belongs to."""
+    kind = process_kind(command)
+    return kind if kind != "Ray" else next((r for mark, r in RAY_ROLES.items() if mark in command), kind)
+
+
 def read_memory(server_pid: int) -> dict[str, dict[str, int]]:
     """Of the process and its descendants now. Raises psutil.NoSuchProcess when the server itself is gone."""
     import psutil  # of the extra "bench"
@@ -59,7 +79,7 @@ def read_memory(server_pid: int) -> dict[str, dict[str, int]]:
             memory = process.memory_full_info()
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
-        for role in (process_kind(command), TOTAL):
+        for role in (memory_role(command), TOTAL):
             found[role]["pss"] += memory.pss
             found[role]["rss"] += memory.rss
             found[role]["processes"] += 1
