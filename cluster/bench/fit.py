@@ -3,8 +3,7 @@
 Every repeat of the measurement is a curve of its own. The line is fitted to the medians. A parabola
 `a + b x + c x^2` is fitted to each repeat; the share `c x^2 / (a + b x + c x^2)` at the greatest x says how
 much of the time there is quadratic. The median of the shares has the distribution-free 95 % interval of
-`cluster.bench.paired`; a quadratic term is resolved when that interval is on one side of zero. Beside it stands
-the share in a parabola through the minima, which a busy machine disturbs least.
+`cluster.bench.paired`; a quadratic term is resolved when that interval is on one side of zero.
 """
 
 from __future__ import annotations
@@ -14,19 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cluster.bench.paired import median_interval_rank
-
-Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
 class GrowthFit:
     """intercept, slope: of the line, in the unit of the times, and that per unit of x. worst_residual: the
     greatest |time - line| / time. share: quadratic part of the time at the greatest x, median over repeats,
-    negative where the curve bends down; low and high bound it, None with fewer than 6 repeats.
-    share_of_minima: the same of the curve of minima."""
+    negative where the curve bends down; low and high bound it, None with fewer than 6 repeats."""
 
     intercept: float
     slope: float
@@ -34,7 +29,6 @@ class GrowthFit:
     share: float
     low: float | None
     high: float | None
-    share_of_minima: float
 
     @property
     def resolved(self) -> bool:
@@ -47,11 +41,10 @@ def fit_growth(xs: Sequence[float], repeats: Sequence[Sequence[float]]) -> Growt
         raise ValueError("a quadratic fit needs 4 different lengths and a repeat")
     top = max(xs)
     scaled = np.asarray(xs, dtype=float) / top  # powers of thousands would be badly conditioned
-    times = np.asarray(repeats, dtype=float)
-    medians = np.median(times, axis=0)
+    medians = np.median(np.asarray(repeats, dtype=float), axis=0)
     slope, intercept = np.polyfit(scaled, medians, 1)
     line = intercept + slope * scaled
-    shares = sorted(quadratic_share(scaled, curve) for curve in times)
+    shares = sorted(quadratic_share(scaled, times) for times in repeats)
     rank = median_interval_rank(len(shares))
     return GrowthFit(
         float(intercept),
@@ -60,11 +53,10 @@ def fit_growth(xs: Sequence[float], repeats: Sequence[Sequence[float]]) -> Growt
         statistics.median(shares),
         shares[rank - 1] if rank else None,
         shares[-rank] if rank else None,
-        quadratic_share(scaled, times.min(axis=0)),
     )
 
 
-def quadratic_share(scaled: Array, times: Array) -> float:
+def quadratic_share(scaled: Sequence[float] | np.ndarray, times: Sequence[float]) -> float:
     """Of one curve, at x = 1."""
-    c, b, a = np.polyfit(scaled, times, 2)
+    c, b, a = np.polyfit(scaled, np.asarray(times, dtype=float), 2)
     return float(c / (a + b + c))

@@ -117,7 +117,7 @@ def _growth_table(all_times: Sequence[StepTimes]) -> Table:
     )
     columns = (
         "dtype", "sequences", "at context 0, ms", "µs a token of context", "worst residual of the line",
-        "quadratic share at the greatest context [95 %]", "that of the minima", "quadratic term",
+        "quadratic share at the greatest context [95 %]", "quadratic term",
     )  # fmt: skip
     return Table("Growth with context: line through the medians, and what a parabola adds", columns, rows)
 
@@ -129,7 +129,6 @@ def _growth_cells(fit: GrowthFit) -> tuple[str, ...]:
         f"{fit.slope * 1e6:.3f}",
         f"{fit.worst_residual:.1%}",
         f"{fit.share:+.1%}{bound}",
-        f"{fit.share_of_minima:+.1%}",
         "resolved" if fit.resolved else "not resolved",
     )
 
