@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cluster.bench.paired import median_interval_rank
 
@@ -56,7 +57,7 @@ def fit_growth(xs: Sequence[float], repeats: Sequence[Sequence[float]]) -> Growt
     )
 
 
-def quadratic_share(scaled: Sequence[float] | np.ndarray, times: Sequence[float]) -> float:
+def quadratic_share(scaled: Sequence[float] | NDArray[np.float64], times: Sequence[float]) -> float:
     """Of one curve, at x = 1."""
     c, b, a = np.polyfit(scaled, np.asarray(times, dtype=float), 2)
     return float(c / (a + b + c))

@@ -81,7 +81,8 @@ def plot_soak(results: SoakResults, path: Path) -> None:
         whole.plot(xs, values, style, color=COLORS[0], label=f"total {measure.upper()}")
     for index, role in enumerate((*ROLES, TOTAL)):
         values = [(s.by_role[role]["pss"] - first.by_role[role]["pss"]) / MIB for s in results.samples]
-        change.plot(xs, values, color=COLORS[index % len(COLORS)], label=role)
+        style = "-" if index < len(COLORS) else "--"
+        change.plot(xs, values, style, color=COLORS[index % len(COLORS)], label=role)
     whole.set(xlabel="requests ended", ylabel="MiB")
     whole.set_ylim(bottom=0)
     change.set(xlabel="requests ended", ylabel="PSS since the end of the warm-up, MiB")

@@ -166,11 +166,16 @@ def plot_steps(all_times: Sequence[StepTimes], path: Path) -> None:
     """Time against rows, and against context by batch (medians, with the fitted lines), one panel a dtype."""
     plt = pyplot_module()
     with_context = [t for t in all_times if fits(t)]
-    count = 1 + len(with_context)
-    figure, axes = plt.subplots(1, count, figsize=(5.5 * count, 4.5), squeeze=False)
-    _plot_rows(axes[0][0], all_times)
-    for axis, times in zip(axes[0][1:], with_context, strict=True):
+    panels = 1 + len(with_context)
+    columns = min(2, panels)
+    lines = -(-panels // columns)
+    figure, grid = plt.subplots(lines, columns, figsize=(6 * columns, 4.2 * lines), squeeze=False)
+    axes = grid.flatten()
+    _plot_rows(axes[0], all_times)
+    for axis, times in zip(axes[1:panels], with_context, strict=True):
         _plot_context(axis, times)
+    for axis in axes[panels:]:
+        axis.axis("off")
     save(plt, figure, path)
 
 
