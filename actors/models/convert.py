@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from actors.models.cache import cache_dir
 from actors.models.source import ModelSourceError, ResolvedSource
@@ -62,6 +61,9 @@ def _convert(source: ResolvedSource, folder: Path, progress: Progress) -> None:
 
 
 def _write_dequantised(source: ResolvedSource, folder: Path) -> None:
+    # Imported here: transformers' model classes take seconds, and most starts convert nothing.
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
     where = {"pretrained_model_name_or_path": str(source.path.parent), "gguf_file": source.path.name}
     try:
         tokenizer = AutoTokenizer.from_pretrained(**where)

@@ -11,7 +11,6 @@ from typing import Literal
 import torch
 
 from actors.models.convert import model_folder
-from actors.models.generic import GenericRunner, load_generic
 from actors.models.llama_load import (
     LLAMA_FAMILY,
     UnsupportedModelError,
@@ -89,6 +88,9 @@ def load_runner(
     size = _PoolSize(kv_blocks, kv_memory_gib)
     runner: ModelRunner
     if chosen == "generic":
+        # Imported here: transformers' model classes take seconds, and most models do without.
+        from actors.models.generic import GenericRunner, load_generic
+
         torch.set_num_threads(threads or physical_cores())
         model = load_generic(
             folder, kept, torch_device, name=resolved.name, max_model_len=max_model_len, int8=int8

@@ -147,9 +147,13 @@ class TargetInfo:
 
 @dataclass(frozen=True, slots=True)
 class TargetState:
-    """A live snapshot for `/state`, plain JSON values. See `EngineStats` for the engine's part."""
+    """A live snapshot for `/state`, plain JSON values. See `EngineStats` for the engine's part.
+
+    startup: seconds by phase of the start (`actors.target_worker.startup`), and `began`, its Unix time.
+    """
 
     info: TargetInfo
     replica_id: str
     engine: dict[str, object] = field(default_factory=dict)
     draft_workers: tuple[dict[str, object], ...] = ()
+    startup: dict[str, float] = field(default_factory=dict)

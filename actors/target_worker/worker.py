@@ -22,6 +22,7 @@ from actors.target_worker.messages import (
     TargetState,
 )
 from actors.target_worker.prepare import ModelLimits
+from actors.target_worker.startup import StartupClock
 from actors.text.chat_template import render_async
 from actors.text.tokenizer import INLINE_CHARS, TextTokenizer
 
@@ -57,6 +58,7 @@ class TargetWorker:
         drafters, exits: what requests may pin; by default all drafters of the source, and no exits.
         replica_id: names this worker in `state`.
         stream_interval_ms: chunks of one choice are at least this far apart.
+        clock: of this start, when it began before the constructor.
     """
 
     def __init__(
@@ -70,7 +72,9 @@ class TargetWorker:
         exits: Collection[int] = (),
         replica_id: str = "",
         stream_interval_ms: float = 20.0,
+        clock: StartupClock | None = None,
     ) -> None:
+        clock = clock or StartupClock()
         loaded = load(
             config.source,
             dtype=config.dtype,
@@ -81,6 +85,7 @@ class TargetWorker:
             max_model_len=config.max_model_len,
             threads=config.engine.threads,
         )
+        clock.mark("weights")
         model = loaded.info
         self._replica_id = replica_id
         self._tokenizer = TextTokenizer(loaded.tokenizer_folder)
@@ -94,8 +99,12 @@ class TargetWorker:
             drafters=tuple(source.drafters if drafters is None else drafters),
             exits=tuple(exits),
         )
+        clock.mark("tokenizer and drafts")
+        engine = build_engine(loaded, config, source, compiler)
+        clock.mark("engine costs")
+        self._startup = clock.seconds
         self._engine = AsyncEngine(
-            build_engine(loaded, config, source, compiler),
+            engine,
             max_running=config.engine.max_num_seqs,
             max_queued=config.engine.max_queued,
         )
@@ -153,6 +162,7 @@ class TargetWorker:
             draft_workers=tuple(w for w in workers if isinstance(w, dict))
             if isinstance(workers, list | tuple)
             else (),
+            startup=self._startup,
         )
 
     async def reset(self) -> None:

@@ -10,6 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from cluster.bench.metrics import Slo
 from cluster.config import EMBEDDED_MODEL, DTypeName
 
+MIN_CONTEXTS = 4
+"""A parabola goes through any three points."""
+
 
 class SettingsModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -109,3 +112,65 @@ class ProfileSettings(LoadSettings):
     concurrency: tuple[int, ...] = Field((1, 8), min_length=1, description="Requests in flight.")
     rate: tuple[()] = ()
     pairs: int = Field(3, ge=1)
+
+
+class StepSettings(SettingsModel):
+    """The engine's forward pass alone, in one process."""
+
+    source: str = EMBEDDED_MODEL
+    dtypes: tuple[DTypeName, ...] = Field(("bfloat16", "int8", "float32"), min_length=1)
+    rows: tuple[int, ...] = Field((1, 2, 3, 4, 5, 8, 16, 32), description="Rows of one sequence in a pass.")
+    row_context: int = Field(200, ge=1, description="KV entries before these rows.")
+    contexts: tuple[int, ...] = Field(
+        (128, 256, 512, 1024, 2048, 3072, 4096, 6144, 8192),
+        description="KV entries that a decoding row attends to, itself included.",
+    )
+    batches: tuple[int, ...] = Field((1, 2, 4, 8), description="Sequences in a pass, one row each.")
+    repeats: int = Field(15, ge=3, description="Times that every point is measured, interleaved.")
+    threads: int = Field(0, ge=0, description="Compute threads; 0 takes the physical cores.")
+    seed: int = Field(0, ge=0, description="Order of the points.")
+    row_invariance_price: bool = False
+    agreement: bool = False
+    agreement_tokens: int = Field(16, ge=1, description="Tokens of every answer.")
+
+    @model_validator(mode="after")
+    def _points(self) -> StepSettings:
+        for name in ("dtypes", "rows", "contexts", "batches"):
+            values = getattr(self, name)
+            if len(set(values)) != len(values):
+                raise ValueError(f"{name}: each value once")
+            if name != "dtypes" and any(value < 1 for value in values):
+                raise ValueError(f"{name}: must be at least 1")
+        if self.contexts and len(self.contexts) < MIN_CONTEXTS:
+            raise ValueError(f"contexts: a fit needs {MIN_CONTEXTS} lengths, or none")
+        if bool(self.contexts) != bool(self.batches):
+            raise ValueError("batches: go with contexts")
+        return self
+
+
+class SoakSettings(SettingsModel):
+    """Memory of our own server under mixed requests."""
+
+    source: str = EMBEDDED_MODEL
+    dtype: DTypeName = "bfloat16"
+    server_config: Path | None = None
+    requests: int = Field(2000, ge=20)
+    concurrency: int = Field(8, ge=1, le=1024)
+    kv_blocks: int = Field(
+        272, ge=0, description="KV pool of the server; small, so that the warm-up fills it. 0 leaves it."
+    )
+    sample_s: float = Field(3.0, gt=0, description="Seconds between two readings of memory.")
+    limit: float = Field(2.0, gt=0, description="Growth of the total, in percent, that is still flat.")
+    request_timeout_s: float = Field(120.0, gt=0)
+    threads: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="Chooses the requests.")
+
+
+class StartSettings(SettingsModel):
+    """From `s2d serve` to the first token."""
+
+    source: str = EMBEDDED_MODEL
+    dtype: DTypeName = "bfloat16"
+    server_config: Path | None = None
+    repeats: int = Field(3, ge=1)
+    threads: int = Field(0, ge=0)

@@ -14,7 +14,7 @@ COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bb
 """Paul Tol's bright scheme, told apart by most people."""
 
 
-def _pyplot() -> Any:
+def pyplot_module() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -26,7 +26,7 @@ def _pyplot() -> Any:
 def plot_speedups(rows: Sequence[SpecRow], baseline: str, path: Path) -> None:
     """Bars of the speed-up by task, one colour an engine; whiskers are the 95 % interval of the paired
     median where there is one. Bars are paired medians, for all tasks together too."""
-    plt = _pyplot()
+    plt = pyplot_module()
     tasks = list(dict.fromkeys(row.task for row in rows))
     engines = [e for e in dict.fromkeys(row.engine for row in rows) if e != baseline]
     of = {(row.engine, row.task): row.paired for row in rows}
@@ -54,13 +54,13 @@ def plot_speedups(rows: Sequence[SpecRow], baseline: str, path: Path) -> None:
     axis.set_ylabel(f"speed over {baseline}")
     if engines:
         axis.legend(fontsize=8)
-    _save(plt, figure, path)
+    save(plt, figure, path)
 
 
 def plot_load(rows: Sequence[LoadRow], path: Path) -> None:
     """Output tokens/s and TPOT (median, and up to p90) against concurrency, and likewise against the arrival
     rate where there is one."""
-    plt = _pyplot()
+    plt = pyplot_module()
     closed = [row for row in rows if row.point.concurrency is not None]
     opened = [row for row in rows if row.point.rate is not None]
     panels = [(r, x) for r, x in ((closed, "concurrency"), (opened, "arrivals, requests/s")) if r]
@@ -88,13 +88,13 @@ def plot_load(rows: Sequence[LoadRow], path: Path) -> None:
                 axis.set_xscale("log", base=2)
                 ticks = sorted({row.point.concurrency for row in shown if row.point.concurrency})
                 axis.set_xticks(ticks, [str(tick) for tick in ticks])
-    _save(plt, figure, path)
+    save(plt, figure, path)
 
 
 def plot_profile(rows: Sequence[ProfileRow], path: Path) -> None:
     """Stacked bars, one a configuration and concurrency: ms a round of the engine thread by part, and of
     processor time by process."""
-    plt = _pyplot()
+    plt = pyplot_module()
     figure, axes = plt.subplots(1, 2, figsize=(13, 1.5 + 0.6 * len(rows)), squeeze=False)
     names = [f"{row.engine}, {row.concurrency} at once" for row in rows]
     panels = (("engine thread", PARTS, "parts"), ("processor time", PROCESSES, "cpu"))
@@ -108,10 +108,10 @@ def plot_profile(rows: Sequence[ProfileRow], path: Path) -> None:
         axis.set_xlabel("ms a round")
         axis.set_title(title)
         axis.legend(fontsize=8)
-    _save(plt, figure, path)
+    save(plt, figure, path)
 
 
-def _save(plt: Any, figure: Any, path: Path) -> None:
+def save(plt: Any, figure: Any, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -119,7 +119,7 @@ def _save(plt: Any, figure: Any, path: Path) -> None:
 
 def plot_ratios(groups: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
     """Bars of the median speed over plain decoding, with the range over pairs; one panel a group."""
-    plt = _pyplot()
+    plt = pyplot_module()
     figure, axes = plt.subplots(1, len(groups), figsize=(6 * len(groups), 4), squeeze=False)
     for axis, (title, rows) in zip(axes[0], groups.items(), strict=True):
         names = [row["arm"] for row in rows]
@@ -131,4 +131,4 @@ def plot_ratios(groups: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -
         axis.set_xticks(range(len(rows)), names, rotation=30, ha="right")
         axis.set_ylabel("speed over plain decoding")
         axis.set_title(title)
-    _save(plt, figure, path)
+    save(plt, figure, path)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.bench import load, spec_bench
-from cluster.bench.config import CommonSettings, LoadSettings, ProfileSettings, SpecSettings
+from cluster.bench.config import LoadSettings, ProfileSettings, SettingsModel, SpecSettings
 from cluster.bench.load import Block
 from cluster.bench.paired import MIN_PAIRS
 from cluster.bench.plot import plot_load, plot_profile, plot_speedups
@@ -36,10 +36,10 @@ def markdown(title: str, document: Mapping[str, Any], tables: Sequence[Table]) -
         "threshold. Definitions: docs/benchmarking.md.",
         "",
         *(table.markdown() for table in tables),
-        "## Engines",
-        "",
-        *(f"- {name}: `{json.dumps(text)}`" for name, text in document["engines"].items()),
     ]
+    if document["engines"]:
+        lines += ["## Engines", ""]
+        lines += [f"- {name}: `{json.dumps(text)}`" for name, text in document["engines"].items()]
     if document.get("interrupted"):
         lines.insert(1, f"\n**Incomplete:** {document['interrupted']}")
     return "\n".join(lines) + "\n"
@@ -51,9 +51,9 @@ def _plain(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _document(
+def document_of(
     kind: str,
-    settings: CommonSettings,
+    settings: SettingsModel,
     machine: Mapping[str, Any],
     engines: Mapping[str, Mapping[str, Any]],
     interrupted: str | None,
@@ -79,13 +79,13 @@ def write_spec(
     """spec.json, spec.md and spec.png in `out`; returns the tables."""
     baseline, threshold = settings.baseline_name, settings.threshold
     rows = spec_bench.summarize(records, baseline, threshold)
-    document = _document("spec", settings, machine, engines, interrupted) | {
+    document = document_of("spec", settings, machine, engines, interrupted) | {
         "summary": [to_jsonable(row) for row in rows],
         "matrix": to_jsonable(spec_bench.matrix(records, threshold)),
         "records": [to_jsonable(r.to_json()) for r in records],
     }
     tables = spec_tables(rows, baseline)
-    _publish(
+    publish(
         out, "spec", "Spec-Bench protocol", document, tables, lambda path: plot_speedups(rows, baseline, path)
     )
     return tables
@@ -101,7 +101,7 @@ def write_load(
 ) -> list[Table]:
     """load.json, load.md and load.png in `out`; returns the tables."""
     rows = load.summarize(blocks, settings)
-    document = _document("load", settings, machine, engines, interrupted) | {
+    document = document_of("load", settings, machine, engines, interrupted) | {
         "summary": [to_jsonable(row) for row in rows],
         "blocks": [
             {
@@ -115,7 +115,7 @@ def write_load(
         ],
     }
     tables = load_tables(rows, settings.baseline_name)
-    _publish(out, "load", "Serving load", document, tables, lambda path: plot_load(rows, path))
+    publish(out, "load", "Serving load", document, tables, lambda path: plot_load(rows, path))
     return tables
 
 
@@ -128,15 +128,15 @@ def write_profile(
     interrupted: str | None = None,
 ) -> list[Table]:
     """profile.json, profile.md and profile.png in `out`; returns the tables."""
-    document = _document("profile", settings, machine, engines, interrupted) | {
+    document = document_of("profile", settings, machine, engines, interrupted) | {
         "rows": [to_jsonable(row) for row in rows]
     }
     tables = profile_tables(rows)
-    _publish(out, "profile", "Where the time goes", document, tables, lambda path: plot_profile(rows, path))
+    publish(out, "profile", "Where the time goes", document, tables, lambda path: plot_profile(rows, path))
     return tables
 
 
-def _publish(
+def publish(
     out: Path,
     name: str,
     title: str,

@@ -18,7 +18,9 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from actors.models.convert import model_folder
+from actors.models.llama_load import UnsupportedModelError
 from actors.models.source import ModelSourceError, resolve_source
+from actors.native.library import NativeUnavailableError
 from actors.sampling.params import ParameterError
 from cluster.bench import load, spec_bench
 from cluster.bench.config import CommonSettings, LoadSettings, ProfileSettings, SpecSettings
@@ -33,16 +35,17 @@ from cluster.bench.rendering import PromptRenderer
 from cluster.bench.report import write_load, write_profile, write_spec
 from cluster.bench.running import BenchError, running
 from cluster.bench.tables import Table
-from cluster.config import EMBEDDED_MODEL, EMBEDDED_MODEL_NAME, ClusterConfig, ModelConfig
+from cluster.config import EMBEDDED_MODEL, EMBEDDED_MODEL_NAME, ClusterConfig, DTypeName, ModelConfig
 
 EXPECTED_ERRORS = (
     BenchError, DatasetError, EngineUnavailableError, ModelSourceError, ParameterError, TimeoutError, OSError,
-    yaml.YAMLError, ValidationError,
+    UnsupportedModelError, NativeUnavailableError, yaml.YAMLError, ValidationError,
 )  # fmt: skip
 """What ends a run with one line instead of a traceback."""
 
 S = TypeVar("S", bound=CommonSettings)
 F = TypeVar("F")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +60,16 @@ class Session:
         return {engine.name: engine.describe() for engine in self.engines}
 
 
-def run_to_end(work: Coroutine[Any, Any, None]) -> None:
+def run_to_end(work: Coroutine[Any, Any, R]) -> R:
     """Like asyncio.run; SIGTERM cancels the work as Ctrl-C does, so that what was started is stopped."""
 
-    async def guarded() -> None:
+    async def guarded() -> R:
         task = asyncio.current_task()
         assert task is not None
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-        await work
+        return await work
 
-    asyncio.run(guarded())
+    return asyncio.run(guarded())
 
 
 async def measure_spec(settings: SpecSettings, out: Path, api_key: str | None = None) -> None:
@@ -123,12 +126,12 @@ async def _measurement(
         def save(interrupted: str | None) -> list[Table]:
             return write(out, settings, found, session.machine, session.descriptions(), interrupted)
 
-        with _saving(session.console, out, save, lambda: bool(found)), _progress(session.console) as bar:
+        with saving(session.console, out, save, lambda: bool(found)), progress_bar(session.console) as bar:
             task = bar.add_task("measuring", total=total(session))
             yield session, lambda _: bar.advance(task)
 
 
-class _saving:
+class saving:
     """Writes the files when the block ends, also when it ends early, and shows the tables."""
 
     def __init__(
@@ -157,7 +160,7 @@ class _saving:
         self._console.print(f"written to {self._out}", markup=False)
 
 
-def _progress(console: Console) -> Progress:
+def progress_bar(console: Console) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=console, transient=True)
 
@@ -212,9 +215,17 @@ def _questions(settings: CommonSettings) -> tuple[Question, ...]:
 def server_config(settings: CommonSettings) -> ClusterConfig:
     """The given file with the precision of this run, or one model of the given source. Raises OSError,
     yaml.YAMLError and pydantic.ValidationError."""
-    if settings.server_config is not None:
-        given = ClusterConfig.from_yaml(settings.server_config)
-        first = given.models[0].model_copy(update={"dtype": settings.dtype})
-        return given.model_copy(update={"models": (first, *given.models[1:])})
-    name = EMBEDDED_MODEL_NAME if settings.source == EMBEDDED_MODEL else "model"
-    return ClusterConfig(models=(ModelConfig(name=name, source=settings.source, dtype=settings.dtype),))
+    return own_server_config(settings.source, settings.dtype, settings.server_config)
+
+
+def own_server_config(source: str, dtype: DTypeName, file: Path | None, **engine: int) -> ClusterConfig:
+    """As `server_config`; `engine`: fields of the first model's engine, where 0 keeps what they are."""
+    if file is not None:
+        config = ClusterConfig.from_yaml(file)
+    else:
+        name = EMBEDDED_MODEL_NAME if source == EMBEDDED_MODEL else "model"
+        config = ClusterConfig(models=(ModelConfig(name=name, source=source),))
+    first = config.models[0]
+    changed = first.engine.model_copy(update={k: v for k, v in engine.items() if v})
+    first = first.model_copy(update={"dtype": dtype, "engine": changed})
+    return config.model_copy(update={"models": (first, *config.models[1:])})

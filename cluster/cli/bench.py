@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from cluster.bench.peers.install import install_command
-from cluster.cli.common import err, fail
+from cluster.cli.bench_common import checked, run_measurement
+from cluster.cli.bench_own import soak, start, step
 
 bench = typer.Typer(
     name="bench",
@@ -161,31 +161,16 @@ def profile(
 
 
 bench.command("install")(install_command)
+bench.command("step")(step)
+bench.command("soak")(soak)
+bench.command("start")(start)
 
 
 def _settings(kind: Any, engines: list[str] | None, **given: Any) -> Any:
-    """Validated; what is wrong ends the program with one line."""
-    from pydantic import ValidationError
-
     if engines:
         given["engines"] = tuple(engines)
-    try:
-        return kind(**{k: v for k, v in given.items() if v is not None})
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise fail(f"{place + ': ' if place else ''}{first['msg'].removeprefix('Value error, ')}") from error
+    return checked(kind, **given)
 
 
 def _run(measure: Any, settings: Any, out: Path, api_key: str | None) -> None:
-    from cluster.bench.session import EXPECTED_ERRORS, run_to_end
-
-    try:
-        run_to_end(measure(settings, out, api_key))
-    except EXPECTED_ERRORS as error:
-        raise fail(str(error) or type(error).__name__) from error
-    except KeyboardInterrupt as error:
-        raise typer.Exit(130) from error
-    except asyncio.CancelledError as error:  # SIGTERM
-        err.print("stopped")
-        raise typer.Exit(143) from error
+    run_measurement(lambda: measure(settings, out, api_key))

@@ -129,8 +129,7 @@ class LocalCluster:
 
     def start(self, phase: Phase) -> None:
         """Returns when every model answers, or early when asked to stop. Raises `StartupError`."""
-        with phase("Ray"):
-            self._start_ray()
+        self._start_ray(phase)
         if self._stop.requested:
             return
         self._run_application(phase)
@@ -144,29 +143,32 @@ class LocalCluster:
         if self._crowded:
             give_way(descendants(os.getpid()))
 
-    def _start_ray(self) -> None:
+    def _start_ray(self, phase: Phase) -> None:
         for name, value in (RAY_ENVIRONMENT | (CROWDED_ENVIRONMENT if self._crowded else {})).items():
             os.environ.setdefault(name, value)
-        import ray
-        from ray import serve
+        with phase("Ray's libraries"):
+            import ray
+            from ray import serve
 
-        from cluster.app import serve_options
+            from cluster.app import serve_options
 
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         cores = len(os.sched_getaffinity(0))
         self._ray_started = True  # from here on there may be something to end
         try:
-            ray.init(
-                address="local",
-                num_cpus=max(cores, math.ceil(cpus_needed(self._config))),
-                object_store_memory=OBJECT_STORE_BYTES,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                namespace="s2d",
-            )
+            with phase("Ray"):
+                ray.init(
+                    address="local",
+                    num_cpus=max(cores, math.ceil(cpus_needed(self._config))),
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    namespace="s2d",
+                )
             self._stop.install()
-            serve.start(**serve_options(self._config), logging_config={"log_level": "WARNING"})
+            with phase("Serve"):
+                serve.start(**serve_options(self._config), logging_config={"log_level": "WARNING"})
         except Exception as error:  # Ray raises bare Exceptions too
             raise StartupError(f"Ray did not start: {_last_line(error)}") from error
 

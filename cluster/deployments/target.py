@@ -16,6 +16,7 @@ from actors.target_worker.messages import (
     TargetInfo,
     TargetState,
 )
+from actors.target_worker.startup import StartupClock
 from cluster.config import DraftPoolConfig, ModelConfig
 from cluster.registry import LeaseWatcher, RegistryClient
 from cluster.telemetry.metrics import TargetMetrics
@@ -34,6 +35,7 @@ class Target:
     async def __init__(  # type: ignore[misc]
         self, model: dict[str, Any], draft_pool: dict[str, Any], stream_interval_ms: float | None
     ) -> None:
+        clock = StartupClock()
         # Imported here: it pulls in torch, which whoever only builds the application need not load.
         from cluster.deployments.wiring import build_target_worker
 
@@ -48,6 +50,7 @@ class Target:
             self._leases.leases,
             replica_id=replica_id,
             stream_interval_ms=stream_interval_ms,
+            clock=clock,
         )
         self._metrics = TargetMetrics(config.name)
         self._reporter = asyncio.create_task(self._report_forever())

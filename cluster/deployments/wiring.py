@@ -19,6 +19,7 @@ from actors.engine.interface import TargetEngine
 from actors.models.load import LoadedModel, choose_device, load_runner
 from actors.models.threads import takes_every_core
 from actors.sampling.grammar import GrammarCompiler
+from actors.target_worker.startup import StartupClock
 from actors.target_worker.worker import TargetWorker
 from cluster.config import DraftPoolConfig, ModelConfig
 
@@ -70,8 +71,11 @@ def build_target_worker(
     *,
     replica_id: str,
     stream_interval_ms: float | None,
+    clock: StartupClock | None = None,
 ) -> TargetWorker:
     """Load the model and connect to the draft pool. Blocking: seconds to minutes."""
+    clock = clock or StartupClock()
+    clock.mark("imports")
     max_sessions = config.engine.max_num_seqs + config.engine.max_queued
     if stream_interval_ms is None:
         crowded = choose_device(config.device).type == "cpu" and takes_every_core(config.engine.threads)
@@ -85,4 +89,5 @@ def build_target_worker(
         exits=nested.exits if nested is not None else (),
         replica_id=replica_id,
         stream_interval_ms=stream_interval_ms,
+        clock=clock,
     )

@@ -58,3 +58,36 @@ def test_spec_with_two_prompts(tmp_path: Path) -> None:
         if process.pid not in before and any("s2d-bench-" in a for a in process.info["cmdline"] or ())
     ]
     assert left == []
+
+
+@pytest.mark.slow
+def test_steps_with_tiny_settings(tmp_path: Path) -> None:
+    sizes = ["--rows", "1", "--rows", "8", "--batch", "1", "--batch", "2", "--repeats", "6"]
+    contexts = [f"--context={n}" for n in (64, 128, 256, 512)]
+    also = ["--row-invariance-price", "--agreement", "--agreement-tokens", "1", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "cluster.cli.main", "bench", "step", "--dtype", "bfloat16"]
+    done = subprocess.run(
+        [*command, *sizes, *contexts, *also],
+        cwd=ROOT,
+        env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "COLUMNS": "160"},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    document = json.loads((tmp_path / "step.json").read_text())
+    assert document["interrupted"] is None
+    (steps,) = document["steps"]
+    assert [len(seconds) for seconds in steps["rows_s"].values()] == [6, 6]
+    assert len(steps["contexts_s"]) == 8
+    assert set(steps["growth"]) == {"1", "2"}
+    if steps["backend"] == "native":
+        # Nothing is faster than reading the weights, as far as a cache lets that be said.
+        assert min(steps["rows_s"]["1"]) > 0.5 * min(steps["floors_s"]) > 0
+    (products,) = document["products"]
+    assert products["native_changed"] == 0
+    (agreement,) = document["agreement"]
+    assert agreement["same"] >= 0.9 * agreement["tokens"]
+    assert 0 < agreement["divergence"] < 0.05
+    assert (tmp_path / "step.png").exists()

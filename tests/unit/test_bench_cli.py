@@ -32,6 +32,13 @@ runner = CliRunner()
         (["load", "--rate", "-1"], "rate: must be positive"),
         (["load", "--dtype", "float7"], "dtype: Input should be"),
         (["spec", "--dataset", "spec-bench", "--path", "nowhere.jsonl"], "No such file"),
+        (["step", "--dtype", "float7"], "dtypes.0: Input should be"),
+        (["step", "--rows", "8", "--rows", "8"], "rows: each value once"),
+        (["step", "--context", "128", "--context", "256"], "contexts: a fit needs 4 lengths"),
+        (["step", "--rows", "0"], "rows: must be at least 1"),
+        (["soak", "--limit", "0"], "limit: Input should be greater than 0"),
+        (["soak", "--config", "nowhere.yaml"], "No such file"),
+        (["start", "--config", "nowhere.yaml"], "No such file"),
     ],
 )
 def test_what_is_wrong_is_one_line(tmp_path: Path, arguments: list[str], says: str) -> None:
@@ -43,7 +50,10 @@ def test_what_is_wrong_is_one_line(tmp_path: Path, arguments: list[str], says: s
 
 
 def test_help_names_the_commands_and_options() -> None:
-    assert all(word in runner.invoke(app, ["bench", "--help"]).output for word in ("spec", "load"))
+    assert all(
+        word in runner.invoke(app, ["bench", "--help"]).output
+        for word in ("spec", "load", "step", "soak", "start")
+    )
     text = runner.invoke(app, ["bench", "load", "--help"], env={"COLUMNS": "200"}).output
     for option in ("--engine", "--concurrency", "--rate", "--pairs", "--slo-tpot-ms", "--out", "--seed"):
         assert option in text

@@ -36,11 +36,12 @@ class S2DServer:
     """Started by the first `acquire`, stopped by the last `release`. For one event loop.
 
     The given configuration is served as it is, apart from the ports, which are chosen free, and the admin
-    endpoints, which are switched on.
+    endpoints, which are switched on. It is asked every `poll_s` seconds whether it is ready.
     """
 
-    def __init__(self, config: ClusterConfig) -> None:
+    def __init__(self, config: ClusterConfig, poll_s: float = POLL_S) -> None:
         self._config = config
+        self._poll_s = poll_s
         self._users = 0
         self._lock = asyncio.Lock()
         self._process: Process | None = None
@@ -57,6 +58,13 @@ class S2DServer:
         if self._process is None:
             raise RuntimeError("the server is not running")
         return self._process.pid
+
+    @property
+    def output(self) -> str:
+        """What `s2d serve` has printed so far; empty before it starts."""
+        if self._folder is None or not self._log.exists():
+            return ""
+        return self._log.read_text(encoding="utf-8", errors="replace")
 
     @property
     def api_key(self) -> str | None:
@@ -128,7 +136,7 @@ class S2DServer:
                     with contextlib.suppress(httpx.HTTPError):
                         if (await client.get(f"{self.url}/ready")).status_code == 200:
                             return
-                    await asyncio.sleep(POLL_S)
+                    await asyncio.sleep(self._poll_s)
         except TimeoutError as error:
             raise EngineUnavailableError(
                 f"`s2d serve` was not ready within {READY_TIMEOUT_S:g} s: {self._last_output()}"
@@ -156,7 +164,7 @@ class S2DServer:
         return Path(self._folder.name) / "serve.log"
 
     def _last_output(self) -> str:
-        return self._log.read_text(encoding="utf-8", errors="replace").strip()[-_LOG_CHARS:]
+        return self.output.strip()[-_LOG_CHARS:]
 
 
 def free_ports(count: int) -> list[int]:

@@ -1,0 +1,159 @@
+"""`s2d bench soak`: a server of its own, thousands of mixed requests, memory read all the while."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+from rich.console import Console
+
+from cluster.bench.config import SoakSettings
+from cluster.bench.engines.s2d_server import S2DServer
+from cluster.bench.environment import environment
+from cluster.bench.prompts import PROMPTS
+from cluster.bench.report import document_of, publish
+from cluster.bench.running import START_TIMEOUT_S, BenchError
+from cluster.bench.session import own_server_config, progress_bar, saving
+from cluster.bench.soak.memory import Growth, MemorySample, growth, read_memory, worst_total
+from cluster.bench.soak.report import SoakResults, plot_soak, soak_tables
+from cluster.bench.soak.traffic import SoakRequest, count_kinds, requests, send
+from cluster.bench.tables import Table
+from cluster.gateway.sse import to_jsonable
+
+MAX_FAILED_SHARE = 0.2
+"""A server that fails more than this is not soaked any longer."""
+
+
+async def measure_soak(settings: SoakSettings, out: Path) -> bool:
+    """soak.json, soak.md and soak.png in `out`. Returns whether memory stayed flat and no request failed.
+    Raises one of `EXPECTED_ERRORS`."""
+    console = Console(stderr=True)
+    config = own_server_config(
+        settings.source, settings.dtype, settings.server_config,
+        kv_blocks=settings.kv_blocks, threads=settings.threads,
+    )  # fmt: skip
+    machine = await asyncio.to_thread(environment)
+    results = SoakResults(settings.requests)
+    grown: list[Growth] = []
+
+    def write(interrupted: str | None) -> list[Table]:
+        document = document_of("soak", settings, machine, {}, interrupted) | {
+            "growth": [{**to_jsonable(g), "percent": g.percent} for g in grown],
+            "results": to_jsonable(results),
+        }
+        tables = soak_tables(results, grown, settings.limit)
+        publish(out, "soak", "Memory under mixed requests", document, tables, lambda p: plot_soak(results, p))
+        return tables
+
+    console.print("starting the server")
+    async with _running(S2DServer(config)) as server:
+        with saving(console, out, write, lambda: bool(results.samples)), progress_bar(console) as bar:
+            task = bar.add_task("requests", total=settings.requests)
+            await soak(server, settings, results, lambda: bar.advance(task))
+            grown += growth(results.samples, settings.requests)
+    total = worst_total(grown)
+    flat = total.percent <= settings.limit
+    console.print(
+        f"{total.measure.upper()} of all processes grew by {total.percent:+.2f} %: "
+        + ("flat" if flat else f"more than {settings.limit:g} %")
+    )
+    if results.failures:
+        console.print(f"{len(results.failures)} requests failed")
+    return flat and not results.failures
+
+
+@asynccontextmanager
+async def _running(server: S2DServer) -> AsyncIterator[S2DServer]:
+    async with asyncio.timeout(START_TIMEOUT_S):
+        await server.acquire()
+    try:
+        yield server
+    finally:
+        await server.release()
+
+
+async def soak(
+    server: S2DServer, settings: SoakSettings, results: SoakResults, advance: Callable[[], None]
+) -> None:
+    """Closed loop: each of the streams sends its next request when its last one ended. Raises BenchError when
+    too many requests fail."""
+    todo = requests(server.model, [p.text for p in PROMPTS], settings.requests, settings.seed)
+    results.kinds = count_kinds(todo)
+    headers = {"Authorization": f"Bearer {server.api_key}"} if server.api_key else {}
+    limits = httpx.Limits(max_connections=settings.concurrency)
+    began = time.monotonic()
+    async with httpx.AsyncClient(
+        base_url=server.url, timeout=settings.request_timeout_s, headers=headers, limits=limits
+    ) as client:
+        reader = asyncio.create_task(_read_forever(server, settings, results, began))
+        try:
+            await _streams(client, todo, settings, results, advance)
+            results.duration_s = time.monotonic() - began
+        finally:
+            reader.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await reader
+    results.samples.append(await _reading(server, results, began))
+
+
+async def _streams(
+    client: httpx.AsyncClient,
+    todo: Sequence[SoakRequest],
+    settings: SoakSettings,
+    results: SoakResults,
+    advance: Callable[[], None],
+) -> None:
+    waiting: Iterator[SoakRequest] = iter(todo)
+
+    async def stream() -> None:
+        for request in waiting:
+            try:
+                async with asyncio.timeout(settings.request_timeout_s):
+                    problem = await send(client, request)
+            except TimeoutError:
+                problem = f"took longer than {settings.request_timeout_s:g} s"
+            results.ended += 1
+            advance()
+            if problem is not None:
+                results.failures.append(f"{request.kind}: {problem}")
+                if len(results.failures) > MAX_FAILED_SHARE * settings.requests:
+                    raise BenchError(f"too many failed requests; the last one: {problem}")
+
+    tasks = [asyncio.create_task(stream()) for _ in range(settings.concurrency)]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _read_forever(
+    server: S2DServer, settings: SoakSettings, results: SoakResults, began: float
+) -> None:
+    while True:
+        results.samples.append(await _reading(server, results, began))
+        if results.untouched_kv_blocks is None and results.ended >= settings.requests / 10:
+            with contextlib.suppress(httpx.HTTPError):
+                results.untouched_kv_blocks = untouched_blocks(await server.state())
+        await asyncio.sleep(settings.sample_s)
+
+
+async def _reading(server: S2DServer, results: SoakResults, began: float) -> MemorySample:
+    memory = await asyncio.to_thread(read_memory, server.pid)
+    return MemorySample(results.ended, time.monotonic() - began, memory)
+
+
+def untouched_blocks(state: object) -> int | None:
+    """Of the first replica of the first model, at most: free blocks that carry nothing. None when it is not
+    told."""
+    try:
+        engine = state["models"][0]["replicas"][0]["engine"]  # type: ignore[index]
+        return int(engine["kv_blocks_free"] - engine["kv_blocks_cached"])
+    except (KeyError, IndexError, TypeError):
+        return None
