@@ -10,6 +10,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import torch
 
 import cluster.bench.peers
 from actors.models.source import ResolvedSource, resolve_source
@@ -133,10 +134,66 @@ def test_every_request_gets_the_models_own_continuation(
         counts = channel.end(name)["speculation"]
         assert (counts is None) == (draft is None)
         if counts is not None:
+            # Each round, those without drafts included, emits its accepted drafts and one token more.
+            steps = [m for m in channel.messages if m["id"] == name and m["event"] == "tokens"]
+            assert counts["rounds"] == len(steps)
+            assert len(tokens) in (counts["accepted"] + counts["rounds"] - i for i in range(4))
             assert counts["accepted"] == sum(counts["accepted_by_position"]) <= counts["drafted"]
     if draft is not None:
         assert any(channel.end(name)["speculation"]["accepted"] > 0 for name in wanted)
     assert max(library.sizes) > 3, "requests did not share steps"
+
+
+@pytest.fixture
+def vllm_host(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(Path(cluster.bench.peers.__file__).parent))
+    return importlib.import_module("vllm_host")
+
+
+def vllm_counters(drafts: int, drafted: int, accepted: int, *by_position: int) -> dict[str, Any]:
+    """As vLLM counts: rounds with drafts only."""
+    names = ("drafts", "draft_tokens", "accepted_tokens", "accepted_tokens_per_pos")
+    values = (drafts, drafted, accepted, list(by_position))
+    return {f"vllm:spec_decode_num_{name}": value for name, value in zip(names, values, strict=True)}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rounds"),
+    [
+        (20, 15),  # two rounds with drafts gave 2 + 1 and 3 + 1 tokens, 13 without drafts one each
+        (7, 2),  # only the two
+        (6, 2),  # the second was cut by a stop
+    ],
+)
+def test_vllms_rounds_without_drafts_count(vllm_host: ModuleType, tokens: int, rounds: int) -> None:
+    before, after = vllm_counters(5, 9, 7, 5, 2), vllm_counters(7, 17, 12, 7, 4, 1)
+    assert vllm_host.difference(before, after, tokens) == {
+        "rounds": rounds,
+        "drafted": 8,
+        "accepted": 5,
+        "accepted_by_position": [2, 2, 1],
+    }
+
+
+def test_the_first_request_of_a_vllm_has_nothing_before(vllm_host: ModuleType) -> None:
+    assert vllm_host.difference({}, {}, 9)["rounds"] == 9
+
+
+def test_hugging_faces_rounds_without_drafts_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(cluster.bench.peers.__file__).parent))
+    host = importlib.import_module("hugging_face_host")
+    channel = Recorder()
+    progress = host.Progress([host.Row("r", 7, frozenset())], channel, None, True)
+    progress.put(torch.tensor([[1, 2, 3]]))  # the prompt
+    for drafted, tokens in ((0, [4]), (10, [5, 6, 7]), (0, [8]), (4, [9]), (0, [10])):
+        progress.drafted = drafted
+        progress.put(torch.tensor([tokens]))
+    assert channel.end("r")["speculation"] == {
+        "rounds": 5,
+        "drafted": 14,
+        "accepted": 2,
+        "accepted_by_position": [1, 1],
+    }
 
 
 def test_a_cancelled_request_frees_its_slot(scheduler_module: ModuleType) -> None:

@@ -78,15 +78,18 @@ class Host:
         before = counters() if self._speculates and alone else None
         try:
             prompt = {"prompt_token_ids": message["prompt_ids"]}
-            reason = None
+            reason, tokens = None, 0
             async for output in self._engine.generate(prompt, params, request_id):
                 step = output.outputs[0]
                 reason = step.finish_reason
                 if step.token_ids:
                     ids = list(step.token_ids)
+                    tokens += len(ids)
                     self._channel.send({"event": "tokens", "id": request_id, "token_ids": ids})
             alone = alone and self._started == ordinal
-            speculation = difference(before, counters()) if before is not None and alone else None
+            speculation = None
+            if before is not None and alone:
+                speculation = difference(before, counters(), tokens)
             done = {"event": "done", "id": request_id, "finish_reason": reason}
             self._channel.send({**done, "speculation": speculation})
         except Exception as error:  # the engine died, or it refused the request
@@ -102,13 +105,20 @@ def counters() -> dict[str, Any]:
     return {name: getattr(metric, "values", None) or metric.value for name, metric in found.items()}
 
 
-def difference(before: dict[str, Any], after: dict[str, Any]) -> Message:
+def difference(before: dict[str, Any], after: dict[str, Any], tokens: int) -> Message:
+    """What a request that was alone and got so many `tokens` has added to the counters.
+
+    vLLM counts rounds with drafts only. Every round emits its accepted drafts and one token more, so all
+    rounds are the tokens that were no accepted drafts, at least those with drafts.
+    """
+    accepted = int(after.get(ACCEPTED, 0) - before.get(ACCEPTED, 0))
+    with_drafts = int(after.get(DRAFTS, 0) - before.get(DRAFTS, 0))
     old, new = before.get(BY_POSITION) or [], after.get(BY_POSITION) or []
     old = old + [0] * (len(new) - len(old))
     return {
-        "rounds": int(after.get(DRAFTS, 0) - before.get(DRAFTS, 0)),
+        "rounds": max(tokens - accepted, with_drafts, 1),
         "drafted": int(after.get(DRAFTED, 0) - before.get(DRAFTED, 0)),
-        "accepted": int(after.get(ACCEPTED, 0) - before.get(ACCEPTED, 0)),
+        "accepted": accepted,
         "accepted_by_position": [int(b - a) for a, b in zip(old, new, strict=True)],
     }
 
