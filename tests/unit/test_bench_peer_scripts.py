@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import gguf
@@ -17,7 +17,9 @@ from actors.models.source import ResolvedSource, resolve_source
 from cluster.bench.engines.interface import EngineUnavailableError
 from cluster.bench.engines.peers import PEERS, PeerOptions
 from cluster.bench.peers.environments import ENVIRONMENTS, MARKER, python_of
+from cluster.bench.peers.first_layers import first_layers, num_layers
 from cluster.bench.peers.gguf_files import gguf_file, write_dequantised
+from tests.toy_tokenizers import byte_level_folder
 
 END = 0
 VOCABULARY = 50
@@ -306,3 +308,40 @@ def test_every_peer_says_how_to_install_it(tmp_path: Path) -> None:
 async def test_a_peer_that_is_not_installed_does_not_start(tmp_path: Path) -> None:
     with pytest.raises(EngineUnavailableError, match=r"s2d bench install llama\.cpp"):
         await PEERS["llama.cpp-bf16"](PeerOptions(environments=tmp_path)).start()
+
+
+def test_the_first_layers_are_a_model_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    monkeypatch.setenv("S2D_CACHE_DIR", str(tmp_path / "cache"))
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "vocab_size": 300}
+    whole = LlamaForCausalLM(LlamaConfig(num_hidden_layers=3, **sizes)).to(torch.bfloat16)
+    folder = byte_level_folder(tmp_path / "model")
+    whole.save_pretrained(folder)
+    assert num_layers(folder) == 3
+    draft = first_layers(folder, 2, "ab" * 32)
+    assert num_layers(draft) == 2
+    wanted = {k: v for k, v in whole.state_dict().items() if "layers.2." not in k}
+    found = AutoModelForCausalLM.from_pretrained(draft, dtype=torch.bfloat16).state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)  # not again
+    assert first_layers(folder, 2, "ab" * 32) == draft
+    assert list(draft.parent.iterdir()) == [draft]
+
+
+def test_earlier_answers_are_forgotten_and_settings_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(cluster.bench.peers.__file__).parent))
+    module = importlib.import_module("vllm_suffix_reset")
+
+    class Cache:
+        def __init__(self, max_tree_depth: int, max_cached_requests: int) -> None:
+            self.max_tree_depth, self.max_cached_requests = max_tree_depth, max_cached_requests
+
+    old = Cache(24, 10)
+    worker = module.SuffixReset()
+    worker.model_runner = SimpleNamespace(drafter=SimpleNamespace(suffix_cache=old))
+    worker.forget_suffixes()
+    new = worker.model_runner.drafter.suffix_cache
+    assert new is not old
+    assert (new.max_tree_depth, new.max_cached_requests) == (24, 10)

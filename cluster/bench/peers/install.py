@@ -60,6 +60,9 @@ def install(
     _run([*pip, "install", *quiet, *environment.requirements], deadline, progress)
     if environment.removed:
         _run([*pip, "uninstall", "--yes", *quiet, *environment.removed], deadline, progress)
+    if environment.unisolated:
+        alone = ["--no-build-isolation", "--no-deps"]
+        _run([*pip, "install", *quiet, *alone, *environment.unisolated], deadline, progress)
     progress("checking")
     _run([str(python), "-c", environment.check], deadline, progress)
     (target / MARKER).write_text(environment.marker)
