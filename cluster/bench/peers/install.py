@@ -72,6 +72,11 @@ def install(
 def _run(command: Sequence[str], deadline: float, progress: Progress) -> None:
     """Passes each line of output to `progress`."""
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
+    if command[0] != sys.executable:
+        # As activated: builds look for tools on the path, and CMake for Python by this variable.
+        bin_folder = Path(command[0]).parent
+        environment["PATH"] = f"{bin_folder}{os.pathsep}{environment.get('PATH', os.defpath)}"
+        environment["VIRTUAL_ENV"] = str(bin_folder.parent)
     environment.setdefault("CMAKE_BUILD_PARALLEL_LEVEL", str(physical_cores()))
     process = subprocess.Popen(
         command,
