@@ -25,6 +25,7 @@ class FakeEngine:
     tokens: int | None = None
     accepted: int | None = None
     fail: str | None = None
+    pid: int | None = None
     start_error: Exception | None = None
     log: list[tuple[str, str]] = field(default_factory=list)
     running: int = 0

@@ -40,6 +40,7 @@ class CommonSettings(SettingsModel):
     seed: int = Field(0, ge=0, description="Chooses questions, arrivals and, above temperature 0, samples.")
     threshold: float = Field(1.0, gt=0, description="Ratio that a comparison is tested against.")
     request_timeout_s: float = Field(300.0, gt=0)
+    exclusive: bool = Field(False, description="Stop the other engines' processes during an engine's turn.")
     threads: int = Field(0, ge=0, description="Compute threads of every engine; 0 lets each choose.")
 
     @model_validator(mode="after")

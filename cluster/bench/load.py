@@ -23,6 +23,7 @@ from cluster.bench.paired import Comparison, compare
 from cluster.bench.records import Record
 from cluster.bench.rendering import PromptRenderer
 from cluster.bench.running import ask, reset, rotated, warm_up
+from cluster.bench.turns import Turns
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +105,12 @@ async def run_load(
     settings: LoadSettings,
     advance: Callable[[Block], None] = lambda block: None,
     keep: list[Block] | None = None,
+    turns: Turns | None = None,
 ) -> list[Block]:
     """Blocks are appended to `keep` as they end, so that an interrupted run keeps what it has. Raises
     BenchError when an engine cannot be warmed up or reset."""
     blocks = [] if keep is None else keep
+    turns = turns or Turns()
     place = 0
     for point_index, point in enumerate(points(settings)):
         size = block_size(point, settings)
@@ -116,12 +119,14 @@ async def run_load(
             at_once = load_requests(
                 [questions[i % len(questions)] for i in range(size)], renderer, settings, 0
             )
+            await turns.give_to(engine)
             await warm_up(engine, at_once[: point.concurrency or size], settings.request_timeout_s)
         for pair in range(settings.pairs):
             asked = [questions[(place + i) % len(questions)] for i in range(size)]
             place += size
             requests = load_requests(asked, renderer, settings, pair)
             for order, engine in enumerate(rotated(engines, pair)):
+                await turns.give_to(engine)
                 await reset(engine)
                 began = time.perf_counter()
                 if point.concurrency is not None:

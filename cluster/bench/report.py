@@ -10,12 +10,13 @@ from typing import Any
 
 from cluster.bench import load, spec_bench
 from cluster.bench.config import LoadSettings, ProfileSettings, SettingsModel, SpecSettings
+from cluster.bench.engines.registry import plain_of
 from cluster.bench.load import Block
 from cluster.bench.paired import MIN_PAIRS
 from cluster.bench.plot import plot_load, plot_profile, plot_speedups
 from cluster.bench.profile import ProfileRow
 from cluster.bench.records import Record
-from cluster.bench.tables import Table, load_tables, profile_tables, spec_tables
+from cluster.bench.tables import Table, load_tables, plain_tables, profile_tables, spec_tables
 from cluster.gateway.sse import to_jsonable
 
 FORMAT_VERSION = 1
@@ -79,12 +80,14 @@ def write_spec(
     """spec.json, spec.md and spec.png in `out`; returns the tables."""
     baseline, threshold = settings.baseline_name, settings.threshold
     rows = spec_bench.summarize(records, baseline, threshold)
+    plain = spec_bench.against_plain(records, plain_of, threshold)
     document = document_of("spec", settings, machine, engines, interrupted) | {
         "summary": [to_jsonable(row) for row in rows],
+        "against_plain": [to_jsonable(row) for row in plain],
         "matrix": to_jsonable(spec_bench.matrix(records, threshold)),
         "records": [to_jsonable(r.to_json()) for r in records],
     }
-    tables = spec_tables(rows, baseline)
+    tables = [*spec_tables(rows, baseline), *plain_tables(plain)]
     publish(
         out, "spec", "Spec-Bench protocol", document, tables, lambda path: plot_speedups(rows, baseline, path)
     )

@@ -35,6 +35,7 @@ from cluster.bench.rendering import PromptRenderer
 from cluster.bench.report import write_load, write_profile, write_spec
 from cluster.bench.running import BenchError, running
 from cluster.bench.tables import Table
+from cluster.bench.turns import Turns
 from cluster.config import EMBEDDED_MODEL, EMBEDDED_MODEL_NAME, ClusterConfig, DTypeName, ModelConfig
 
 EXPECTED_ERRORS = (
@@ -55,6 +56,7 @@ class Session:
     renderer: PromptRenderer
     machine: Mapping[str, Any]
     console: Console
+    turns: Turns
 
     def descriptions(self) -> dict[str, Mapping[str, Any]]:
         return {engine.name: engine.describe() for engine in self.engines}
@@ -82,7 +84,8 @@ async def measure_spec(settings: SpecSettings, out: Path, api_key: str | None = 
 
     async with _measurement(settings, out, api_key, records, total, write_spec) as (session, advance):
         await spec_bench.run_spec_bench(
-            session.engines, session.questions, session.renderer, settings, advance, records
+            *(session.engines, session.questions, session.renderer, settings),
+            *(advance, records, session.turns),
         )
 
 
@@ -94,7 +97,10 @@ async def measure_load(settings: LoadSettings, out: Path, api_key: str | None = 
         return len(load.points(settings)) * settings.pairs * len(session.engines)
 
     async with _measurement(settings, out, api_key, blocks, total, write_load) as (session, advance):
-        await load.run_load(session.engines, session.questions, session.renderer, settings, advance, blocks)
+        await load.run_load(
+            *(session.engines, session.questions, session.renderer, settings),
+            *(advance, blocks, session.turns),
+        )
 
 
 async def measure_profile(settings: ProfileSettings, out: Path, api_key: str | None = None) -> None:
@@ -191,7 +197,8 @@ async def _session(settings: CommonSettings, api_key: str | None) -> AsyncIterat
     # Before any engine runs: the bandwidth is that of an idle machine.
     machine = await asyncio.to_thread(environment)
     async with running(engines, lambda text: console.print(text)):
-        yield Session(engines, questions, renderer, machine, console)
+        with Turns(engines, settings.exclusive) as turns:
+            yield Session(engines, questions, renderer, machine, console, turns)
 
 
 def context_needed(questions: Sequence[Question], renderer: PromptRenderer, settings: CommonSettings) -> int:

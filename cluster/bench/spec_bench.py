@@ -14,6 +14,7 @@ from cluster.bench.paired import Comparison, compare
 from cluster.bench.records import Record
 from cluster.bench.rendering import PromptRenderer, RenderedPrompt
 from cluster.bench.running import ask, reset, rotated, warm_up
+from cluster.bench.turns import Turns
 
 OVERALL = "overall"
 
@@ -25,17 +26,21 @@ async def run_spec_bench(
     settings: SpecSettings,
     advance: Callable[[Record], None] = lambda record: None,
     keep: list[Record] | None = None,
+    turns: Turns | None = None,
 ) -> list[Record]:
     """A record a turn. They are appended to `keep` as they come, so that an interrupted run keeps what it
     has. Raises BenchError when an engine cannot be warmed up or reset."""
     records = [] if keep is None else keep
+    turns = turns or Turns()
     first = _request("warm-up", renderer.render(questions[0].turns[:1]), settings)
     for engine in engines:
+        await turns.give_to(engine)
         await warm_up(engine, [first], settings.request_timeout_s)
     step = 0
     for pair in range(settings.pairs):
         for question in questions:
             for order, engine in enumerate(rotated(engines, step)):
+                await turns.give_to(engine)
                 await reset(engine)
                 for record in await _conversation(engine, question, renderer, settings, pair, order):
                     records.append(record)
@@ -202,6 +207,33 @@ def equality(records: Sequence[Record], engine: str, baseline: str) -> Equality:
 
 def _answers(records: Sequence[Record], engine: str) -> Mapping[Hashable, BenchResponse]:
     return {_key(r): r.response for r in records if r.engine == engine and r.response.error is None}
+
+
+@dataclass(frozen=True, slots=True)
+class PlainRow:
+    """A speculating engine against the same one without speculation, over all tasks."""
+
+    engine: str
+    plain: str
+    paired: Comparison | None
+    equality: Equality
+
+
+def against_plain(
+    records: Sequence[Record], plain_of: Callable[[str], str | None], threshold: float = 1.0
+) -> list[PlainRow]:
+    """Rows for the engines whose plain counterpart was measured too."""
+    engines = dict.fromkeys(record.engine for record in records)
+    pairs = [(engine, plain) for engine in engines if (plain := plain_of(engine)) in engines and plain]
+    return [
+        PlainRow(
+            engine,
+            plain,
+            compare(speeds(records, engine), speeds(records, plain), threshold),
+            equality(records, engine, plain),
+        )
+        for engine, plain in pairs
+    ]
 
 
 def matrix(records: Sequence[Record], threshold: float = 1.0) -> dict[str, dict[str, Comparison | None]]:

@@ -9,7 +9,7 @@ from cluster.bench.load import LoadRow
 from cluster.bench.metrics import Acceptance, Percentiles
 from cluster.bench.paired import Comparison
 from cluster.bench.profile import PARTS, PROCESSES, ProfileRow
-from cluster.bench.spec_bench import OVERALL, SpecRow
+from cluster.bench.spec_bench import OVERALL, Equality, PlainRow, SpecRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,16 +94,31 @@ def spec_tables(rows: Sequence[SpecRow], baseline: str) -> list[Table]:
     return [*tables, _acceptance_table(known)] if known else tables
 
 
+def plain_tables(rows: Sequence[PlainRow]) -> list[Table]:
+    """Whether speculation pays within an engine, and whether it changes answers."""
+    if not rows:
+        return []
+    columns = ("engine", "against", "paired ratio: median [95 %]", "bytes equal", "ids equal")
+    cells = tuple(
+        (row.engine, row.plain, comparison_text(row.paired), *_equality_cells(row.equality)) for row in rows
+    )
+    return [Table("Speculation against plain decoding of the same engine", columns, cells)]
+
+
+def _equality_cells(same: Equality | None) -> tuple[str, str]:
+    if same is None:
+        return "baseline", "baseline"
+    return f"{same.bytes_equal} of {same.compared}", f"{same.ids_equal} of {same.ids_compared}"
+
+
 def _overall_cells(row: SpecRow, baseline: str) -> tuple[str, ...]:
-    same = row.equality
     return (
         row.engine,
         _number(row.tokens_per_s, 1),
         _number(row.tpot_ms),
         _against(baseline, row.engine, row.paired),
         _number(row.mean_accepted_tokens),
-        "baseline" if same is None else f"{same.bytes_equal} of {same.compared}",
-        "baseline" if same is None else f"{same.ids_equal} of {same.ids_compared}",
+        *_equality_cells(row.equality),
         f"{row.errors} of {row.requests}",
     )
 

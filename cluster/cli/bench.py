@@ -37,6 +37,9 @@ Seed = Annotated[int, typer.Option(min=0, help="Chooses questions and arrivals."
 Threshold = Annotated[float, typer.Option(help="Ratio that comparisons are tested against.")]
 Timeout = Annotated[float, typer.Option("--timeout", help="Seconds a request may take.")]
 Threads = Annotated[int, typer.Option(min=0, help="Compute threads of every engine; 0: its own choice.")]
+Exclusive = Annotated[
+    bool, typer.Option("--exclusive", help="Stop the other engines' processes during an engine's turn.")
+]
 ApiKey = Annotated[str | None, typer.Option(envvar="S2D_BENCH_API_KEY", help="For endpoints given by URL.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for JSON, Markdown and PNG.")]
 
@@ -64,6 +67,7 @@ def spec(
     threshold: Threshold = 1.0,
     timeout: Timeout = 300.0,
     threads: Threads = 0,
+    exclusive: Exclusive = False,
     api_key: ApiKey = None,
     out: Out = Path("bench-results/spec"),
 ) -> None:
@@ -75,7 +79,7 @@ def spec(
         SpecSettings, engine, baseline=baseline, dataset=dataset, path=path, per_task=per_task, source=source,
         dtype=dtype, server_config=config, max_tokens=max_tokens, ignore_eos=ignore_eos, all_turns=all_turns,
         temperature=temperature, pairs=pairs, seed=seed, threshold=threshold, request_timeout_s=timeout,
-        threads=threads,
+        threads=threads, exclusive=exclusive,
     )  # fmt: skip
     _run(measure_spec, settings, out, api_key)
 
@@ -112,6 +116,7 @@ def load(
     threshold: Threshold = 1.0,
     timeout: Timeout = 300.0,
     threads: Threads = 0,
+    exclusive: Exclusive = False,
     api_key: ApiKey = None,
     out: Out = Path("bench-results/load"),
 ) -> None:
@@ -127,7 +132,8 @@ def load(
         dtype=dtype, server_config=config, max_tokens=max_tokens, ignore_eos=not stop_at_eos,
         requests_per_stream=requests_per_stream, requests_per_rate=requests_per_rate,
         temperature=temperature, pairs=pairs, slo_ttft_ms=slo_ttft_ms, slo_tpot_ms=slo_tpot_ms, seed=seed,
-        threshold=threshold, request_timeout_s=timeout, threads=threads, **points,
+        threshold=threshold, request_timeout_s=timeout, threads=threads, exclusive=exclusive,
+        **points,
     )  # fmt: skip
     _run(measure_load, settings, out, api_key)
 

@@ -37,7 +37,7 @@ RAY_ENVIRONMENT = {
     "RAY_raylet_start_wait_time_s": "120",
 }
 CROWDED_ENVIRONMENT = {
-    # Ten times a second by default, which takes 3 % of a core for nothing. Health is looked at every few seconds.
+    # Ten times a second by default, which takes 3 % of a core. Health is looked at every few seconds.
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
     # What only debugging Ray itself needs: statistics of its event loops, task events for `ray list tasks`.
     "RAY_event_stats": "0",

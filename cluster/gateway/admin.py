@@ -13,6 +13,7 @@ from cluster.gateway.errors import ApiError, not_ready
 from cluster.gateway.models import ServedModel
 from cluster.gateway.routes import Gateway
 from cluster.gateway.sse import JsonResponse, to_jsonable
+from cluster.telemetry.vllm_names import spec_decode_text
 
 STATE_TIMEOUT_S = 3.0
 RESET_TIMEOUT_S = 10.0
@@ -62,8 +63,12 @@ def build_admin_router(gateway: Gateway, read_metrics: MetricsReader) -> APIRout
 
     @router.get("/metrics")
     async def metrics() -> Response:
-        """Prometheus text of all Ray nodes. It lags by Ray's report interval (10 s unless configured)."""
-        return Response(await read_metrics(), media_type=PROMETHEUS_TYPE)
+        """Prometheus text of all Ray nodes, which lags by Ray's report interval (10 s unless configured), and
+        live speculation counters under vLLM's names."""
+        text, *models = await asyncio.gather(
+            read_metrics(), *(model_state(m) for m in gateway.directory.all())
+        )
+        return Response(text + spec_decode_text(models), media_type=PROMETHEUS_TYPE)
 
     @router.get("/state")
     async def state() -> Response:

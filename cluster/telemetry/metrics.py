@@ -72,7 +72,7 @@ class TargetMetrics:
         self._waiting.set(_count(stats, "waiting"))
         total = _count(stats, "kv_blocks_total")
         self._kv_usage.set(_count(stats, "kv_blocks_used") / total if total else 0.0)
-        before, now = _speculation_totals(self._last), _speculation_totals(stats)
+        before, now = speculation_totals(self._last), speculation_totals(stats)
         _increase(self._drafts, now["rounds"] - before["rounds"])
         _increase(self._drafted, now["drafted"] - before["drafted"])
         _increase(self._accepted, now["accepted"] - before["accepted"])
@@ -129,7 +129,7 @@ def _increase(counter: Counter, amount: int, tags: dict[str, str] | None = None)
         counter.inc(amount, tags or {})
 
 
-def _speculation_totals(stats: Mapping[str, Any]) -> dict[str, Any]:
+def speculation_totals(stats: Mapping[str, Any]) -> dict[str, Any]:
     totals: dict[str, Any] = {"rounds": 0, "drafted": 0, "accepted": 0, "positions": []}
     for drafter in (stats.get("drafters") or {}).values():
         for key in ("rounds", "drafted", "accepted"):

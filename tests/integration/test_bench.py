@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -11,6 +12,15 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cluster.bench.config import SpecSettings
+from cluster.bench.engines.interface import BenchRequest
+from cluster.bench.engines.s2d import S2DEngine
+from cluster.bench.engines.s2d_server import S2DServer
+from cluster.bench.running import running
+from cluster.bench.session import server_config
+from cluster.bench.turns import Turns
+from cluster.cli.local_cluster import descendants
+from tests.fake_bench_engine import FakeEngine
 from tests.integration.ray_node import ROOT
 
 TIMEOUT_S = 400.0
@@ -91,3 +101,28 @@ def test_steps_with_tiny_settings(tmp_path: Path) -> None:
     assert agreement["same"] >= 0.9 * agreement["tokens"]
     assert 0 < agreement["divergence"] < 0.05
     assert (tmp_path / "step.png").exists()
+
+
+STOPPED_S = 35.0
+"""Longer than Serve and Ray wait for an answer to their health checks."""
+
+
+@pytest.mark.slow
+@pytest.mark.serve
+async def test_our_server_survives_the_turns_of_others() -> None:
+    server = S2DServer(server_config(SpecSettings(engines=("s2d-plain",))))
+    engine = S2DEngine("s2d-auto", server, {})
+    request = BenchRequest("r", tuple(range(100, 120)), "", 16, ignore_eos=True)
+    async with asyncio.timeout(TIMEOUT_S), running([engine], lambda text: None):
+        before = await engine.generate(request)
+        with Turns([engine], exclusive=True) as turns:
+            await turns.give_to(FakeEngine("other"))
+            processes = [psutil.Process(pid) for pid in (server.pid, *descendants(server.pid))]
+            await asyncio.sleep(STOPPED_S)
+            assert {process.status() for process in processes} == {psutil.STATUS_STOPPED}
+            await turns.give_to(engine)
+            await engine.reset()
+            after = await engine.generate(request)
+        assert (before.error, after.error) == (None, None)
+        assert after.token_ids == before.token_ids
+        assert all(process.is_running() for process in processes)

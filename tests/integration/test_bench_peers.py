@@ -16,6 +16,7 @@ from actors.models.source import ModelSourceError, ResolvedSource, resolve_sourc
 from actors.models.tokenizer import load_tokenizer
 from cluster.bench.engines.interface import BenchEngine, BenchRequest, EngineUnavailableError
 from cluster.bench.engines.peers import PEERS, PeerOptions
+from cluster.bench.engines.registry import plain_of
 from cluster.bench.peers.environments import ENVIRONMENTS, python_of
 from cluster.bench.prompts import PROMPTS
 from cluster.config import EMBEDDED_MODEL
@@ -97,15 +98,25 @@ async def test_hugging_face_in_float32_gives_the_same_ids(name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     ["llama.cpp-bf16", "llama.cpp-f16", "llama.cpp-f16-prompt-lookup", "llama.cpp-q8_0", "vllm-bf16",
-     "vllm-bf16-ngram"],
+     "vllm-bf16-ngram", "vllm-bf16-suffix", "vllm-bf16-draft-model"],
 )  # fmt: skip
 async def test_rounded_weights_differ_late_or_never(name: str) -> None:
     async with peer(name, PeerOptions(max_concurrency=4)) as engine:
         responses = await asyncio.gather(*(engine.generate(request) for request in requests()))
         assert engine.describe()["versions"]
+        await engine.reset()
+        alone = await engine.generate(requests()[0])
+        await engine.reset()
     assert [response.error for response in responses] == [None] * len(responses)
     same = sorted(common_prefix(r.token_ids or (), w) for r, w in zip(responses, reference(), strict=True))
     assert same[len(same) // 2] >= EXACT_TOKENS, same
+    assert alone.error is None
+    assert (alone.speculation is None) == (plain_of(name) is None)
+    if alone.speculation is not None:
+        # Every round emits its accepted drafts and one token; the last may have been cut at the limit.
+        rounds, accepted = alone.speculation.rounds, alone.speculation.accepted
+        assert NEW_TOKENS <= rounds + accepted <= NEW_TOKENS + 10
+        assert alone.speculation.drafted >= accepted
 
 
 @pytest.mark.parametrize("name", ["hf", "llama.cpp-q8_0-prompt-lookup", "vllm-bf16"])

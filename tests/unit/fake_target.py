@@ -133,7 +133,13 @@ class FakeTarget:
         return info(self.name)
 
     async def states(self) -> Sequence[TargetState]:
-        engine: dict[str, object] = {"running": self.running, "waiting": 0, "odd": math.nan}
+        drafters = {"toy": {"rounds": 3}}
+        engine: dict[str, object] = {
+            "running": self.running,
+            "waiting": 0,
+            "odd": math.nan,
+            "drafters": drafters,
+        }
         return [TargetState(info(self.name), "replica-1", engine), TargetState(info(self.name), "replica-2")]
 
     async def reset(self) -> None:

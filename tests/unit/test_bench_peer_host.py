@@ -55,7 +55,7 @@ async def test_tokens_arrive_as_they_come_with_the_counts_at_the_end() -> None:
     assert response.error is None
     assert response.token_ids == (42, 43, 44, 45, 46)
     assert response.finish_reason == "length"
-    assert response.speculation == SpeculationCounts(2, 8, 5, (2, 2, 1))
+    assert response.speculation == SpeculationCounts(3, 8, 5, (2, 2, 1))
     assert [count for _, count in response.arrivals] == [1] * 5
     # Stamped at arrival: five steps of 20 ms, not one burst at the end.
     assert response.arrivals[-1][0] - response.arrivals[0][0] > 0.03

@@ -43,15 +43,17 @@ def test_an_environment_is_made_once_and_only_counts_when_it_works(tmp_path: Pat
     with pytest.raises(InstallError, match="no_such_module"):
         install(environment, tmp_path, said.append)
     assert not is_installed(environment, tmp_path)
-    environment = replace(environment, check="import s2d_test_wanted")
+    late = (wheel(tmp_path, "s2d_test_late"),)
+    environment = replace(environment, check="import s2d_test_wanted, s2d_test_late", unisolated=late)
     assert install(environment, tmp_path, said.append)
     assert any("Successfully installed" in line for line in said)
     assert not install(environment, tmp_path, said.append)
     python = tmp_path / "toy" / "bin" / "python"
     gone = subprocess.run([python, "-c", "import s2d_test_unwanted"], capture_output=True)
     assert gone.returncode != 0
-    changed = replace(environment, requirements=("s2d-test-wanted==2.0",))
-    assert not is_installed(changed, tmp_path)
+    assert is_installed(environment, tmp_path)
+    for changed in ({"requirements": ("s2d-test-wanted==2.0",)}, {"unisolated": ()}):
+        assert not is_installed(replace(environment, **changed), tmp_path)
 
 
 def test_a_step_that_hangs_is_ended(tmp_path: Path) -> None:

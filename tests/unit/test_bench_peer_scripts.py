@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+import torch
 
 import cluster.bench.peers
 from actors.models.source import ResolvedSource, resolve_source
 from cluster.bench.engines.interface import EngineUnavailableError
 from cluster.bench.engines.peers import PEERS, PeerOptions
 from cluster.bench.peers.environments import ENVIRONMENTS, MARKER, python_of
+from cluster.bench.peers.first_layers import first_layers, num_layers
 from cluster.bench.peers.gguf_files import gguf_file, write_dequantised
+from tests.toy_tokenizers import byte_level_folder
 
 END = 0
 VOCABULARY = 50
@@ -133,10 +136,66 @@ def test_every_request_gets_the_models_own_continuation(
         counts = channel.end(name)["speculation"]
         assert (counts is None) == (draft is None)
         if counts is not None:
+            # Each round, those without drafts included, emits its accepted drafts and one token more.
+            steps = [m for m in channel.messages if m["id"] == name and m["event"] == "tokens"]
+            assert counts["rounds"] == len(steps)
+            assert len(tokens) in (counts["accepted"] + counts["rounds"] - i for i in range(4))
             assert counts["accepted"] == sum(counts["accepted_by_position"]) <= counts["drafted"]
     if draft is not None:
         assert any(channel.end(name)["speculation"]["accepted"] > 0 for name in wanted)
     assert max(library.sizes) > 3, "requests did not share steps"
+
+
+@pytest.fixture
+def vllm_host(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(Path(cluster.bench.peers.__file__).parent))
+    return importlib.import_module("vllm_host")
+
+
+def vllm_counters(drafts: int, drafted: int, accepted: int, *by_position: int) -> dict[str, Any]:
+    """As vLLM counts: rounds with drafts only."""
+    names = ("drafts", "draft_tokens", "accepted_tokens", "accepted_tokens_per_pos")
+    values = (drafts, drafted, accepted, list(by_position))
+    return {f"vllm:spec_decode_num_{name}": value for name, value in zip(names, values, strict=True)}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rounds"),
+    [
+        (20, 15),  # two rounds with drafts gave 2 + 1 and 3 + 1 tokens, 13 without drafts one each
+        (7, 2),  # only the two
+        (6, 2),  # the second was cut by a stop
+    ],
+)
+def test_vllms_rounds_without_drafts_count(vllm_host: ModuleType, tokens: int, rounds: int) -> None:
+    before, after = vllm_counters(5, 9, 7, 5, 2), vllm_counters(7, 17, 12, 7, 4, 1)
+    assert vllm_host.difference(before, after, tokens) == {
+        "rounds": rounds,
+        "drafted": 8,
+        "accepted": 5,
+        "accepted_by_position": [2, 2, 1],
+    }
+
+
+def test_the_first_request_of_a_vllm_has_nothing_before(vllm_host: ModuleType) -> None:
+    assert vllm_host.difference({}, {}, 9)["rounds"] == 9
+
+
+def test_hugging_faces_rounds_without_drafts_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(cluster.bench.peers.__file__).parent))
+    host = importlib.import_module("hugging_face_host")
+    channel = Recorder()
+    progress = host.Progress([host.Row("r", 7, frozenset())], channel, None, True)
+    progress.put(torch.tensor([[1, 2, 3]]))  # the prompt
+    for drafted, tokens in ((0, [4]), (10, [5, 6, 7]), (0, [8]), (4, [9]), (0, [10])):
+        progress.drafted = drafted
+        progress.put(torch.tensor([tokens]))
+    assert channel.end("r")["speculation"] == {
+        "rounds": 5,
+        "drafted": 14,
+        "accepted": 2,
+        "accepted_by_position": [1, 1],
+    }
 
 
 def test_a_cancelled_request_frees_its_slot(scheduler_module: ModuleType) -> None:
@@ -249,3 +308,40 @@ def test_every_peer_says_how_to_install_it(tmp_path: Path) -> None:
 async def test_a_peer_that_is_not_installed_does_not_start(tmp_path: Path) -> None:
     with pytest.raises(EngineUnavailableError, match=r"s2d bench install llama\.cpp"):
         await PEERS["llama.cpp-bf16"](PeerOptions(environments=tmp_path)).start()
+
+
+def test_the_first_layers_are_a_model_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    monkeypatch.setenv("S2D_CACHE_DIR", str(tmp_path / "cache"))
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "vocab_size": 300}
+    whole = LlamaForCausalLM(LlamaConfig(num_hidden_layers=3, **sizes)).to(torch.bfloat16)
+    folder = byte_level_folder(tmp_path / "model")
+    whole.save_pretrained(folder)
+    assert num_layers(folder) == 3
+    draft = first_layers(folder, 2, "ab" * 32)
+    assert num_layers(draft) == 2
+    wanted = {k: v for k, v in whole.state_dict().items() if "layers.2." not in k}
+    found = AutoModelForCausalLM.from_pretrained(draft, dtype=torch.bfloat16).state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)  # not again
+    assert first_layers(folder, 2, "ab" * 32) == draft
+    assert list(draft.parent.iterdir()) == [draft]
+
+
+def test_earlier_answers_are_forgotten_and_settings_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(cluster.bench.peers.__file__).parent))
+    module = importlib.import_module("vllm_suffix_reset")
+
+    class Cache:
+        def __init__(self, max_tree_depth: int, max_cached_requests: int) -> None:
+            self.max_tree_depth, self.max_cached_requests = max_tree_depth, max_cached_requests
+
+    old = Cache(24, 10)
+    worker = module.SuffixReset()
+    worker.model_runner = SimpleNamespace(drafter=SimpleNamespace(suffix_cache=old))
+    worker.forget_suffixes()
+    new = worker.model_runner.drafter.suffix_cache
+    assert new is not old
+    assert (new.max_tree_depth, new.max_cached_requests) == (24, 10)

@@ -14,11 +14,13 @@ from cluster.bench import load, spec_bench
 from cluster.bench.config import LoadSettings, SpecSettings
 from cluster.bench.datasets import Question
 from cluster.bench.engines.interface import BenchRequest, EngineUnavailableError
+from cluster.bench.engines.registry import FACTORIES, plain_of
 from cluster.bench.load import Point, arrival_times, closed_loop, open_loop
 from cluster.bench.rendering import PromptRenderer
 from cluster.bench.report import write_load, write_spec
 from cluster.bench.running import BenchError, rotated, running
 from cluster.bench.session import context_needed
+from cluster.bench.turns import Turns
 from tests.fake_bench_engine import FakeEngine
 from tests.toy_tokenizers import byte_level_folder
 
@@ -130,10 +132,51 @@ async def test_other_answers_and_failures_are_counted(renderer: PromptRenderer) 
     assert row.paired.pairs == 5
 
 
+async def test_speculation_is_compared_with_its_own_plain_decoding(renderer: PromptRenderer) -> None:
+    names = {
+        "s2d-plain": "same",
+        "s2d-auto": "same",
+        "hf": "y",
+        "hf-assisted": "z",
+        "vllm-bf16-ngram": "same",
+    }
+    engines = [FakeEngine(name, answer=answer) for name, answer in names.items()]
+    records = await spec_bench.run_spec_bench(engines, QUESTIONS, renderer, spec_settings())
+    rows = spec_bench.against_plain(records, plain_of)
+    found = [(r.engine, r.plain, r.equality.ids_compared, r.equality.ids_equal) for r in rows]
+    assert found == [("s2d-auto", "s2d-plain", 6, 6), ("hf-assisted", "hf", 6, 0)]
+    assert rows[0].paired is not None
+    assert rows[0].paired.pairs == 6
+
+
+def test_every_engine_of_the_registry_has_a_plain_one_or_is_one() -> None:
+    plain = {name: plain_of(name) for name in FACTORIES}
+    assert {name for name, of in plain.items() if of is None} == {
+        "s2d-plain", "hf", "vllm-bf16", *(f"llama.cpp-{p}" for p in ("bf16", "f16", "q8_0", "q4_0"))
+    }  # fmt: skip
+    assert plain["llama.cpp-q8_0-prompt-lookup"] == "llama.cpp-q8_0"
+    assert plain_of("other") is None
+
+
 async def test_an_engine_that_does_not_answer_ends_the_run_before_it_begins(renderer: PromptRenderer) -> None:
     dead = FakeEngine("b", fail="warm-up")
     with pytest.raises(BenchError, match="b: told to fail"):
         await spec_bench.run_spec_bench([FakeEngine("a"), dead], QUESTIONS, renderer, spec_settings())
+
+
+async def test_turns_are_given_before_anything_is_asked(renderer: PromptRenderer) -> None:
+    engines = [FakeEngine("a"), FakeEngine("b")]
+
+    class Log(Turns):
+        async def give_to(self, engine: Any) -> None:
+            engine.log.append(("turn", ""))
+
+    await spec_bench.run_spec_bench(engines, QUESTIONS[:2], renderer, spec_settings(), turns=Log())
+    await load.run_load(engines, QUESTIONS, renderer, load_settings(pairs=1), turns=Log())
+    for engine in engines:
+        kinds = [kind for kind, _ in engine.log]
+        assert kinds[:8] == ["turn", "generate", *["turn", "reset", "generate"] * 2]
+        assert kinds[8:] == ["turn", "generate", "generate", "turn", "reset", *["generate"] * 4]
 
 
 async def test_closed_loop_keeps_so_many_requests_in_flight() -> None:

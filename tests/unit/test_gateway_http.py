@@ -565,11 +565,18 @@ async def test_model_may_be_left_out_only_when_there_is_one() -> None:
 async def test_state_metrics_reset(client: httpx.AsyncClient, target: FakeTarget) -> None:
     state = (await client.get("/state")).json()
     assert [r["replica_id"] for r in state["models"][0]["replicas"]] == ["replica-1", "replica-2"]
-    assert state["models"][0]["replicas"][0]["engine"] == {"running": 0, "waiting": 0, "odd": None}
+    assert state["models"][0]["replicas"][0]["engine"] == {
+        "running": 0,
+        "waiting": 0,
+        "odd": None,
+        "drafters": {"toy": {"rounds": 3}},
+    }
     assert state["draft_workers"][0]["sessions"] == 0
     assert state["gateway"] == {"in_flight": 0, "draining": False}
     metrics = await client.get("/metrics")
-    assert "s2d_x 1" in metrics.text
+    assert "s2d_x 1\n" in metrics.text
+    counter = f'vllm:spec_decode_num_drafts_total{{model_name="{MODEL}",engine="replica-1"}} 3'
+    assert counter in metrics.text
     assert metrics.headers["content-type"].startswith("text/plain; version=0.0.4")
     assert (await client.post("/admin/reset")).status_code == 200
     assert target.resets == 1

@@ -7,10 +7,12 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from actors.target_worker.messages import GenerationChunk, RequestError, Usage
 from cluster.telemetry import metrics
 from cluster.telemetry.metrics import TargetMetrics
+from cluster.telemetry.vllm_names import spec_decode_text
 
 Values = dict[str, list[tuple[float, tuple[tuple[str, str], ...]]]]
 
@@ -100,3 +102,31 @@ async def test_errors_and_closing(recorded: Values) -> None:
     await stream.aclose()
     assert closed
     assert recorded["s2d_request_success"] == []
+
+
+def test_speculation_under_vllms_names() -> None:
+    replicas = [
+        {"replica_id": "r1", "engine": engine(4, 9, (3, 2))},
+        {"replica_id": "r2", "engine": {"drafters": {}}},
+        {"replica_id": "does not answer", "engine": {}},
+    ]
+    text = spec_decode_text([{"name": 'a "b"', "replicas": replicas}])
+    families = {f.name: f for f in text_string_to_metric_families(text)}
+    found = {
+        (sample.name, *sorted(sample.labels.items())): sample.value
+        for family in families.values()
+        for sample in family.samples
+    }
+    base, model = "vllm:spec_decode_num_", ("model_name", 'a "b"')
+    for replica, drafts, drafted, accepted in (("r1", 8, 18, 10), ("r2", 0, 0, 0)):
+        labels = (("engine", replica), model)
+        assert found.pop((f"{base}drafts_total", *labels)) == drafts
+        assert found.pop((f"{base}draft_tokens_total", *labels)) == drafted
+        assert found.pop((f"{base}accepted_tokens_total", *labels)) == accepted
+    name = f"{base}accepted_tokens_per_pos_total"
+    assert found == {
+        (name, ("engine", "r1"), model, ("position", "0")): 6,
+        (name, ("engine", "r1"), model, ("position", "1")): 4,
+    }
+    assert {f.type for f in families.values()} == {"counter"}
+    assert spec_decode_text([]) == ""

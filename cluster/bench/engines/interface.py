@@ -68,6 +68,12 @@ class BenchEngine(Protocol):
         """Names the configuration in tables, for example "llama.cpp BF16"."""
         ...
 
+    @property
+    def pid(self) -> int | None:
+        """Of the process whose tree is the started engine, the same where engines share it; None when none of
+        it is ours."""
+        ...
+
     async def start(self) -> None:
         """Raises `EngineUnavailableError` when the engine is not installed or does not come up."""
         ...

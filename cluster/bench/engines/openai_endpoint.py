@@ -85,6 +85,10 @@ class OpenAIEndpoint:
     def name(self) -> str:
         return self._name
 
+    @property
+    def pid(self) -> int | None:
+        return None
+
     async def start(self) -> None:
         self._client = httpx.AsyncClient(
             base_url=self._url,

@@ -86,6 +86,10 @@ class PeerEngine:
     def name(self) -> str:
         return self._name
 
+    @property
+    def pid(self) -> int | None:
+        return self._host.pid if self._host is not None else None
+
     async def start(self) -> None:
         python = python_of(self._peer, self._options.environments)
         try:

@@ -64,6 +64,10 @@ class PeerHost:
         self._serials = itertools.count()
         self._failure: str | None = None
 
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process is not None else None
+
     async def start(self) -> dict[str, Any]:
         """The script's "hello": versions and options. Raises HostError; then nothing is left running."""
         if self._process is not None:

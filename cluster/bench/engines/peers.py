@@ -11,9 +11,13 @@ from actors.models.source import ResolvedSource
 from actors.models.threads import physical_cores
 from cluster.bench.engines.interface import BenchEngine
 from cluster.bench.engines.peer_engine import Launch, PeerEngine, PeerOptions, Progress
+from cluster.bench.peers.first_layers import first_layers, num_layers
 from cluster.bench.peers.gguf_files import PRECISIONS, Precision, gguf_file
 
 __all__ = ["PEERS", "PeerOptions"]
+
+VLLM_DRAFT_TOKENS = {"ngram": 4, "draft_model": 3}
+"""A round. vLLM has no default for these, and one of its own for suffix decoding."""
 
 
 def _flags(**values: object) -> tuple[str, ...]:
@@ -41,7 +45,7 @@ def _hugging_face(name: str, options: PeerOptions, mode: str = "plain") -> Bench
         folder, threads = model_folder(source, progress), _threads(options)
         early_exit = None
         if mode == "assisted" and options.assistant is None:
-            early_exit = options.assistant_layers or _num_layers(folder) * 4 // 5
+            early_exit = _draft_layers(options, folder)
         lookup = mode == "prompt-lookup"
         arguments = _flags(
             model=folder,
@@ -60,10 +64,8 @@ def _hugging_face(name: str, options: PeerOptions, mode: str = "plain") -> Bench
     return PeerEngine(name, "hf", options, plan)
 
 
-def _num_layers(folder: Path) -> int:
-    from transformers import AutoConfig
-
-    return int(AutoConfig.from_pretrained(folder, local_files_only=True).num_hidden_layers)
+def _draft_layers(options: PeerOptions, folder: Path) -> int:
+    return options.assistant_layers or num_layers(folder) * 4 // 5
 
 
 def _llama_cpp(name: str, options: PeerOptions, precision: Precision, lookup: bool = False) -> BenchEngine:
@@ -93,6 +95,10 @@ def _vllm(name: str, options: PeerOptions, method: str | None = None) -> BenchEn
             # "auto" would leave a core idle.
             "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}",
         }
+        draft_model = options.assistant
+        if method == "draft_model" and draft_model is None:
+            progress("writing the draft model")
+            draft_model = first_layers(folder, _draft_layers(options, folder), source.content_hash)
         arguments = _flags(
             model=folder,
             dtype="bfloat16",
@@ -101,8 +107,9 @@ def _vllm(name: str, options: PeerOptions, method: str | None = None) -> BenchEn
             kv_cache_bytes=int(options.kv_cache_gib * 2**30),
             compiled=options.compiled,
             method=method,
-            draft_tokens=(options.lookup_tokens or 4) if method else None,
+            draft_tokens=(options.lookup_tokens or VLLM_DRAFT_TOKENS.get(method)) if method else None,
             ngram=(options.lookup_ngram or 4) if method == "ngram" else None,
+            draft_model=draft_model if method == "draft_model" else None,
         )
         return Launch("vllm_host.py", arguments, environment, folder)
 
@@ -121,6 +128,8 @@ def _factories() -> dict[str, Callable[[PeerOptions], BenchEngine]]:
         "hf-assisted": bind(_hugging_face, "hf-assisted", "assisted"),
         "vllm-bf16": bind(_vllm, "vllm-bf16"),
         "vllm-bf16-ngram": bind(_vllm, "vllm-bf16-ngram", "ngram"),
+        "vllm-bf16-suffix": bind(_vllm, "vllm-bf16-suffix", "suffix"),
+        "vllm-bf16-draft-model": bind(_vllm, "vllm-bf16-draft-model", "draft_model"),
     }
     for precision in PRECISIONS:
         plain, lookup = f"llama.cpp-{precision}", f"llama.cpp-{precision}-prompt-lookup"

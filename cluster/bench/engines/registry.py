@@ -12,6 +12,7 @@ from cluster.bench.engines.openai_endpoint import OpenAIEndpoint
 from cluster.bench.engines.peers import PEERS, PeerOptions
 from cluster.bench.engines.s2d import S2DEngine
 from cluster.bench.engines.s2d_server import S2DServer
+from cluster.bench.peers.gguf_files import PRECISIONS
 from cluster.config import ClusterConfig, DrafterName, NestedDrafterConfig
 
 MODEL_FREE: tuple[DrafterName, ...] = ("prompt_lookup", "token_recycling")
@@ -90,6 +91,18 @@ FACTORIES: Mapping[str, Factory] = {
     "s2d-nested": _s2d(nested=True, drafter="nested"),
     **{name: _peer(build) for name, build in PEERS.items()},
 }
+
+_PLAIN = ("s2d-plain", "hf", "vllm-bf16", *(f"llama.cpp-{precision}" for precision in PRECISIONS))
+
+
+def plain_of(name: str) -> str | None:
+    """The engine of the registry that is the same without speculation; None for one that does not speculate,
+    and for one that is not known."""
+    if name in _PLAIN or name not in FACTORIES:
+        return None
+    if name.startswith("s2d-"):
+        return "s2d-plain"
+    return next((plain for plain in _PLAIN if name.startswith(f"{plain}-")), None)
 
 
 def check(engine: str) -> tuple[str, str]:

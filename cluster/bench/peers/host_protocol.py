@@ -100,15 +100,14 @@ def refusal(message: Message, max_model_len: int, greedy_only: bool) -> str | No
 
 
 class SpeculationTally:
-    """Counts of one request; `record` is called once a verification, with and without drafts."""
+    """Counts of one request; `record` is called once a verification, with and without drafts. `rounds` counts
+    all of them, so that output tokens / rounds is 1 where nothing was accepted."""
 
     def __init__(self) -> None:
         self.rounds = self.drafted = self.accepted = 0
         self.by_position: list[int] = []
 
     def record(self, drafted: int, accepted: int) -> None:
-        if drafted == 0:
-            return
         self.rounds += 1
         self.drafted += drafted
         self.accepted += accepted

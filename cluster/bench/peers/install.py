@@ -60,6 +60,9 @@ def install(
     _run([*pip, "install", *quiet, *environment.requirements], deadline, progress)
     if environment.removed:
         _run([*pip, "uninstall", "--yes", *quiet, *environment.removed], deadline, progress)
+    if environment.unisolated:
+        alone = ["--no-build-isolation", "--no-deps"]
+        _run([*pip, "install", *quiet, *alone, *environment.unisolated], deadline, progress)
     progress("checking")
     _run([str(python), "-c", environment.check], deadline, progress)
     (target / MARKER).write_text(environment.marker)
@@ -69,6 +72,11 @@ def install(
 def _run(command: Sequence[str], deadline: float, progress: Progress) -> None:
     """Passes each line of output to `progress`."""
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
+    if command[0] != sys.executable:
+        # As activated: builds look for tools on the path, and CMake for Python by this variable.
+        bin_folder = Path(command[0]).parent
+        environment["PATH"] = f"{bin_folder}{os.pathsep}{environment.get('PATH', os.defpath)}"
+        environment["VIRTUAL_ENV"] = str(bin_folder.parent)
     environment.setdefault("CMAKE_BUILD_PARALLEL_LEVEL", str(physical_cores()))
     process = subprocess.Popen(
         command,
