@@ -28,8 +28,8 @@ class PeerOptions(BaseModel):
     model: as a model's source in the server's configuration. threads: 0 takes the physical cores.
     environments: the folder with the installed peers, None for the user's cache. dtype: of Hugging Face;
     elsewhere the precision is in the name. lookup_tokens and lookup_ngram: prompt lookup, None for the peer's
-    own default. assistant: folder of an assistant model for hf-assisted; None drafts with the model's own
-    first `assistant_layers` layers (None: 4 of 5). kv_cache_gib and compiled: of vLLM (compiled:
+    own default. assistant: folder of a draft model for hf-assisted and vllm-bf16-draft-model; None takes the
+    model's own first `assistant_layers` layers (None: 4 of 5). kv_cache_gib and compiled: of vLLM (compiled:
     torch.compile, which starts a minute slower).
     """
 
