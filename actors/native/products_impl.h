@@ -43,7 +43,8 @@ void panel(const Product& p, int64_t row, int64_t rows, int64_t begin, int64_t e
         const int64_t height = base + (t < larger), most = max_groups(F, static_cast<int>(height));
         for (int64_t g = begin; g < end;) {
             const int64_t groups = end - g >= most ? most : end - g >= 2 && most >= 2 ? 2 : 1;
-            const char* next = static_cast<const char*>(p.w) + (g + groups) * p.group_bytes + t * (p.group_bytes / tiles);
+            const char* next = static_cast<const char*>(p.w) + (g + groups) * p.group_bytes;
+            next += t * (p.group_bytes / tiles);
             tile_of<F, MOST_ROWS>({p, row + r, g, next, step, sums + r * ld + (g - begin) * LANES, ld}, height, groups);
             g += groups;
         }
