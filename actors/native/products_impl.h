@@ -4,7 +4,6 @@ constexpr int64_t HELD_BYTES = 256 << 10;  // weights that stay in the second-le
 constexpr int64_t PANEL_TILES = 4;         // rows of tiles that pass together
 constexpr int64_t PANEL_ROWS = 24;         // at most: 4 tiles of 6 rows
 constexpr int64_t PANEL_GROUPS = 4;        // at most
-constexpr int64_t PART_BYTES = 4096;       // of a group: stays in the first-level cache while a panel's rows pass
 
 // Adds what the epilogue says to 16 sums (fewer in the last group) and stores them.
 inline void finish(const Product& p, int64_t row, int64_t group, float* sums) {
@@ -32,31 +31,24 @@ inline void finish(const Product& p, int64_t row, int64_t group, float* sums) {
     }
 }
 
-// Rows row..row+rows-1 times groups begin..end-1, at most PANEL_ROWS and PANEL_GROUPS. Every part of the weights is
-// used by all rows before the next. What lies at `next` is prefetched meanwhile, or nothing where it is null.
+// Rows row..row+rows-1 times groups begin..end-1, at most PANEL_ROWS and PANEL_GROUPS. All rows of tiles together
+// prefetch each line of the groups that come next once.
 template <Format F>
-void panel(const Product& p, int64_t row, int64_t rows, int64_t begin, int64_t end, const char* next) {
+void panel(const Product& p, int64_t row, int64_t rows, int64_t begin, int64_t end) {
     constexpr int64_t MOST_ROWS = max_rows(F);
     const int64_t tiles = (rows + MOST_ROWS - 1) / MOST_ROWS, base = rows / tiles, larger = rows % tiles;
-    const int64_t ld = (end - begin) * LANES, bytes = group_bytes(p.k, F) - (F == Format::int8 ? 64 : 0);
-    const int64_t part = tiles == 1 ? bytes : F == Format::int8 ? SPAN * 16 : PART_BYTES;
+    const int64_t ld = (end - begin) * LANES, step = (64 + tiles - 1) / tiles;
     alignas(64) float sums[PANEL_ROWS * PANEL_GROUPS * LANES];
-    memset(sums, 0, static_cast<size_t>(rows * ld) * sizeof *sums);
-    for (int64_t at = 0; at < bytes; at += part) {
-        const int64_t to = bytes - at < part ? bytes : at + part;
-        for (int64_t t = 0, r = 0; t < tiles; ++t) {
-            const int64_t height = base + (t < larger), most = max_groups(F, static_cast<int>(height));
-            for (int64_t g = begin; g < end;) {
-                const int64_t groups = end - g >= most ? most : end - g >= 2 && most >= 2 ? 2 : 1;
-                const int64_t step = next ? groups * 64 / tiles : 0;
-                tile_of<F, MOST_ROWS>({p, row + r, g, at, to, next ? next : static_cast<const char*>(p.w), step,
-                                       sums + r * ld + (g - begin) * LANES, ld},
-                                      height, groups);
-                if (next) next += step * ((to - at) / 64);
-                g += groups;
-            }
-            r += height;
+    for (int64_t t = 0, r = 0; t < tiles; ++t) {
+        const int64_t height = base + (t < larger), most = max_groups(F, static_cast<int>(height));
+        for (int64_t g = begin; g < end;) {
+            const int64_t groups = end - g >= most ? most : end - g >= 2 && most >= 2 ? 2 : 1;
+            const char* next = static_cast<const char*>(p.w) + (g + groups) * p.group_bytes;
+            next += t * (p.group_bytes / tiles);
+            tile_of<F, MOST_ROWS>({p, row + r, g, next, step, sums + r * ld + (g - begin) * LANES, ld}, height, groups);
+            g += groups;
         }
+        r += height;
     }
     for (int64_t r = 0; r < rows; ++r) {
         for (int64_t g = begin; g < end; ++g) finish(p, row + r, g, sums + r * ld + (g - begin) * LANES);
@@ -76,8 +68,7 @@ void product_of(const Product& p) {
             const int64_t row = p.rows * n / panels, rows = p.rows * (n + 1) / panels - row;
             for (int64_t g = first; g < last; g += groups) {
                 const int64_t end = last - g < groups ? last : g + groups;
-                const char* next = static_cast<const char*>(p.w) + end * p.group_bytes;
-                panel<F>(p, row, rows, g, end, panels == 1 ? next : nullptr);
+                panel<F>(p, row, rows, g, end);
             }
         }
     }

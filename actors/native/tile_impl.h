@@ -1,12 +1,10 @@
 // The sums of a few rows times a few groups of outputs (see kernels.h). Included by kernels_impl.h.
 
-// A part of a tile's sums: inputs that lie from `begin` to `end` bytes into a group, a multiple of 64 (and for int8 of
-// a span), are added to `sums`. It also prefetches weights that are needed afterwards: from `next` on, `step` bytes
-// for each 64 that it reads.
+// A tile of a product; its results without scales and epilogue go to `sums`. It also prefetches weights that are
+// needed afterwards: from `next` on, `step` bytes of each group for 64 that it reads.
 struct Tile {
     const Product& p;
     int64_t row, group;
-    int64_t begin, end;
     const char* next;
     int64_t step;
     float* sums;
@@ -48,9 +46,9 @@ inline const char* part_of(const char* w, int64_t bytes, int j) {
 }
 
 template <int GROUPS>
-__attribute__((always_inline)) inline void prefetch(const char* next) {
+__attribute__((always_inline)) inline void prefetch(const char* next, int64_t bytes) {
     S2D_UNROLL
-    for (int line = 0; line < GROUPS; ++line) __builtin_prefetch(next + 64 * line, 0, 2);
+    for (int g = 0; g < GROUPS; ++g) __builtin_prefetch(next + g * bytes, 0, 2);
 }
 
 template <Format F, int ROWS, int GROUPS>
@@ -61,17 +59,16 @@ inline void sum_floats(const Tile& t) {
     S2D_UNROLL
     for (int r = 0; r < ROWS; ++r) {
         S2D_UNROLL
-        for (int j = 0; j < REGS; ++j) sums[r][j] = load(t.sums + r * t.ld + j * WIDTH);
+        for (int j = 0; j < REGS; ++j) sums[r][j] = zero();
     }
     const int64_t ldx = t.p.ldx, bytes = t.p.group_bytes, step = t.step;
-    const int64_t whole = (BF16 ? t.p.k / 2 : t.p.k) * 64, end = t.end < whole ? t.end : whole;
-    const float* x = t.p.x + t.row * ldx + t.begin / (BF16 ? 32 : 64);
-    const char *w = static_cast<const char*>(t.p.w) + t.group * bytes + t.begin, *next = t.next;
+    const int64_t whole = BF16 ? t.p.k / 2 : t.p.k;
+    const float* x = t.p.x + t.row * ldx;
+    const char *w = static_cast<const char*>(t.p.w) + t.group * bytes, *next = t.next;
     const auto even_weights = [&](int j) { return even(part_of(w, bytes, j)); };
     const auto inputs = [&](int r) { return spread(x[r * ldx]); };
-    int64_t at = t.begin;
-    for (; at < end; at += 64, w += 64, next += step) {
-        prefetch<GROUPS>(next);
+    for (int64_t i = 0; i < whole; ++i, w += 64, next += step) {
+        prefetch<GROUPS>(next, bytes);
         if constexpr (BF16) {
             outer(sums, even_weights, inputs, accumulate);
             ++x;
@@ -83,7 +80,7 @@ inline void sum_floats(const Tile& t) {
             ++x;
         }
     }
-    if (BF16 && t.end > whole) {  // the last input of an odd count is alone in its word
+    if (BF16 && t.p.k % 2) {  // the last input of an odd count is alone in its word
         outer(sums, even_weights, inputs, accumulate);
     }
     S2D_UNROLL
@@ -97,19 +94,22 @@ template <int ROWS, int GROUPS>
 inline void sum_integers(const Tile& t) {
     constexpr int REGS = GROUPS * PARTS;
     const int64_t ldx = t.p.q.ld, bytes = t.p.group_bytes, step = t.step;
-    const int16_t* x = t.p.q.values + t.row * ldx + t.begin / 16;
-    const char *w = static_cast<const char*>(t.p.w) + t.group * bytes + t.begin, *next = t.next;
+    const int16_t* x = t.p.q.values + t.row * ldx;
+    const char *w = static_cast<const char*>(t.p.w) + t.group * bytes, *next = t.next;
     const auto inputs = [&](int r) { return pair(x + r * ldx); };
-    for (int64_t at = t.begin; at < t.end;) {
-        const int64_t end = t.end - at < SPAN * 16 ? t.end : at + SPAN * 16;
+    for (int r = 0; r < ROWS; ++r) {
+        for (int j = 0; j < REGS; ++j) store(t.sums + r * t.ld + j * WIDTH, zero());
+    }
+    for (int64_t left = (t.p.k + 3) / 4; left > 0; left -= SPAN / 4) {
+        const int64_t count = left < SPAN / 4 ? left : SPAN / 4;
         I sums[ROWS][REGS];
         S2D_UNROLL
         for (int r = 0; r < ROWS; ++r) {
             S2D_UNROLL
             for (int j = 0; j < REGS; ++j) sums[r][j] = integers();
         }
-        for (; at < end; at += 64, w += 64, next += step) {
-            prefetch<GROUPS>(next);
+        for (int64_t i = 0; i < count; ++i, w += 64, next += step) {
+            prefetch<GROUPS>(next, bytes);
             outer(sums, [&](int j) { return low_pairs(part_of(w, bytes, j)); }, inputs, dot);
             x += 2;
             outer(sums, [&](int j) { return high_pairs(part_of(w, bytes, j)); }, inputs, dot);
