@@ -22,7 +22,7 @@ namespace s2d {
 
 constexpr int64_t LANES = 16;
 constexpr int64_t BLOCK = 32;       // KV slots a block
-constexpr int64_t MAX_GROUP = 64;   // query heads a KV head, of all tokens that attend together
+constexpr int64_t MAX_GROUP = 64;   // query heads a KV head
 constexpr int64_t MAX_TOP = 16;     // best entries a row that topk returns
 
 constexpr int64_t SPAN = 512;       // inputs whose products fit 32 bits: 512 * 127 * 32767 < 2^31
@@ -69,27 +69,20 @@ struct Product {
     Quantized q = {};  // read instead of x where the weights are int8
 };
 
-// What one token attends to: keys 0..count-1, those of blocks from tail_from on in `tail` instead of the pool.
-struct Keys {
-    int64_t count;
-    const char* tail;
-    int64_t tail_from;
-};
-
-// Attention of the query heads of one KV head, a few tokens of a sequence: softmax(q K^T * scale) V, as an online
-// softmax over blocks of 32 keys in absolute order.
+// Attention of the query heads of one KV head, one token: softmax(q K^T * scale) V over keys 0..keys-1, as an
+// online softmax over blocks of 32 keys in absolute order. Blocks from tail_from on are read from `tail`.
 struct Attention {
-    const float* q;  // [tokens][group][head_dim]
-    float* out;      // likewise
-    int64_t tokens;
-    int64_t group;  // tokens * group is at most MAX_GROUP
+    const float* q;  // [group][head_dim]
+    float* out;      // [group][head_dim]
+    int64_t group;
     int64_t head_dim;
     float scale;
-    const Keys* keys;            // of each token
-    int64_t shared;              // whole blocks that all of them see, none in a tail
+    int64_t keys;
     const char* pool;            // this layer and head in block 0
     const int32_t* block_table;  // of the sequence
     int64_t block_bytes;         // from a block to the next
+    const char* tail;
+    int64_t tail_from;
     bool bf16;
 };
 

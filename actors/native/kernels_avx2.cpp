@@ -17,62 +17,70 @@
 namespace s2d {
 namespace {
 
-typedef __m256 R;
-constexpr int WIDTH = 8;
+typedef __m256 Broadcast;
 
-constexpr int max_rows(Format) { return 4; }
+struct V {
+    __m256 a, b;
+};
+
+// Six rows of bfloat16 would fit by count, but GCC then spills sums.
+constexpr int max_rows(Format f) { return f == Format::bf16 ? 5 : 6; }
 constexpr int max_groups(Format, int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 
 inline float madd(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
-inline R zero() { return _mm256_setzero_ps(); }
-inline R spread(float x) { return _mm256_set1_ps(x); }
-inline R load(const float* p) { return _mm256_loadu_ps(p); }
-inline void store(float* p, R v) { _mm256_storeu_ps(p, v); }
+inline V zero() { return V{_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+inline Broadcast broadcast(const float* x) { return _mm256_broadcast_ss(x); }
+inline V spread(float x) { return V{_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+inline V load(const float* p) { return V{_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline void store(float* p, V v) {
+    _mm256_storeu_ps(p, v.a);
+    _mm256_storeu_ps(p + 8, v.b);
+}
 inline __m256i words(const char* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-inline R even(const char* p) { return _mm256_castsi256_ps(_mm256_slli_epi32(words(p), 16)); }
-alignas(32) const uint32_t HIGH_HALVES[8] = {0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u,
-                                             0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u};
-inline R odd(const char* p) {
-    __m256i w = words(p);
-    asm("vpand %1, %0, %0" : "+x"(w) : "m"(HIGH_HALVES));  // not from a register: a tile fills them
-    return _mm256_castsi256_ps(w);
+inline V even(const char* p) {
+    return V{_mm256_castsi256_ps(_mm256_slli_epi32(words(p), 16)),
+             _mm256_castsi256_ps(_mm256_slli_epi32(words(p + 32), 16))};
 }
-inline R fma(R a, R b, R c) { return _mm256_fmadd_ps(a, b, c); }
-// Both hold GCC to the written order where a tile's sums, weights and inputs fill the registers: else it spills.
-template <typename T>
-inline void keep(T& sum) {
-    asm("" : "+x"(sum));
+inline V odd(const char* p) {
+    const __m256i mask = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+    return V{_mm256_castsi256_ps(_mm256_and_si256(words(p), mask)),
+             _mm256_castsi256_ps(_mm256_and_si256(words(p + 32), mask))};
 }
-inline R accumulate(R sum, R x, R w) {
-    asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(x), "xm"(w));
-    return sum;
+inline V fma(Broadcast x, V w, V acc) {
+    return V{_mm256_fmadd_ps(x, w.a, acc.a), _mm256_fmadd_ps(x, w.b, acc.b)};
 }
-inline R add(R a, R b) { return _mm256_add_ps(a, b); }
-inline R mul(R a, R b) { return _mm256_mul_ps(a, b); }
-inline float sum16(const R* r) {
-    const __m256 s = _mm256_add_ps(r[0], r[1]);
+inline V fma(V a, V b, V c) { return V{_mm256_fmadd_ps(a.a, b.a, c.a), _mm256_fmadd_ps(a.b, b.b, c.b)}; }
+inline V add(V a, V b) { return V{_mm256_add_ps(a.a, b.a), _mm256_add_ps(a.b, b.b)}; }
+inline V mul(V a, V b) { return V{_mm256_mul_ps(a.a, b.a), _mm256_mul_ps(a.b, b.b)}; }
+inline float sum(V v) {
+    __m256 s = _mm256_add_ps(v.a, v.b);
     __m128 q = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
     q = _mm_add_ps(q, _mm_movehl_ps(q, q));
     return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
 }
-inline bool any_greater(R v, float x) { return _mm256_movemask_ps(_mm256_cmp_ps(v, spread(x), _CMP_GT_OQ)) != 0; }
+inline bool any_greater(V v, float x) {
+    const __m256 limit = _mm256_set1_ps(x);
+    return _mm256_movemask_ps(_mm256_or_ps(_mm256_cmp_ps(v.a, limit, _CMP_GT_OQ),
+                                           _mm256_cmp_ps(v.b, limit, _CMP_GT_OQ))) != 0;
+}
 
-typedef __m256i I;
+// 16 integers, and weights as 8 outputs times 2 inputs of 16 bits.
+struct I {
+    static constexpr int PARTS = 2;
+    __m256i part[PARTS];
+};
 typedef __m256i Pairs;
-typedef __m256i Pair;
 
-inline I integers() { return _mm256_setzero_si256(); }
-inline Pairs low_pairs(const char* p) { return _mm256_srai_epi16(_mm256_slli_epi16(words(p), 8), 8); }
-inline Pairs high_pairs(const char* p) { return _mm256_srai_epi16(words(p), 8); }
-inline Pair pair(const int16_t* x) {
-    return _mm256_castps_si256(_mm256_broadcast_ss(reinterpret_cast<const float*>(x)));
+inline I integers() { return I{{_mm256_setzero_si256(), _mm256_setzero_si256()}}; }
+inline Pairs low_pairs(const char* p, int part) {
+    return _mm256_srai_epi16(_mm256_slli_epi16(words(p + 32 * part), 8), 8);
 }
-inline I dot(I acc, Pair x, Pairs w) {
-    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(x, w));
-    keep(acc);
-    return acc;
+inline Pairs high_pairs(const char* p, int part) { return _mm256_srai_epi16(words(p + 32 * part), 8); }
+inline void dot(I& acc, int part, const int16_t* x, Pairs w) {
+    const __m256i two = _mm256_castps_si256(_mm256_broadcast_ss(reinterpret_cast<const float*>(x)));
+    acc.part[part] = _mm256_add_epi32(acc.part[part], _mm256_madd_epi16(two, w));
 }
-inline R to_float(I sum) { return _mm256_cvtepi32_ps(sum); }
+inline V to_float(I sum) { return V{_mm256_cvtepi32_ps(sum.part[0]), _mm256_cvtepi32_ps(sum.part[1])}; }
 
 #include "kernels_impl.h"
 

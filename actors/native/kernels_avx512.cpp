@@ -22,50 +22,56 @@
 namespace s2d {
 namespace {
 
-typedef __m512 R;
-constexpr int WIDTH = 16;
+typedef __m512 Broadcast;
+
+struct V {
+    __m512 v;
+};
 
 constexpr int max_rows(Format) { return 6; }
 constexpr int max_groups(Format f, int rows) { return f == Format::int8 && rows > 4 ? 2 : 4; }
 
 inline float madd(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
-inline R zero() { return _mm512_setzero_ps(); }
-inline R spread(float x) { return _mm512_set1_ps(x); }
-inline R load(const float* p) { return _mm512_loadu_ps(p); }
-inline void store(float* p, R v) { _mm512_storeu_ps(p, v); }
-inline R even(const char* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16)); }
-inline R odd(const char* p) {
+inline V zero() { return V{_mm512_setzero_ps()}; }
+inline Broadcast broadcast(const float* x) { return _mm512_set1_ps(*x); }
+inline V spread(float x) { return V{_mm512_set1_ps(x)}; }
+inline V load(const float* p) { return V{_mm512_loadu_ps(p)}; }
+inline void store(float* p, V v) { _mm512_storeu_ps(p, v.v); }
+inline V even(const char* p) { return V{_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16))}; }
+inline V odd(const char* p) {
     const __m512i mask = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
-    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), mask));
+    return V{_mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), mask))};
 }
-inline R fma(R a, R b, R c) { return _mm512_fmadd_ps(a, b, c); }
-template <typename T>
-inline void keep(T&) {}
-inline R accumulate(R sum, R x, R w) { return fma(x, w, sum); }
-inline R add(R a, R b) { return _mm512_add_ps(a, b); }
-inline R mul(R a, R b) { return _mm512_mul_ps(a, b); }
-inline float sum16(const R* r) {
-    const __m256 s = _mm256_add_ps(_mm512_castps512_ps256(*r), _mm512_extractf32x8_ps(*r, 1));
+inline V fma(Broadcast x, V w, V acc) { return V{_mm512_fmadd_ps(x, w.v, acc.v)}; }
+inline V fma(V a, V b, V c) { return V{_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline V add(V a, V b) { return V{_mm512_add_ps(a.v, b.v)}; }
+inline V mul(V a, V b) { return V{_mm512_mul_ps(a.v, b.v)}; }
+inline float sum(V v) {
+    __m256 s = _mm256_add_ps(_mm512_castps512_ps256(v.v), _mm512_extractf32x8_ps(v.v, 1));
     __m128 q = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
     q = _mm_add_ps(q, _mm_movehl_ps(q, q));
     return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
 }
-inline bool any_greater(R v, float x) { return _mm512_cmp_ps_mask(v, spread(x), _CMP_GT_OQ) != 0; }
+inline bool any_greater(V v, float x) {
+    return _mm512_cmp_ps_mask(v.v, _mm512_set1_ps(x), _CMP_GT_OQ) != 0;
+}
 
-typedef __m512i I;
+// 16 integers, and weights as 16 outputs times 2 inputs of 16 bits.
+struct I {
+    static constexpr int PARTS = 1;
+    __m512i v;
+};
 typedef __m512i Pairs;
-typedef __m512i Pair;
 
-inline I integers() { return _mm512_setzero_si512(); }
-inline Pairs low_pairs(const char* p) { return _mm512_srai_epi16(_mm512_slli_epi16(_mm512_loadu_si512(p), 8), 8); }
-inline Pairs high_pairs(const char* p) { return _mm512_srai_epi16(_mm512_loadu_si512(p), 8); }
-inline Pair pair(const int16_t* x) {
+inline I integers() { return I{_mm512_setzero_si512()}; }
+inline Pairs low_pairs(const char* p, int) { return _mm512_srai_epi16(_mm512_slli_epi16(_mm512_loadu_si512(p), 8), 8); }
+inline Pairs high_pairs(const char* p, int) { return _mm512_srai_epi16(_mm512_loadu_si512(p), 8); }
+inline void dot(I& acc, int, const int16_t* x, Pairs w) {
     int32_t two;
     memcpy(&two, x, sizeof two);
-    return _mm512_set1_epi32(two);
+    acc.v = _mm512_dpwssd_epi32(acc.v, _mm512_set1_epi32(two), w);
 }
-inline I dot(I acc, Pair x, Pairs w) { return _mm512_dpwssd_epi32(acc, x, w); }
-inline R to_float(I sum) { return _mm512_cvtepi32_ps(sum); }
+inline V to_float(I sum) { return V{_mm512_cvtepi32_ps(sum.v)}; }
 
 #include "kernels_impl.h"
 

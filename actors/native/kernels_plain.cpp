@@ -12,66 +12,110 @@
 namespace s2d {
 namespace {
 
-typedef float R __attribute__((vector_size(16)));
-typedef uint32_t Bits __attribute__((vector_size(16)));
-constexpr int WIDTH = 4;
+typedef float Quad __attribute__((vector_size(16)));
+typedef uint32_t QuadBits __attribute__((vector_size(16)));
+typedef float Broadcast;
+
+struct V {
+    Quad q[4];
+};
 
 #if defined(__aarch64__)
 constexpr int max_rows(Format) { return 4; }
 constexpr int max_groups(Format, int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
-inline R fma(R a, R b, R c) { return vfmaq_f32(c, a, b); }
+inline Quad madd(Quad a, Quad b, Quad c) { return vfmaq_f32(c, a, b); }
 inline float madd(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 #else
 constexpr int max_rows(Format) { return 2; }
 constexpr int max_groups(Format, int) { return 1; }
-inline R fma(R a, R b, R c) { return a * b + c; }
+inline Quad madd(Quad a, Quad b, Quad c) { return a * b + c; }
 inline float madd(float a, float b, float c) { return a * b + c; }
 #endif
 
-inline R zero() { return R{}; }
-inline R spread(float x) { return R{x, x, x, x}; }
-inline R load(const float* p) {
-    R v;
+inline V zero() { return V{}; }
+inline Broadcast broadcast(const float* x) { return *x; }
+inline V spread(float x) {
+    Quad q = {x, x, x, x};
+    return V{{q, q, q, q}};
+}
+inline V load(const float* p) {
+    V v;
     memcpy(&v, p, sizeof v);
     return v;
 }
-inline void store(float* p, R v) { memcpy(p, &v, sizeof v); }
-inline Bits words(const char* p) {
-    Bits bits;
-    memcpy(&bits, p, sizeof bits);
-    return bits;
+inline void store(float* p, V v) { memcpy(p, &v, sizeof v); }
+inline V even(const char* p) {
+    V v;
+    for (int i = 0; i < 4; ++i) {
+        QuadBits bits;
+        memcpy(&bits, p + 16 * i, sizeof bits);
+        v.q[i] = reinterpret_cast<Quad>(bits << 16);
+    }
+    return v;
 }
-inline R even(const char* p) { return reinterpret_cast<R>(words(p) << 16); }
-inline R odd(const char* p) { return reinterpret_cast<R>(words(p) & 0xffff0000u); }
-template <typename T>
-inline void keep(T&) {}
-inline R accumulate(R sum, R x, R w) { return fma(x, w, sum); }
-inline R add(R a, R b) { return a + b; }
-inline R mul(R a, R b) { return a * b; }
-inline float sum16(const R* r) {
-    const R q = (r[0] + r[1]) + (r[2] + r[3]);
+inline V odd(const char* p) {
+    V v;
+    for (int i = 0; i < 4; ++i) {
+        QuadBits bits;
+        memcpy(&bits, p + 16 * i, sizeof bits);
+        v.q[i] = reinterpret_cast<Quad>(bits & 0xffff0000u);
+    }
+    return v;
+}
+inline V fma(Broadcast x, V w, V acc) {
+    Quad q = {x, x, x, x};
+    for (int i = 0; i < 4; ++i) acc.q[i] = madd(q, w.q[i], acc.q[i]);
+    return acc;
+}
+inline V fma(V a, V b, V c) {
+    for (int i = 0; i < 4; ++i) c.q[i] = madd(a.q[i], b.q[i], c.q[i]);
+    return c;
+}
+inline V add(V a, V b) {
+    for (int i = 0; i < 4; ++i) a.q[i] += b.q[i];
+    return a;
+}
+inline V mul(V a, V b) {
+    for (int i = 0; i < 4; ++i) a.q[i] *= b.q[i];
+    return a;
+}
+inline float sum(V v) {
+    Quad q = (v.q[0] + v.q[1]) + (v.q[2] + v.q[3]);
     return (q[0] + q[2]) + (q[1] + q[3]);
 }
-inline bool any_greater(R v, float x) { return v[0] > x || v[1] > x || v[2] > x || v[3] > x; }
+// Whether any of 16 values is greater than x.
+inline bool any_greater(V v, float x) {
+    float values[16];
+    store(values, v);
+    bool any = false;
+    for (int i = 0; i < 16; ++i) any |= values[i] > x;
+    return any;
+}
 
-typedef int32_t I __attribute__((vector_size(16)));
-struct Pairs {
-    I first, second;
+struct I {
+    static constexpr int PARTS = 1;
+    int32_t lane[16];
 };
-typedef Pairs Pair;
+struct Pairs {
+    int16_t value[32];
+};
 
 inline I integers() { return I{}; }
-inline Pairs low_pairs(const char* p) {  // a byte each of 32-bit words, its sign spread
-    const I w = reinterpret_cast<I>(words(p));
-    return Pairs{w << 24 >> 24, w << 8 >> 24};
+inline Pairs pairs(const char* p) {
+    Pairs w;
+    for (int i = 0; i < 32; ++i) w.value[i] = static_cast<signed char>(p[2 * i]);
+    return w;
 }
-inline Pairs high_pairs(const char* p) {
-    const I w = reinterpret_cast<I>(words(p));
-    return Pairs{w << 16 >> 24, w >> 24};
+inline Pairs low_pairs(const char* p, int) { return pairs(p); }
+inline Pairs high_pairs(const char* p, int) { return pairs(p + 1); }
+inline void dot(I& acc, int, const int16_t* x, const Pairs& w) {
+    for (int i = 0; i < 16; ++i) acc.lane[i] += x[0] * w.value[2 * i] + x[1] * w.value[2 * i + 1];
 }
-inline Pair pair(const int16_t* x) { return Pair{I{x[0], x[0], x[0], x[0]}, I{x[1], x[1], x[1], x[1]}}; }
-inline I dot(I acc, const Pair& x, const Pairs& w) { return acc + x.first * w.first + x.second * w.second; }
-inline R to_float(I sum) { return __builtin_convertvector(sum, R); }
+inline V to_float(const I& sum) {
+    float values[16];
+    for (int i = 0; i < 16; ++i) values[i] = static_cast<float>(sum.lane[i]);
+    return load(values);
+}
 
 #include "kernels_impl.h"
 

@@ -24,14 +24,14 @@ inline float exponential(float x) {
 }
 
 void rms_norm(const float* x, const float* weight, float eps, int64_t n, float* out) {
-    V squares[4] = {zero_all(), zero_all(), zero_all(), zero_all()};
+    V squares[4] = {zero(), zero(), zero(), zero()};
     for (int64_t i = 0; i < n; i += LANES) {
-        const V v = load_all(x + i);
+        const V v = load(x + i);
         squares[i / LANES % 4] = fma(v, v, squares[i / LANES % 4]);
     }
     const float total = sum(add(add(squares[0], squares[1]), add(squares[2], squares[3])));
-    const V factor = spread_all(1.0f / sqrtf(total / static_cast<float>(n) + eps));
-    for (int64_t i = 0; i < n; i += LANES) store(out + i, mul(load_all(weight + i), mul(load_all(x + i), factor)));
+    const V factor = spread(1.0f / sqrtf(total / static_cast<float>(n) + eps));
+    for (int64_t i = 0; i < n; i += LANES) store(out + i, mul(load(weight + i), mul(load(x + i), factor)));
 }
 
 void rotate(float* x, const float* cos, const float* sin, int64_t half) {
@@ -60,67 +60,50 @@ inline float greatest(const float* s) {
     return a > b ? a : b;
 }
 
-// The online softmax of a few rows.
 template <Format F>
-struct Softmax {
-    explicit Softmax(const Attention& attention) : a(attention) {}
-
-    const Attention& a;
-    const int64_t half_bytes = BLOCK * a.head_dim * (F == Format::bf16 ? 2 : 4);
-    alignas(64) float scores[MAX_GROUP * BLOCK];  // uninitialised, as all that follows
+void attention_of(const Attention& a) {
+    alignas(64) float scores[MAX_GROUP * BLOCK];
     float highest[MAX_GROUP], total[MAX_GROUP], best[MAX_GROUP], mass[MAX_GROUP], rescale[MAX_GROUP];
-
-    // Rows begin..end-1 see the first `count` keys of a block, their first or a later one.
-    void block(int64_t begin, int64_t end, const char* keys, int64_t count, bool first) {
-        const int64_t d = a.head_dim;
-        product_of<F>({a.q + begin * d, d, end - begin, keys, group_bytes(d, F), F, d, BLOCK, 0, BLOCK / LANES,
-                       scores + begin * BLOCK, BLOCK, nullptr, nullptr, Epilogue::store});
-        for (int64_t r = begin; r < end; ++r) {
+    const int64_t half_bytes = BLOCK * a.head_dim * (F == Format::bf16 ? 2 : 4);
+    Product qk{a.q, a.head_dim, a.group, nullptr, group_bytes(a.head_dim, F), F, a.head_dim, BLOCK,
+               0, BLOCK / LANES, scores, BLOCK, nullptr, nullptr, Epilogue::store};
+    Product pv{scores, BLOCK, a.group, nullptr, group_bytes(BLOCK, F), F, BLOCK, a.head_dim,
+               0, a.head_dim / LANES, a.out, a.head_dim, nullptr, rescale, Epilogue::store};
+    for (int64_t b = 0; b * BLOCK < a.keys; ++b) {
+        const int64_t count = a.keys - b * BLOCK < BLOCK ? a.keys - b * BLOCK : BLOCK;
+        const char* keys = b < a.tail_from ? a.pool + a.block_table[b] * a.block_bytes
+                                           : a.tail + (b - a.tail_from) * 2 * half_bytes;
+        qk.w = keys;
+        product_of<F>(qk);
+        for (int64_t r = 0; r < a.group; ++r) {
             float* s = scores + r * BLOCK;
             for (int64_t j = 0; j < BLOCK; ++j) s[j] *= a.scale;
             if (count < BLOCK) {
                 for (int64_t j = count; j < BLOCK; ++j) s[j] = -INFINITY;
             }
             best[r] = greatest(s);
-            if (!first && highest[r] > best[r]) best[r] = highest[r];
+            if (b > 0 && highest[r] > best[r]) best[r] = highest[r];
         }
-        for (int64_t r = begin; r < end; ++r) {
+        for (int64_t r = 0; r < a.group; ++r) {
             float* s = scores + r * BLOCK;
             for (int64_t j = 0; j < BLOCK; ++j) s[j] = exponential(s[j] - best[r]);
             if (count < BLOCK) {
                 for (int64_t j = count; j < BLOCK; ++j) s[j] = 0.0f;
             }
-            mass[r] = sum(add(load_all(s), load_all(s + LANES)));
+            mass[r] = sum(add(load(s), load(s + LANES)));
         }
-        for (int64_t r = begin; r < end; ++r) {
-            rescale[r] = first ? 0.0f : exponential(highest[r] - best[r]);
-            total[r] = first ? mass[r] : madd(total[r], rescale[r], mass[r]);
+        for (int64_t r = 0; r < a.group; ++r) {
+            rescale[r] = b == 0 ? 0.0f : exponential(highest[r] - best[r]);
+            total[r] = b == 0 ? mass[r] : madd(total[r], rescale[r], mass[r]);
             highest[r] = best[r];
         }
-        product_of<F>({scores + begin * BLOCK, BLOCK, end - begin, keys + half_bytes, group_bytes(BLOCK, F), F, count,
-                       d, 0, d / LANES, a.out + begin * d, d, nullptr, rescale + begin,
-                       first ? Epilogue::store : Epilogue::scale_add});
+        pv.w = keys + half_bytes;
+        pv.k = count;
+        pv.epilogue = b == 0 ? Epilogue::store : Epilogue::scale_add;
+        product_of<F>(pv);
     }
-};
-
-template <Format F>
-void attention_of(const Attention& a) {
-    Softmax<F> softmax(a);
-    const int64_t rows = a.tokens * a.group;
-    for (int64_t b = 0; b < a.shared; ++b) {
-        softmax.block(0, rows, a.pool + a.block_table[b] * a.block_bytes, BLOCK, b == 0);
-    }
-    for (int64_t t = 0; t < a.tokens; ++t) {
-        const Keys& keys = a.keys[t];
-        for (int64_t b = a.shared; b * BLOCK < keys.count; ++b) {
-            const int64_t left = keys.count - b * BLOCK;
-            const char* at = b < keys.tail_from ? a.pool + a.block_table[b] * a.block_bytes
-                                                : keys.tail + (b - keys.tail_from) * 2 * softmax.half_bytes;
-            softmax.block(t * a.group, (t + 1) * a.group, at, left < BLOCK ? left : BLOCK, b == 0);
-        }
-    }
-    for (int64_t r = 0; r < rows; ++r) {
-        const float inverse = 1.0f / softmax.total[r];
+    for (int64_t r = 0; r < a.group; ++r) {
+        const float inverse = 1.0f / total[r];
         for (int64_t i = 0; i < a.head_dim; ++i) a.out[r * a.head_dim + i] *= inverse;
     }
 }

@@ -7,9 +7,8 @@
 namespace s2d {
 namespace {
 
-constexpr int64_t CHUNK = 512;   // rows worked on at a time: bounds the scratch memory
-constexpr int64_t TOGETHER = 8;  // rows of a sequence that attend together, at most
-constexpr int64_t FEW = 8;       // rows up to which repeating a norm on each thread costs less than a barrier
+constexpr int64_t CHUNK = 512;  // rows worked on at a time: bounds the scratch memory
+constexpr int64_t FEW = 8;      // rows up to which repeating a norm on each thread costs less than a barrier
 
 // A row of quantised inputs: its scale in a cache line, then the values, with room for the widest of the model.
 constexpr int64_t VALUES_AT = 16;
@@ -135,7 +134,6 @@ Status Model::run_layers(float* hidden, int64_t first, int64_t last, const Batch
         work_.quantized.reserve(rows * quantized_floats(s));
         for (Scratch& own : own_quantized_) own.reserve(FEW * quantized_floats(s));
     }
-    for (Scratch& own : heads_) own.reserve(2 * MAX_GROUP * s.head_dim);
     work_.qkv.reserve(rows * s.qkv());
     work_.attended.reserve(rows * s.heads * s.head_dim);
     work_.gate_up.reserve(rows * 2 * s.intermediate);
@@ -143,10 +141,9 @@ Status Model::run_layers(float* hidden, int64_t first, int64_t last, const Batch
     if (batch.parents) {
         int64_t longest = 0;
         for (const Token& token : tokens_) longest = std::max(longest, token.keys - token.base);
-        tail_blocks_ = longest / BLOCK + 2;
         for (size_t t = 0; t < tails_.size(); ++t) {
             paths_[t].resize(static_cast<size_t>(longest));
-            tails_[t].reserve(TOGETHER * tail_blocks_ * head_bytes_ / 4);
+            tails_[t].reserve((longest / BLOCK + 2) * head_bytes_ / 4);
         }
     }
     for (int64_t at = 0; at < batch.tokens; at += CHUNK) {
@@ -155,28 +152,14 @@ Status Model::run_layers(float* hidden, int64_t first, int64_t last, const Batch
     return OK;
 }
 
-// Splits rows at..at+rows-1 of a pass so that every thread gets some of a short one.
-void Model::bundle(int64_t at, int64_t rows) {
-    const int64_t threads = pool_.threads(), fits = MAX_GROUP * shape_.kv_heads / shape_.heads;
-    const int64_t most = std::min({TOGETHER, fits, (rows + threads - 1) / threads});
-    bundles_.clear();
-    const int32_t* table = nullptr;
-    for (int64_t row = 0; row < rows; ++row) {
-        const int32_t* own = tokens_[static_cast<size_t>(at + row)].table;
-        if (own == table && bundles_.back().count < most) ++bundles_.back().count;
-        else bundles_.push_back({row, 1});
-        table = own;
-    }
-}
-
 void Model::run_chunk(float* hidden, int64_t first, int64_t last, int64_t at, int64_t rows, const Batch& batch) {
     const Shape& s = shape_;
     const int64_t query = s.heads * s.head_dim, inner = s.intermediate;
     float *qkv = work_.qkv.data(), *attended = work_.attended.data();
     float *gate_up = work_.gate_up.data(), *active = work_.active.data();
-    bundle(at, rows);
     pool_.parallel([&](int thread, int threads) {
         const bool few = rows <= FEW;
+        const bool by_head = few && (rows == 1 || s.kv_heads >= threads);
         int64_t row0 = 0, row1 = rows, begin, end;
         float* normed = few ? own_normed_[static_cast<size_t>(thread)].data() : work_.normed.data();
         Scratch& held = few ? own_quantized_[static_cast<size_t>(thread)] : work_.quantized;
@@ -193,8 +176,14 @@ void Model::run_chunk(float* hidden, int64_t first, int64_t last, int64_t at, in
             quantize(x, k, row0, row1, quantized);
             if (s.int8 && !few) pool_.barrier();
         };
-        const auto each_head = [&](int64_t count, auto&& body) {  // of so many rows or bundles
-            for (int64_t u = thread; u < count * s.kv_heads; u += threads) body(u / s.kv_heads, u % s.kv_heads);
+        const auto each_head = [&](auto&& body) {  // all rows of a head on one thread, or rows and heads in turn
+            if (by_head) {
+                for (int64_t head = thread; head < s.kv_heads; head += threads) {
+                    for (int64_t row = 0; row < rows; ++row) body(row, head);
+                }
+            } else {
+                for (int64_t u = thread; u < rows * s.kv_heads; u += threads) body(u / s.kv_heads, u % s.kv_heads);
+            }
         };
         for (int64_t l = first; l < last; ++l) {
             const Layer& w = layers_[static_cast<size_t>(l)];
@@ -202,13 +191,11 @@ void Model::run_chunk(float* hidden, int64_t first, int64_t last, int64_t at, in
             share(groups_of(s.qkv()), thread, threads, begin, end);
             multiply(normed, rows, quantized, w.qkv, s.qkv(), s.hidden, begin, end, qkv, w.bias, Epilogue::store);
             pool_.barrier();
-            each_head(rows, [&](int64_t row, int64_t head) {
+            each_head([&](int64_t row, int64_t head) {
                 write_kv(l, row, head, tokens_[static_cast<size_t>(at + row)]);
             });
-            if (rows > 1) pool_.barrier();  // a head of a single row stays on its thread
-            each_head(static_cast<int64_t>(bundles_.size()), [&](int64_t b, int64_t head) {
-                attend(l, bundles_[static_cast<size_t>(b)], head, at, thread, batch);
-            });
+            if (!by_head) pool_.barrier();
+            each_head([&](int64_t row, int64_t head) { attend(l, row, head, at, thread, batch); });
             pool_.barrier();
             read(attended, query);
             share(groups_of(s.hidden), thread, threads, begin, end);
@@ -255,16 +242,15 @@ void Model::write_kv(int64_t layer, int64_t row, int64_t head, const Token& toke
 
 // The last blocks of a token in a tree, its own entries moved to where they would be in a chain: the sums are
 // then those of the chain, bit for bit.
-void Model::assemble(const Token& token, int64_t packed, const char* pool, char* tail, int thread, const Batch& batch) {
+const char* Model::assemble(const Token& token, int64_t packed, char* pool, int thread, const Batch& batch) {
     const int64_t d = shape_.head_dim, first = token.base / BLOCK;
     auto& path = paths_[static_cast<size_t>(thread)];
     for (int64_t i = token.keys - token.base - 1, t = packed; i >= 0; --i, t = batch.parents[t]) {
         path[static_cast<size_t>(i)] = tokens_[static_cast<size_t>(t)].index;
     }
-    memcpy(tail, pool + token.table[first] * block_bytes_, static_cast<size_t>(head_bytes_));
-    for (int64_t j = token.base; j < token.keys; ++j) {
-        const int64_t index = path[static_cast<size_t>(j - token.base)];
-        if (index == j && j / BLOCK == first) continue;
+    char* tail = reinterpret_cast<char*>(tails_[static_cast<size_t>(thread)].data());
+    for (int64_t j = first * BLOCK; j < token.keys; ++j) {
+        const int64_t index = j < token.base ? j : path[static_cast<size_t>(j - token.base)];
         const char* from = pool + token.table[index / BLOCK] * block_bytes_;
         char* to = tail + (j / BLOCK - first) * head_bytes_;
         if (shape_.bf16) {
@@ -275,35 +261,23 @@ void Model::assemble(const Token& token, int64_t packed, const char* pool, char*
                                    j % BLOCK, d);
         }
     }
+    return tail;
 }
 
-void Model::attend(int64_t layer, Bundle bundle, int64_t head, int64_t at, int thread, const Batch& batch) {
+void Model::attend(int64_t layer, int64_t row, int64_t head, int64_t at, int thread, const Batch& batch) {
     const Shape& s = shape_;
-    const int64_t group = s.heads / s.kv_heads, width = group * s.head_dim;
-    const size_t bytes = static_cast<size_t>(width) * sizeof(float);
-    const Token* tokens = tokens_.data() + at + bundle.row;
-    const char* pool = head_pool(layer, head);
-    char* tail = reinterpret_cast<char*>(tails_[static_cast<size_t>(thread)].data());
-    float* q = heads_[static_cast<size_t>(thread)].data();
-    float* out = q + MAX_GROUP * s.head_dim;
-    Keys keys[TOGETHER];
-    int64_t shared = tokens->keys;
-    for (int64_t i = 0; i < bundle.count; ++i) {
-        const Token& token = tokens[i];
-        keys[i] = {token.keys, nullptr, (token.keys + BLOCK - 1) / BLOCK};
-        if (!token.straight) {
-            keys[i] = {token.keys, tail, token.base / BLOCK};
-            assemble(token, at + bundle.row + i, pool, tail, thread, batch);
-            tail += tail_blocks_ * head_bytes_;
-        }
-        shared = std::min(shared, token.straight ? token.keys : token.base);
-        memcpy(q + i * width, work_.qkv.data() + (bundle.row + i) * s.qkv() + head * width, bytes);
+    const Token& token = tokens_[static_cast<size_t>(at + row)];
+    const int64_t group = s.heads / s.kv_heads, first = head * group * s.head_dim;
+    char* pool = head_pool(layer, head);
+    Attention a{work_.qkv.data() + row * s.qkv() + first,
+                work_.attended.data() + row * s.heads * s.head_dim + first,
+                group, s.head_dim, 1.0f / sqrtf(static_cast<float>(s.head_dim)), token.keys,
+                pool, token.table, block_bytes_, nullptr, (token.keys + BLOCK - 1) / BLOCK, s.bf16 != 0};
+    if (!token.straight) {
+        a.tail = assemble(token, at + row, pool, thread, batch);
+        a.tail_from = token.base / BLOCK;
     }
-    kernels_.attention({q, out, bundle.count, group, s.head_dim, 1.0f / sqrtf(static_cast<float>(s.head_dim)), keys,
-                        shared / BLOCK, pool, tokens->table, block_bytes_, s.bf16 != 0});
-    for (int64_t i = 0; i < bundle.count; ++i) {
-        memcpy(work_.attended.data() + (bundle.row + i) * s.heads * s.head_dim + head * width, out + i * width, bytes);
-    }
+    kernels_.attention(a);
 }
 
 Status Model::copy_slots(const int64_t* source, const int64_t* target, int64_t count) {

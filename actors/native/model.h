@@ -54,11 +54,6 @@ struct Token {
     bool straight;  // its entries are 0..index, in order
 };
 
-// Consecutive rows of a sequence that attend together.
-struct Bundle {
-    int64_t row, count;
-};
-
 class Model {
 public:
     Model(const Shape& shape, int threads, const Kernels& kernels);
@@ -82,9 +77,8 @@ private:
     Status prepare(const Batch& batch);
     void run_chunk(float* hidden, int64_t first, int64_t last, int64_t at, int64_t rows, const Batch& batch);
     void write_kv(int64_t layer, int64_t row, int64_t head, const Token& token);
-    void bundle(int64_t at, int64_t rows);
-    void attend(int64_t layer, Bundle bundle, int64_t head, int64_t at, int thread, const Batch& batch);
-    void assemble(const Token& token, int64_t packed, const char* pool, char* tail, int thread, const Batch& batch);
+    void attend(int64_t layer, int64_t row, int64_t head, int64_t at, int thread, const Batch& batch);
+    const char* assemble(const Token& token, int64_t packed, char* pool, int thread, const Batch& batch);
     void quantize(const float* x, int64_t k, int64_t begin, int64_t end, float* to) const;
     void multiply(const float* x, int64_t rows, const float* quantized, const char* w, int64_t n, int64_t k,
                   int64_t begin, int64_t end, float* y, const float* bias, Epilogue epilogue) const;
@@ -107,9 +101,7 @@ private:
     Work work_;
     std::vector<Token> tokens_;
     std::vector<std::vector<int64_t>> paths_;  // a thread's list of the entries of this pass a token sees
-    std::vector<Scratch> tails_, heads_, own_normed_, own_quantized_;  // of a thread
-    std::vector<Bundle> bundles_;
-    int64_t tail_blocks_ = 0;  // of a token in a tree, at most
+    std::vector<Scratch> tails_, own_normed_, own_quantized_;  // of a thread
 };
 
 }  // namespace s2d

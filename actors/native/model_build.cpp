@@ -30,7 +30,6 @@ Model::Model(const Shape& shape, int threads, const Kernels& kernels)
       layers_(static_cast<size_t>(shape.layers)),
       paths_(static_cast<size_t>(pool_.threads())),
       tails_(static_cast<size_t>(pool_.threads())),
-      heads_(static_cast<size_t>(pool_.threads())),
       own_normed_(static_cast<size_t>(pool_.threads())),
       own_quantized_(static_cast<size_t>(pool_.threads())) {}
 

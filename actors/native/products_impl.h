@@ -1,75 +1,113 @@
 // Matrix products over blocked weights (see kernels.h). Included by kernels_impl.h.
 
-constexpr int64_t HELD_BYTES = 256 << 10;  // weights that stay in the second-level cache while many rows pass
-constexpr int64_t PANEL_TILES = 4;         // rows of tiles that pass together
-constexpr int64_t PANEL_ROWS = 24;         // at most: 4 tiles of 6 rows
-constexpr int64_t PANEL_GROUPS = 4;        // at most
+constexpr int64_t GROUPS_BYTES = 256 << 10;  // weights worked on together where there are many rows
+constexpr int64_t FEW_TILES = 4;
 
-// Adds what the epilogue says to 16 sums (fewer in the last group) and stores them.
-inline void finish(const Product& p, int64_t row, int64_t group, float* sums) {
-    if (p.format == Format::int8) {
-        const char* scales = static_cast<const char*>(p.w) + (group + 1) * p.group_bytes - 64;
-        const V scale = mul(load_all(reinterpret_cast<const float*>(scales)), spread_all(p.q.scales[row * p.q.stride]));
-        store(sums, mul(load_all(sums), scale));
+// ROWS rows times GROUPS output groups, sums in registers. `next` runs through the weights needed afterwards by
+// `step` bytes a line, so that all tiles over the same groups together prefetch each of their lines once.
+template <Format F, int ROWS, int GROUPS>
+__attribute__((noinline)) void tile(const Product& p, int64_t row, int64_t group, const char* next, int64_t step) {
+    if constexpr (F == Format::int8) return tile_int8<ROWS, GROUPS>(p, row, group, next, step);
+    constexpr bool BF16 = F == Format::bf16;
+    V acc[ROWS][GROUPS];
+    S2D_UNROLL
+    for (int r = 0; r < ROWS; ++r) {
+        S2D_UNROLL
+        for (int g = 0; g < GROUPS; ++g) acc[r][g] = zero();
     }
-    const int64_t first = group * LANES, count = p.n - first;
-    float* y = p.y + row * p.ldy + first;
-    if (count >= LANES) {
-        V v = load_all(sums);
-        if (p.bias) v = add(v, load_all(p.bias + first));
-        if (p.epilogue == Epilogue::add) v = add(load_all(y), v);
-        if (p.epilogue == Epilogue::scale_add) v = fma(load_all(y), spread_all(p.row_scale[row]), v);
-        store(y, v);
-        return;
+    const int64_t ldx = p.ldx, bytes = p.group_bytes;
+    const float* x = p.x + row * ldx;
+    const char* w = static_cast<const char*>(p.w) + group * bytes;
+    const int64_t whole = BF16 ? p.k / 2 : p.k;
+    for (int64_t i = 0; i < whole; ++i, w += 64, next += step) {
+        S2D_UNROLL
+        for (int g = 0; g < GROUPS; ++g) __builtin_prefetch(next + g * bytes, 0, 2);
+        if constexpr (BF16) {
+            S2D_UNROLL
+            for (int g = 0; g < GROUPS; ++g) {
+                const V w0 = even(w + g * bytes);
+                S2D_UNROLL
+                for (int r = 0; r < ROWS; ++r) acc[r][g] = fma(broadcast(x + r * ldx + 2 * i), w0, acc[r][g]);
+            }
+            S2D_UNROLL
+            for (int g = 0; g < GROUPS; ++g) {
+                const V w1 = odd(w + g * bytes);
+                S2D_UNROLL
+                for (int r = 0; r < ROWS; ++r) {
+                    acc[r][g] = fma(broadcast(x + r * ldx + 2 * i + 1), w1, acc[r][g]);
+                }
+            }
+        } else {
+            S2D_UNROLL
+            for (int g = 0; g < GROUPS; ++g) {
+                const V w0 = load(reinterpret_cast<const float*>(w + g * bytes));
+                S2D_UNROLL
+                for (int r = 0; r < ROWS; ++r) acc[r][g] = fma(broadcast(x + r * ldx + i), w0, acc[r][g]);
+            }
+        }
     }
-    for (int64_t i = 0; i < count; ++i) {
-        float x = sums[i];
-        if (p.bias) x += p.bias[first + i];
-        if (p.epilogue == Epilogue::add) x = y[i] + x;
-        if (p.epilogue == Epilogue::scale_add) x = madd(y[i], p.row_scale[row], x);
-        y[i] = x;
+    if (BF16 && p.k % 2) {  // the last input of an odd count is alone in its word
+        for (int g = 0; g < GROUPS; ++g) {
+            const V w0 = even(w + g * bytes);
+            for (int r = 0; r < ROWS; ++r) acc[r][g] = fma(broadcast(x + r * ldx + 2 * whole), w0, acc[r][g]);
+        }
     }
+    alignas(64) float sums[ROWS * GROUPS * LANES];
+    S2D_UNROLL
+    for (int r = 0; r < ROWS; ++r) {
+        S2D_UNROLL
+        for (int g = 0; g < GROUPS; ++g) store(sums + (r * GROUPS + g) * LANES, acc[r][g]);
+    }
+#pragma GCC unroll 1
+    for (int i = 0; i < ROWS * GROUPS; ++i) finish(p, row + i / GROUPS, group + i % GROUPS, sums + i * LANES);
 }
 
-// Rows row..row+rows-1 times groups begin..end-1, at most PANEL_ROWS and PANEL_GROUPS. All rows of tiles together
-// prefetch each line of the groups that come next once.
-template <Format F>
-void panel(const Product& p, int64_t row, int64_t rows, int64_t begin, int64_t end) {
-    constexpr int64_t MOST_ROWS = max_rows(F);
-    const int64_t tiles = (rows + MOST_ROWS - 1) / MOST_ROWS, base = rows / tiles, larger = rows % tiles;
-    const int64_t ld = (end - begin) * LANES, step = (64 + tiles - 1) / tiles;
-    alignas(64) float sums[PANEL_ROWS * PANEL_GROUPS * LANES];
-    for (int64_t t = 0, r = 0; t < tiles; ++t) {
-        const int64_t height = base + (t < larger), most = max_groups(F, static_cast<int>(height));
-        for (int64_t g = begin; g < end;) {
-            const int64_t groups = end - g >= most ? most : end - g >= 2 && most >= 2 ? 2 : 1;
-            const char* next = static_cast<const char*>(p.w) + (g + groups) * p.group_bytes;
-            next += t * (p.group_bytes / tiles);
-            tile_of<F, MOST_ROWS>({p, row + r, g, next, step, sums + r * ld + (g - begin) * LANES, ld}, height, groups);
-            g += groups;
-        }
-        r += height;
+template <Format F, int ROWS>
+inline void tile_groups(const Product& p, int64_t row, int64_t group, int groups, const char* next, int64_t step) {
+    if constexpr (max_groups(F, ROWS) >= 4) {
+        if (groups == 4) return tile<F, ROWS, 4>(p, row, group, next, step);
     }
-    for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t g = begin; g < end; ++g) finish(p, row + r, g, sums + r * ld + (g - begin) * LANES);
+    if constexpr (max_groups(F, ROWS) >= 2) {
+        if (groups == 2) return tile<F, ROWS, 2>(p, row, group, next, step);
     }
+    tile<F, ROWS, 1>(p, row, group, next, step);
+}
+
+template <Format F, int ROWS>
+inline void tile_rows(const Product& p, int64_t height, int64_t row, int64_t group, int groups, const char* next,
+                      int64_t step) {
+    if constexpr (ROWS > 1) {
+        if (height < ROWS) return tile_rows<F, ROWS - 1>(p, height, row, group, groups, next, step);
+    }
+    tile_groups<F, ROWS>(p, row, group, groups, next, step);
 }
 
 template <Format F>
 void product_of(const Product& p) {
     constexpr int64_t MOST_ROWS = max_rows(F);
-    const int64_t panels = (p.rows + PANEL_TILES * MOST_ROWS - 1) / (PANEL_TILES * MOST_ROWS);
-    const int64_t groups = max_groups(F, static_cast<int>(p.rows < MOST_ROWS ? p.rows : MOST_ROWS));
-    const int64_t fit = HELD_BYTES / p.group_bytes;
-    const int64_t held = panels == 1 || fit < groups ? groups : fit;
-    for (int64_t first = p.group_begin; first < p.group_end; first += held) {
-        const int64_t last = p.group_end - first < held ? p.group_end : first + held;
-        for (int64_t n = 0; n < panels; ++n) {
-            const int64_t row = p.rows * n / panels, rows = p.rows * (n + 1) / panels - row;
-            for (int64_t g = first; g < last; g += groups) {
-                const int64_t end = last - g < groups ? last : g + groups;
-                panel<F>(p, row, rows, g, end);
+    const int64_t tiles = (p.rows + MOST_ROWS - 1) / MOST_ROWS;
+    const int64_t base = p.rows / tiles, larger = p.rows % tiles;
+    const int64_t width = max_groups(F, static_cast<int>(base + (larger > 0)));
+    // Few rows: all tiles over one group while it is in the first-level cache, fetching the next group meanwhile.
+    // Many: one tile over as many groups as the second level holds, so that its rows stay in the first.
+    const int64_t held = GROUPS_BYTES / p.group_bytes;
+    const int64_t block = tiles <= FEW_TILES || held <= width ? width : held;
+    for (int64_t first = p.group_begin; first < p.group_end; first += block) {
+        const int64_t last = p.group_end - first < block ? p.group_end : first + block;
+        int64_t row = 0;
+        for (int64_t t = 0; t < tiles; ++t) {
+            const int64_t height = base + (t < larger);
+            for (int64_t group = first; group < last;) {
+                const int64_t left = last - group;
+                const int groups = static_cast<int>(left >= width ? width : left >= 2 && width >= 2 ? 2 : 1);
+                const char* next = static_cast<const char*>(p.w) + (group + groups) * p.group_bytes;
+                const int64_t share = block == width ? tiles : 1;
+                const int64_t part = block == width ? t : 0;
+                tile_rows<F, MOST_ROWS>(p, height, row, group, groups, next + part * (p.group_bytes / share),
+                                           (64 + share - 1) / share);
+                group += groups;
             }
+            row += height;
         }
     }
 }
@@ -83,12 +121,12 @@ void product(const Product& p) {
 }
 
 float read_stream(const float* data, int64_t bytes) {
-    V total[4] = {zero_all(), zero_all(), zero_all(), zero_all()};
+    V total[4] = {zero(), zero(), zero(), zero()};
     const int64_t count = bytes / 4;
     int64_t i = 0;
     for (; i + 4 * LANES <= count; i += 4 * LANES) {
         S2D_UNROLL
-        for (int j = 0; j < 4; ++j) total[j] = add(total[j], load_all(data + i + j * LANES));
+        for (int j = 0; j < 4; ++j) total[j] = add(total[j], load(data + i + j * LANES));
     }
     return sum(add(add(total[0], total[1]), add(total[2], total[3])));
 }

@@ -90,7 +90,7 @@ int64_t topk(const float* row, int64_t n, int64_t k, int64_t* index, float* valu
     int64_t held = 0;
     float limit = -INFINITY;  // the worst entry held, once there are k
     for (int64_t i = 0; i < n;) {
-        if (held == k && i + LANES <= n && !any_greater(load_all(row + i), limit)) {
+        if (held == k && i + LANES <= n && !any_greater(load(row + i), limit)) {
             i += LANES;
             continue;
         }
