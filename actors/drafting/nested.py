@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from actors.drafting.deferred_kv import DeferredKv, DeferredSequence
-from actors.drafting.draw import Draw, draw_tokens
+from actors.drafting.draw import CutVocabulary, Draw, draw_tokens
 from actors.drafting.errors import DrafterError
+from actors.drafting.exit_heads import ExitHeads
 from actors.drafting.interface import DraftQuery, DraftSampling, SessionDraft, SessionOpen
 from actors.models.runner import LayeredRunner
 
@@ -32,9 +33,9 @@ class _Session:
     parked: bool = False
     starved: bool = False
 
-    def backlog(self, block: int) -> int:
-        """Committed tokens to run before a proposal that exits after `block`, the last one included."""
-        return self.committed - min(self.seq.lengths[block], self.committed - 1)
+    def backlog(self, segment: int) -> int:
+        """Committed tokens to run before a proposal that is read after `segment`, the last one included."""
+        return self.committed - min(self.seq.lengths[segment], self.committed - 1)
 
 
 @dataclass(slots=True)
@@ -68,6 +69,7 @@ class NestedDrafter:
         prefill_chunk: tokens a `work` call runs at most, in each layer block.
         catch_up: waiting tokens of one session that a proposal runs itself, at most.
         keep_rounds: see above.
+        heads: how exits are read; None: through the runner's own norm and head.
     """
 
     name = "nested"
@@ -84,8 +86,12 @@ class NestedDrafter:
         prefill_chunk: int = 64,
         catch_up: int = 32,
         keep_rounds: int = 64,
+        heads: ExitHeads | None = None,
     ) -> None:
-        self._kv = DeferredKv(runner, exits)
+        self._runner, self._heads = runner, heads or ExitHeads()
+        self._kv = DeferredKv(runner, exits, own_layers=self._heads.own_layers)
+        ids = self._heads.token_ids
+        self._vocabulary = None if ids is None else CutVocabulary(ids, self._heads.vocab_size)
         self.exits = tuple(exits)
         if thresholds is not None and len(thresholds) != len(exits) - 1:
             raise ValueError("thresholds must hold one value for each exit but the last")
@@ -173,11 +179,12 @@ class NestedDrafter:
         for session in self._sessions.values():
             if room <= 0:
                 break
-            if session.parked or session.backlog(session.goal) <= ABSORB_FROM:
+            goal = self._kv.exit_segment(session.goal)
+            if session.parked or session.backlog(goal) <= ABSORB_FROM:
                 continue
             if session.committed > self._max_model_len:
                 continue
-            start = session.seq.lengths[session.goal]
+            start = session.seq.lengths[goal]
             # The last committed token stays: the next proposal needs its logits.
             end = min(start + room, session.committed - 1)
             session.starved = not self._make_room(session, end, keep=chosen)
@@ -186,15 +193,19 @@ class NestedDrafter:
                 ends.append(end)
                 room -= end - start
         with torch.inference_mode():
-            for block in range(len(self.exits)):
+            for segment in range(self._kv.num_segments):
                 todo = [
-                    (s.seq, end - s.seq.lengths[block])
+                    (s.seq, end - s.seq.lengths[segment])
                     for s, end in zip(chosen, ends, strict=True)
-                    if block <= s.goal and end > s.seq.lengths[block]
+                    if end > s.seq.lengths[segment] and self._wants(s, segment)
                 ]
                 if todo:
-                    self._kv.advance([seq for seq, _ in todo], block, [count for _, count in todo])
+                    self._kv.advance([seq for seq, _ in todo], segment, [count for _, count in todo])
         return bool(chosen)
+
+    def _wants(self, session: _Session, segment: int) -> bool:
+        """Whether the session's proposals need the segment: with thresholds they may be read anywhere."""
+        return self._thresholds is not None or segment in self._kv.path(session.goal)
 
     def _get(self, session_id: int) -> _Session:
         try:
@@ -218,7 +229,7 @@ class NestedDrafter:
         budget = min(query.budget, self._max_model_len - session.committed)
         if budget <= 0:
             return SessionDraft(query.session_id, query.epoch, drafter=self.name)
-        ready = session.backlog(exit_block or 0) <= self._catch_up
+        ready = session.backlog(self._kv.exit_segment(exit_block or 0)) <= self._catch_up
         if not ready and not session.starved:
             return SessionDraft(query.session_id, query.epoch, drafter=self.name)
         if not ready or not self._make_room(session, session.committed + budget - 1):
@@ -261,7 +272,7 @@ class NestedDrafter:
             tests = [p.exit is None and not s for p, s in zip(going, stop, strict=True)]
             rows = [r for r in range(len(going)) if stop[r] or tests[r]]
             if rows:
-                logits = self._kv.logits(hidden if len(rows) == len(going) else hidden[rows])
+                logits = self._read(hidden, [seqs[r] for r in rows], rows, block)
                 if any(tests):
                     logits, rows = self._confident(logits, rows, tests, block)
                 self._draw(logits, [going[r] for r in rows], block)
@@ -269,6 +280,17 @@ class NestedDrafter:
             going = [p for r, p in enumerate(going) if r not in leaving]
             if not going:
                 return
+
+    def _read(
+        self, hidden: Tensor, seqs: Sequence[DeferredSequence], rows: Sequence[int], block: int
+    ) -> Tensor:
+        """Logits of some rows of a block's output at its exit, through the exit's own layer if it has one."""
+        segment = self._kv.exit_segment(block)
+        if segment != block:
+            hidden = self._kv.advance(seqs, segment, [seq.waiting(segment) for seq in seqs])
+        elif len(rows) != hidden.shape[0]:
+            hidden = hidden[list(rows)]
+        return self._heads.logits(self._runner, hidden, block)
 
     def _must_stop(self, proposal: _Proposal, block: int) -> bool:
         """Without a pinned exit: at the last block, or where going on would run too many waiting states."""
@@ -288,7 +310,8 @@ class NestedDrafter:
     def _draw(self, logits: Tensor, proposals: Sequence[_Proposal], block: int) -> None:
         samplings = [p.session.sampling for p in proposals]
         positions = [len(p.session.seq.tokens) for p in proposals]
-        for proposal, draw in zip(proposals, draw_tokens(logits, samplings, positions), strict=True):
+        drawn = draw_tokens(logits, samplings, positions, self._vocabulary)
+        for proposal, draw in zip(proposals, drawn, strict=True):
             proposal.draws.append(draw)
             proposal.deepest = max(proposal.deepest, block)
             proposal.session.seq.tokens.append(draw.token_id)
