@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from actors.models.draft_artifact import DraftWeights, save_artifact
@@ -23,8 +24,25 @@ TOY_CHAT = (
 )
 
 
-def toy_base(folder: Path, *, seed: int = 0, layers: int = 4, tokenizer_vocab: int = TOY_VOCAB) -> Path:
+def toy_base(
+    folder: Path,
+    *,
+    seed: int = 0,
+    layers: int = 4,
+    tokenizer_vocab: int = TOY_VOCAB,
+    learnable: bool = False,
+    end_boost: float = 1.0,
+) -> Path:
+    """`learnable`: what comes next follows mostly from the current token, but not before the last layer has
+    run, so that an early exit has something to learn and little to begin with. `end_boost` scales the head's
+    row of `<end>`, for a model that ends its turns."""
     tiny_llama(folder, seed=seed, layers=layers, vocab=TOY_VOCAB)
+    tensors = load_file(folder / "model.safetensors")
+    for index in range(layers if learnable else 0):
+        tensors[f"model.layers.{index}.self_attn.o_proj.weight"] *= 0.1
+        tensors[f"model.layers.{index}.mlp.down_proj.weight"] *= 10.0 if index == layers - 1 else 1.0
+    tensors["lm_head.weight"][1] *= end_boost
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     tokenizer = toy_tokenizer(tokenizer_vocab)
     tokenizer.chat_template = TOY_CHAT
     tokenizer.save_pretrained(folder)

@@ -103,7 +103,7 @@ def _step(
         value, details = loss(batch)
     value.backward()
     norm = nn.utils.clip_grad_norm_(run.student.parameters(), settings.clip)
-    number = float(value)
+    number = float(value.detach())
     if not torch.isfinite(value) or not torch.isfinite(norm):
         raise FloatingPointError(f"step {state.step + 1}: the loss is {number}, its gradient {float(norm)}")
     optimizer.step()
