@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from actors.models.convert import model_folder
 from actors.models.draft_artifact import DraftWeights, load_artifact, resolve_artifact
 from actors.models.draft_card import ArtifactError, DraftCard, base_hash
 from actors.models.llama_load import load_config, load_llama_weights
-from actors.models.llama_weights import LlamaWeights
+from actors.models.llama_weights import LlamaLayerWeights, LlamaWeights
 from actors.models.load import DTypeName, choose_device, load_runner, native_unavailable_reason
 from actors.models.runner import LayeredRunner, ModelInfo, RaggedBatch
 from actors.models.source import resolve_source
@@ -178,15 +178,12 @@ def _build_runner(
 def _to(weights: LlamaWeights, device: torch.device) -> LlamaWeights:
     if device.type == "cpu":
         return weights
-    layers = tuple(
-        type(layer)(
-            **{
-                name: None if (value := getattr(layer, name)) is None else value.to(device)
-                for name in layer.__slots__
-            }
-        )
-        for layer in weights.layers
-    )
+
+    def moved(layer: LlamaLayerWeights) -> LlamaLayerWeights:
+        parts: dict[str, Any] = {f.name: getattr(layer, f.name) for f in fields(layer)}
+        return LlamaLayerWeights(**{k: None if v is None else v.to(device) for k, v in parts.items()})
+
+    layers = tuple(moved(layer) for layer in weights.layers)
     return replace(
         weights, layers=layers, final_norm=weights.final_norm.to(device), head=weights.head.to(device)
     )

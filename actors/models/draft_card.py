@@ -80,5 +80,5 @@ def base_hash(weights: LlamaWeights) -> str:
     digest = hashlib.sha256(repr((tuple(weights.embed.shape), shape, weights.rms_norm_eps)).encode())
     digest.update(weights.inv_freq.float().cpu().numpy().tobytes())
     table = weights.embed.detach().to("cpu", torch.bfloat16).contiguous()
-    digest.update(memoryview(table.view(torch.int16).numpy()).cast("B"))
+    digest.update(table.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ def plot_report(reports: Sequence[ExitReport], path: Path) -> bool:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 3, figsize=(14, 4))
-    series = (
+    series: tuple[tuple[str, str, Callable[[ExitReport], Sequence[float | None]]], ...] = (
         ("acceptance, given those before", "place in the chain", lambda r: r.acceptance),
         ("tokens a round", "chain length", lambda r: r.tokens_per_round),
         ("predicted speed over plain decoding", "chain length", lambda r: r.speedup),

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -166,7 +166,7 @@ def _save(run: TrainingRun, optimizer: torch.optim.Optimizer, state: _State) -> 
             state.step,
             run.identity,
             student,
-            cast("dict[str, Any]", optimizer.state_dict()),
+            optimizer.state_dict(),
             list(state.history),
             state.seconds,
             state.labels,

@@ -28,6 +28,12 @@ class Shape:
 class StudentLayer(nn.Module):
     """One pre-norm decoder layer with the fused weights of `LlamaLayerWeights`."""
 
+    qkv: Tensor
+    o: Tensor
+    gate_up: Tensor
+    down: Tensor
+    qkv_bias: Tensor
+
     def __init__(self, weights: LlamaLayerWeights, shape: Shape) -> None:
         super().__init__()
         self._shape = shape
@@ -47,8 +53,8 @@ class StudentLayer(nn.Module):
     def _attend(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
         s = self._shape
         qkv = F.linear(x, self.qkv, self.qkv_bias if "qkv_bias" in self._names else None)
-        parts = qkv.view(*x.shape[:2], -1, s.dim).transpose(1, 2).split([s.heads, s.kv_heads, s.kv_heads], 1)
-        q, k, v = parts
+        parts = qkv.view(*x.shape[:2], -1, s.dim).transpose(1, 2)
+        q, k, v = torch.split(parts, [s.heads, s.kv_heads, s.kv_heads], dim=1)
         if "q_norm" in self._names:
             q, k = self._norm(q, "q_norm"), self._norm(k, "k_norm")
         q, k = _rotate(q.float(), cos, sin).to(v.dtype), _rotate(k.float(), cos, sin).to(v.dtype)
@@ -137,8 +143,8 @@ class SortedStudent(nn.Module):
 
     def draft_weights(self) -> DraftWeights:
         return DraftWeights(
-            layers=tuple(layer.weights() for layer in self.layers),  # type: ignore[operator, union-attr]
-            exit_layers=tuple(layer.weights() for layer in self.exit_layers),  # type: ignore[operator, union-attr]
+            layers=tuple(layer.weights() for layer in self.layers),  # type: ignore[operator]
+            exit_layers=tuple(layer.weights() for layer in self.exit_layers),  # type: ignore[operator]
             norms=self.norms.detach(),
             head=self.head.detach(),
             head_ids=self.head_ids,

@@ -59,7 +59,7 @@ class Teacher:
         values, ids = logits.topk(top, dim=-1)
         logprobs = values - torch.logsumexp(logits, dim=-1, keepdim=True)
         counts = [s.num_labels for s in chosen]
-        pairs = zip(group, ids.cpu().split(counts), logprobs.float().cpu().split(counts), strict=True)
+        pairs = zip(group, torch.split(ids.cpu(), counts), torch.split(logprobs.cpu(), counts), strict=True)
         return {i: TeacherRows(tokens.numpy().astype(np.int64), lp.numpy()) for i, tokens, lp in pairs}
 
 

@@ -137,7 +137,7 @@ def test_an_interrupted_data_set_is_continued(
 
 
 def test_user_turns_are_sampled_from_the_template(tmp_path: Path) -> None:
-    base = toy_base(tmp_path / "base", end_boost=2.0)
+    base = toy_base(tmp_path / "base", end_boost=4.0)
     tokenizer = TextTokenizer(base)
     turn = user_turn(tokenizer)
     assert tokenizer.decode(turn.before) == "<user>"
