@@ -286,5 +286,7 @@ def _load_nested(config: NestedConfig, max_sessions: int, threads: int) -> tuple
         kv_blocks=config.kv_blocks,
         threads=threads,
     )
-    drafter = NestedDrafter(loaded.runner, loaded.exits, max_sessions=max_sessions, heads=loaded.heads)
+    drafter = NestedDrafter(
+        loaded.runner, loaded.exits, max_sessions=max_sessions, heads=loaded.heads, window=loaded.window
+    )
     return drafter, DraftVocabulary(loaded.vocab_size, loaded.tokenizer_hash)

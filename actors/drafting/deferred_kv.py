@@ -26,12 +26,19 @@ from actors.models.runner import BLOCK_SIZE, LayeredRunner, RaggedBatch
 @dataclass(slots=True)
 class DeferredSequence:
     """`lengths[s]` tokens have KV in segment s; the states of tokens lengths[s] .. lengths[feeds[s]] wait for
-    it, and for segment 0 (fed by -1, the tokens) those of lengths[0] .. len(tokens)."""
+    it, and for segment 0 (fed by -1, the tokens) those of lengths[0] .. len(tokens). Of the tokens before
+    `first`, a multiple of BLOCK_SIZE, no KV is kept (`DeferredKv.slide`); `blocks` begin there."""
 
     tokens: list[int]
     lengths: list[int]
     feeds: tuple[int, ...]
     blocks: list[int] = field(default_factory=list)
+    first: int = 0
+
+    def slot(self, index: int) -> int:
+        """KV slot of the token at an index."""
+        entry = index - self.first
+        return self.blocks[entry // BLOCK_SIZE] * BLOCK_SIZE + entry % BLOCK_SIZE
 
     def waiting(self, segment: int) -> int:
         """Tokens that a segment could take now."""
@@ -100,7 +107,7 @@ class DeferredKv:
 
     def missing_blocks(self, seq: DeferredSequence, num_tokens: int) -> int:
         """KV blocks to allocate before `num_tokens` tokens of the sequence fit."""
-        return max(0, self._pool.blocks_for(num_tokens) - len(seq.blocks))
+        return max(0, self._pool.blocks_for(num_tokens - seq.first) - len(seq.blocks))
 
     def reserve(self, seq: DeferredSequence, num_tokens: int) -> None:
         """Allocate blocks for `num_tokens` tokens. Raises OutOfBlocksError, taking nothing."""
@@ -110,7 +117,20 @@ class DeferredKv:
         """Give back the sequence's blocks; its tokens would have to be run again."""
         self._pool.release(seq.blocks)
         seq.blocks = []
+        seq.first = 0
         seq.rollback(0)
+
+    def slide(self, seq: DeferredSequence, first: int) -> None:
+        """Keep nothing of tokens before `first`, rounded down to a block: what a draft with an attention
+        window no longer sees. Segments that had not got there go on from it, without what came before."""
+        first = first // BLOCK_SIZE * BLOCK_SIZE
+        if first <= seq.first:
+            return
+        gone = (first - seq.first) // BLOCK_SIZE
+        self._pool.release(seq.blocks[:gone])
+        seq.blocks = seq.blocks[gone:]
+        seq.first = first
+        seq.lengths = [max(n, first) for n in seq.lengths]
 
     def advance(self, seqs: Sequence[DeferredSequence], segment: int, counts: Sequence[int]) -> Tensor:
         """Run the next `counts[r] >= 1` waiting tokens of each sequence through a segment.
@@ -122,15 +142,14 @@ class DeferredKv:
             if not 1 <= count <= seq.waiting(segment):
                 raise ValueError(f"{count} tokens asked, {seq.waiting(segment)} wait for segment {segment}")
             spans.append(range(seq.lengths[segment], seq.lengths[segment] + count))
-        if any(len(seq.blocks) * BLOCK_SIZE < span.stop for seq, span in zip(seqs, spans, strict=True)):
+        if any(
+            seq.first + len(seq.blocks) * BLOCK_SIZE < span.stop
+            for seq, span in zip(seqs, spans, strict=True)
+        ):
             raise ValueError("KV blocks must be reserved first")
         batch = self._batch(seqs, spans)
         slots = torch.tensor(
-            [
-                seq.blocks[i // BLOCK_SIZE] * BLOCK_SIZE + i % BLOCK_SIZE
-                for seq, span in zip(seqs, spans, strict=True)
-                for i in span
-            ],
+            [seq.slot(i) for seq, span in zip(seqs, spans, strict=True) for i in span],
             dtype=torch.int64,
             device=self._device,
         )
@@ -147,10 +166,11 @@ class DeferredKv:
         starts = [0]
         for span in spans:
             starts.append(starts[-1] + len(span))
-        width = max(-(-span.stop // BLOCK_SIZE) for span in spans)
+        lengths = [span.stop - seq.first for seq, span in zip(seqs, spans, strict=True)]
+        width = max(-(-length // BLOCK_SIZE) for length in lengths)
         tables = []
-        for seq, span in zip(seqs, spans, strict=True):
-            used = seq.blocks[: -(-span.stop // BLOCK_SIZE)]
+        for seq, length in zip(seqs, lengths, strict=True):
+            used = seq.blocks[: -(-length // BLOCK_SIZE)]
             tables.append(used + [0] * (width - len(used)))
 
         def int64(values: Sequence[int]) -> Tensor:
@@ -161,7 +181,7 @@ class DeferredKv:
             token_ids=int64([t for seq, span in pairs for t in seq.tokens[span.start : span.stop]]),
             positions=int64([i for span in spans for i in span]),
             query_start=int64(starts),
-            context_lens=int64([span.stop for span in spans]),
+            context_lens=int64(lengths),
             block_tables=torch.tensor(tables, dtype=torch.int32, device=self._device),
             logit_rows=int64([start - 1 for start in starts[1:]]),
         )

@@ -36,6 +36,11 @@ class LoadedDraft:
     tokenizer_hash: str
     card: DraftCard | None
 
+    @property
+    def window(self) -> int | None:
+        """The attention window that the draft was trained with."""
+        return None if self.card is None else self.card.window
+
 
 class BorrowedEmbedding:
     """A `LayeredRunner` over another whose head is cut: the embedding is the base's, with all its rows."""

@@ -15,6 +15,8 @@ from actors.drafting.exit_heads import ExitHeads
 from actors.drafting.interface import DraftQuery, DraftSampling, SessionDraft, SessionOpen
 from actors.models.runner import LayeredRunner
 
+WINDOWS_KEPT = 2
+"""The states of one window were themselves computed from the one before it."""
 ABSORB_FROM = 8
 """Background work leaves this many waiting tokens to the next proposal, which runs them in one pass."""
 
@@ -70,6 +72,8 @@ class NestedDrafter:
         catch_up: waiting tokens of one session that a proposal runs itself, at most.
         keep_rounds: see above.
         heads: how exits are read; None: through the runner's own norm and head.
+        window: the draft's attention window in tokens. Of a session, KV of the last `WINDOWS_KEPT` windows is
+            kept, however long it grows; a longer prompt is absorbed from there.
     """
 
     name = "nested"
@@ -87,6 +91,7 @@ class NestedDrafter:
         catch_up: int = 32,
         keep_rounds: int = 64,
         heads: ExitHeads | None = None,
+        window: int | None = None,
     ) -> None:
         self._runner, self._heads = runner, heads or ExitHeads()
         self._kv = DeferredKv(runner, exits, own_layers=self._heads.own_layers)
@@ -102,6 +107,7 @@ class NestedDrafter:
         self._thresholds = None if thresholds is None else tuple(thresholds)
         self._default = 0 if default_exit is None else self.exits.index(default_exit)
         self._max_model_len = runner.info.max_model_len
+        self._kept = None if window is None else WINDOWS_KEPT * window
         self._max_sessions = max_sessions
         self._prefill_chunk = prefill_chunk
         self._catch_up = catch_up
@@ -225,6 +231,8 @@ class NestedDrafter:
         seq = session.seq
         del seq.tokens[session.committed :]
         seq.rollback(session.committed - 1)
+        if self._kept is not None:
+            self._kv.slide(seq, session.committed - self._kept)
         # The drafted token at index i < max_model_len is the last one that the target can emit.
         budget = min(query.budget, self._max_model_len - session.committed)
         if budget <= 0:

@@ -91,7 +91,9 @@ def walk(answers: Sequence[Sequence[bool]], length: int) -> ChainCounts:
 
 def draft_seconds(draft: LoadedDraft, depth: int, context: int, length: int, repeats: int) -> float:
     """Median seconds a draft token of chains of `length` at one exit, as the drafter serves them."""
-    drafter = NestedDrafter(draft.runner, draft.exits, heads=draft.heads, catch_up=max(32, context))
+    drafter = NestedDrafter(
+        draft.runner, draft.exits, heads=draft.heads, window=draft.window, catch_up=max(32, context)
+    )
     tokens = tuple(1 + i % 50 for i in range(context))
     drafter.open(SessionOpen(0, tokens, len(tokens), DraftSampling(key=0)))
     drafter.propose([DraftQuery(0, 0, length, depth)])

@@ -118,6 +118,27 @@ def test_thresholds_read_exits_with_layers_of_their_own(tmp_path: Path, base: Pa
         tokens.append(token)
 
 
+def test_a_window_bounds_the_kv_of_long_sessions(tmp_path: Path, base: Path) -> None:
+    """Through one windowed layer, drafts of a session that outgrows the pool many times stay those of a pass
+    over everything; a long prompt is absorbed from where it matters."""
+    card, draft = toy_draft(tmp_path / "d.safetensors", base, exits=(1, 3), window=20)
+    loaded = load_draft(str(base), str(tmp_path / "d.safetensors"), dtype="float32", kv_blocks=6, threads=1)
+    drafter = make_drafter(loaded, window=loaded.window)
+    tokens = [(7 * i) % 301 for i in range(300)]
+    drafter.open(SessionOpen(0, tuple(tokens), len(tokens), GREEDY))
+    for depth in (1, 1, 3, 1, 1, 1, 3, 1):
+        while not (proposal := drafter.propose([DraftQuery(0, 1, 3, depth)])[0]).token_ids:
+            assert proposal.error is None
+            assert drafter.work()
+        if depth == 1:
+            logits = reference_logits(base, card, draft, tokens, 0)
+            assert proposal.token_ids[0] == draft.head_ids[logits.argmax()]
+        assert drafter.kv_blocks_used <= 4
+        committed = [*proposal.token_ids, *range(17)]
+        drafter.commit(0, committed)
+        tokens += committed
+
+
 def test_an_exit_of_the_card_may_be_left_out(tmp_path: Path, base: Path) -> None:
     path = tmp_path / "d.safetensors"
     toy_draft(path, base, exits=(1, 2, 3), exit_layers=True, exit_norms=True)
