@@ -95,6 +95,13 @@ class NestedDrafterConfig(ConfigModel):
     )
     dtype: DTypeName = "bfloat16"
     kv_blocks: int = Field(512, ge=8, description="KV blocks of 32 tokens.")
+    stop_threshold: float | None = Field(
+        None,
+        gt=0.0,
+        lt=1.0,
+        description="A draft ends once the probability that one of its tokens is rejected exceeds this "
+        "(SpecDec++); null never ends one early.",
+    )
 
     @field_validator("exits")
     @classmethod

@@ -48,6 +48,9 @@ class NestedConfig(Protocol):
     @property
     def kv_blocks(self) -> int: ...
 
+    @property
+    def stop_threshold(self) -> float | None: ...
+
 
 class PoolConfig(Protocol):
     """See `cluster.config.DraftPoolConfig`."""
@@ -276,6 +279,7 @@ def build_draft_server(config: PoolConfig, worker_id: str) -> DraftServer:
 def _load_nested(config: NestedConfig, max_sessions: int, threads: int) -> tuple[Drafter, DraftVocabulary]:
     # Imported here because a worker without a model needs neither torch nor transformers.
     from actors.drafting.draft_load import load_draft
+    from actors.drafting.early_stop import EarlyStop
     from actors.drafting.nested import NestedDrafter
 
     loaded = load_draft(
@@ -287,6 +291,11 @@ def _load_nested(config: NestedConfig, max_sessions: int, threads: int) -> tuple
         threads=threads,
     )
     drafter = NestedDrafter(
-        loaded.runner, loaded.exits, max_sessions=max_sessions, heads=loaded.heads, window=loaded.window
+        loaded.runner,
+        loaded.exits,
+        max_sessions=max_sessions,
+        heads=loaded.heads,
+        window=loaded.window,
+        early_stop=EarlyStop(loaded.calibration, config.stop_threshold),
     )
     return drafter, DraftVocabulary(loaded.vocab_size, loaded.tokenizer_hash)

@@ -14,7 +14,7 @@ from torch import Tensor
 from actors.drafting.exit_heads import ExitHeads
 from actors.models.convert import model_folder
 from actors.models.draft_artifact import DraftWeights, load_artifact, resolve_artifact
-from actors.models.draft_card import ArtifactError, DraftCard, base_hash
+from actors.models.draft_card import ArtifactError, DraftCard, ExitCalibration, base_hash
 from actors.models.llama_load import load_config, load_llama_weights
 from actors.models.llama_weights import LlamaLayerWeights, LlamaWeights
 from actors.models.load import DTypeName, choose_device, load_runner, native_unavailable_reason
@@ -40,6 +40,10 @@ class LoadedDraft:
     def window(self) -> int | None:
         """The attention window that the draft was trained with."""
         return None if self.card is None else self.card.window
+
+    @property
+    def calibration(self) -> tuple[ExitCalibration, ...]:
+        return () if self.card is None else self.card.calibration
 
 
 class BorrowedEmbedding:

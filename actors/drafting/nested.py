@@ -10,10 +10,12 @@ from torch import Tensor
 
 from actors.drafting.deferred_kv import DeferredKv, DeferredSequence
 from actors.drafting.draw import CutVocabulary, Draw, draw_tokens
+from actors.drafting.early_stop import EarlyStop
 from actors.drafting.errors import DrafterError
 from actors.drafting.exit_heads import ExitHeads
 from actors.drafting.interface import DraftQuery, DraftSampling, SessionDraft, SessionOpen
 from actors.models.runner import LayeredRunner
+from actors.sampling.params import GREEDY_TEMPERATURE
 
 WINDOWS_KEPT = 2
 """The states of one window were themselves computed from the one before it."""
@@ -49,6 +51,8 @@ class _Proposal:
     budget: int
     exit: int | None
     draws: list[Draw] = field(default_factory=list)
+    acceptance: list[float] = field(default_factory=list)
+    survival: float = 1.0
     deepest: int = 0
 
 
@@ -74,6 +78,7 @@ class NestedDrafter:
         heads: how exits are read; None: through the runner's own norm and head.
         window: the draft's attention window in tokens. Of a session, KV of the last `WINDOWS_KEPT` windows is
             kept, however long it grows; a longer prompt is absorbed from there.
+        early_stop: turns confidence into acceptance, and says when a draft ends before its budget.
     """
 
     name = "nested"
@@ -92,6 +97,7 @@ class NestedDrafter:
         keep_rounds: int = 64,
         heads: ExitHeads | None = None,
         window: int | None = None,
+        early_stop: EarlyStop | None = None,
     ) -> None:
         self._runner, self._heads = runner, heads or ExitHeads()
         self._kv = DeferredKv(runner, exits, own_layers=self._heads.own_layers)
@@ -108,6 +114,9 @@ class NestedDrafter:
         self._default = 0 if default_exit is None else self.exits.index(default_exit)
         self._max_model_len = runner.info.max_model_len
         self._kept = None if window is None else WINDOWS_KEPT * window
+        self._early_stop = early_stop or EarlyStop()
+        if self._early_stop.curves and len(self._early_stop.curves) != len(exits):
+            raise ValueError("early_stop needs curves for every exit, or none")
         self._max_sessions = max_sessions
         self._prefill_chunk = prefill_chunk
         self._catch_up = catch_up
@@ -174,7 +183,9 @@ class NestedDrafter:
         with torch.inference_mode():
             while active:
                 self._draft_position(active)
-                active = [p for p in active if len(p.draws) < p.budget]
+                active = [
+                    p for p in active if len(p.draws) < p.budget and not self._early_stop.ends(p.survival)
+                ]
         return [self._finish(a) if isinstance(a, _Proposal) else a for a in answers]
 
     def work(self) -> bool:
@@ -321,6 +332,10 @@ class NestedDrafter:
         drawn = draw_tokens(logits, samplings, positions, self._vocabulary)
         for proposal, draw in zip(proposals, drawn, strict=True):
             proposal.draws.append(draw)
+            greedy = proposal.session.sampling.temperature < GREEDY_TEMPERATURE
+            likely = self._early_stop.acceptance(block, draw.confidence, greedy=greedy)
+            proposal.acceptance.append(likely)
+            proposal.survival *= likely
             proposal.deepest = max(proposal.deepest, block)
             proposal.session.seq.tokens.append(draw.token_id)
 
@@ -333,6 +348,6 @@ class NestedDrafter:
             tuple(d.token_id for d in draws),
             drafter=self.name,
             exit_depth=self.exits[proposal.deepest],
-            confidence=tuple(d.confidence for d in draws),
+            confidence=tuple(proposal.acceptance),
             q=tuple(d.q for d in draws if d.q is not None) if sampled else (),
         )

@@ -175,7 +175,8 @@ def load_artifact(
         head_ids=reader.get("head_ids").long(),
     )
     _check_shapes(path, card, weights)
-    return card.model_copy(update={"exits": kept}), weights
+    calibration = tuple(card.calibration[i] for i in places) if card.calibration else ()
+    return card.model_copy(update={"exits": kept, "calibration": calibration}), weights
 
 
 class _Reader:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -39,6 +40,29 @@ class TrainingRecord(_CardModel):
     )
 
 
+class CalibrationCurve(_CardModel):
+    """Knots of a non-decreasing curve, confidences strictly ascending."""
+
+    confidence: tuple[float, ...] = Field(min_length=1, description="The draft's probability of its token.")
+    acceptance: tuple[float, ...] = Field(min_length=1, description="How often such a token is accepted.")
+
+    @model_validator(mode="after")
+    def _ascending(self) -> CalibrationCurve:
+        xs, ys = self.confidence, self.acceptance
+        if len(xs) != len(ys):
+            raise ValueError("one acceptance a confidence")
+        if any(b <= a for a, b in pairwise(xs)) or any(b < a for a, b in pairwise(ys)):
+            raise ValueError("a calibration curve must ascend")
+        return self
+
+
+class ExitCalibration(_CardModel):
+    """One exit's curves: for its best token under greedy decoding, and for a token drawn from it."""
+
+    greedy: CalibrationCurve
+    sampled: CalibrationCurve | None = None
+
+
 class DraftCard(_CardModel):
     """Everything that must fit before the weights may draft."""
 
@@ -54,6 +78,7 @@ class DraftCard(_CardModel):
     draft_vocab: int = Field(ge=1, description="Rows of the head.")
     window: int | None = Field(None, ge=1, description="Attention window in tokens; null for none.")
     dtype: StorageName = "bfloat16"
+    calibration: tuple[ExitCalibration, ...] = Field((), description="One an exit, or none.")
     training: TrainingRecord = Field(default_factory=TrainingRecord)
 
     @model_validator(mode="after")
@@ -62,6 +87,8 @@ class DraftCard(_CardModel):
             raise ValueError("exits must be positive and strictly ascending")
         if self.draft_vocab > self.vocab_size:
             raise ValueError("draft_vocab exceeds vocab_size")
+        if self.calibration and len(self.calibration) != len(self.exits):
+            raise ValueError("calibration must be empty or one an exit")
         return self
 
     @property

@@ -21,6 +21,7 @@ from actors.models.load import choose_device
 from actors.models.source import resolve_source
 from actors.text.tokenizer import TextTokenizer
 from actors.training.batches import Batch, BatchPlan, build_batch, pack_rows
+from actors.training.calibrate import calibrate
 from actors.training.corpus import Example, build_examples, draft_vocabulary, is_heldout, read_corpus
 from actors.training.settings import TrainSettings
 from actors.training.student import SortedStudent
@@ -77,10 +78,16 @@ class TrainingRun:
     def export(
         self, path: Path, *, steps: int, labels: int, seconds: float, agreement: dict[str, float]
     ) -> None:
-        """Write the artifact as it is now."""
+        """Write the artifact as it is now, with its confidence calibrated on the held-out labels."""
+        heldout = [batch.to(self.device) for batch in self.data.heldout_batches()]
+        calibration = calibrate(self.student, heldout, self.settings.seed)
         progress = {"steps": steps, "tokens": labels, "hours": round(seconds / 3600, 3)}
         record = self.card.training.model_copy(update={**progress, "heldout_agreement": agreement})
-        save_artifact(path, self.card.model_copy(update={"training": record}), self.student.draft_weights())
+        save_artifact(
+            path,
+            self.card.model_copy(update={"training": record, "calibration": calibration}),
+            self.student.draft_weights(),
+        )
 
 
 def build_run(settings: TrainSettings, say: Callable[[str], None] = lambda message: None) -> TrainingRun:

@@ -4,8 +4,10 @@ the drafter, evaluation."""
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +27,7 @@ from actors.training.collect import collect_data, teach
 from actors.training.corpus import read_corpus
 from actors.training.generate import user_turn
 from actors.training.loop import ARTIFACT, CHECKPOINTS, CURVES, train
+from actors.training.on_ray import RaySettings, RayTrainUnavailableError, train_on_ray
 from actors.training.run import build_run
 from actors.training.settings import DataSettings, EvalSettings, TeacherSettings, TrainSettings
 from actors.training.token_store import DataError, read_sequences, shard_path
@@ -246,6 +249,8 @@ def test_the_artifact_drafts_and_changes_nothing(base: Path, data: DataSettings,
     card = read_card(path)
     assert (card.exits, card.draft_vocab, card.training.steps) == ((1, 2), 200, 60)
     assert set(card.training.heldout_agreement) == {"1", "2"}
+    assert all(curves.sampled is not None for curves in card.calibration)
+    assert [curves.greedy.acceptance[-1] > 0 for curves in card.calibration] == [True, True]
     assert card.training.targets == {base.name: read_corpus(data.out).card.source_hash}
     loaded = load_draft(str(base), str(path), dtype="float32", kv_blocks=128, threads=1)
     drafter = NestedDrafter(loaded.runner, loaded.exits, heads=loaded.heads)
@@ -268,6 +273,61 @@ def test_the_artifact_drafts_and_changes_nothing(base: Path, data: DataSettings,
     engine.close()
     assert drafted > 500
     assert accepted > 0.05 * drafted
+
+
+def test_workers_share_a_step(base: Path, data: DataSettings, tmp_path: Path) -> None:
+    parts = build_run(settings_for(base, data, tmp_path, batch_rows=4)).data
+    whole = parts.batch(3)
+    halves = [parts.batch(3, rank, 2) for rank in (0, 1)]
+    assert sum(b.labels.numel() for b in halves) == whole.labels.numel()
+    assert halves[1].ids.shape[0] == 2
+    width = halves[1].ids.shape[1]
+    assert torch.equal(halves[1].ids[0], whole.ids[1, :width])
+
+
+def test_ray_train_runs_the_same_function(
+    base: Path, data: DataSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against a stand-in for Ray Train with its names and signatures: one worker gives what no Ray gives."""
+    settings = settings_for(base, data, tmp_path / "ray", steps=6, warmup=1, checkpoint_every=3)
+    reports: list[dict[str, Any]] = []
+    asked: dict[str, Any] = {}
+
+    class FakeTrainer:
+        def __init__(
+            self, loop: Any, *, train_loop_config: Any, scaling_config: Any, run_config: Any
+        ) -> None:
+            asked.update(scaling=scaling_config, run=run_config)
+            self._work = lambda: loop(train_loop_config)
+
+        def fit(self) -> None:
+            self._work()
+
+    context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
+    ray_torch = SimpleNamespace(
+        TorchTrainer=FakeTrainer, get_device=lambda: torch.device("cpu"), prepare_model=lambda model: model
+    )
+    ray_train = SimpleNamespace(
+        FailureConfig=dict, RunConfig=dict, ScalingConfig=dict, get_context=lambda: context,
+        report=reports.append, torch=ray_torch,
+    )  # fmt: skip
+    fake = SimpleNamespace(is_initialized=lambda: True, train=ray_train)
+    for name, module in (("ray", fake), ("ray.train", ray_train), ("ray.train.torch", ray_torch)):
+        monkeypatch.setitem(sys.modules, name, module)
+    train_on_ray(settings, RaySettings(workers=1, cpus=2))
+    assert asked["scaling"] == {"num_workers": 1, "use_gpu": False, "resources_per_worker": {"CPU": 2.0}}
+    assert [report["step"] for report in reports] == [3, 6]
+    alone = build_run(settings.model_copy(update={"out": tmp_path / "alone"}))
+    train(alone)
+    found = [load_latest(tmp_path / name / CHECKPOINTS, alone.identity) for name in ("ray", "alone")]
+    assert found[0] is not None
+    assert found[1] is not None
+    assert all(torch.equal(v, found[1].student[k]) for k, v in found[0].student.items())
+    with pytest.raises(ValueError, match="batch_rows 4 is not a multiple of 3 workers"):
+        train_on_ray(settings, RaySettings(workers=3))
+    monkeypatch.setitem(sys.modules, "ray.train", None)
+    with pytest.raises(RayTrainUnavailableError, match="train"):
+        train_on_ray(settings, RaySettings())
 
 
 def test_evaluation_reports_every_exit(base: Path, data: DataSettings, trained: Any, tmp_path: Path) -> None:
