@@ -189,8 +189,11 @@ def _to(weights: LlamaWeights, device: torch.device) -> LlamaWeights:
         return weights
 
     def moved(layer: LlamaLayerWeights) -> LlamaLayerWeights:
-        parts: dict[str, Any] = {f.name: getattr(layer, f.name) for f in fields(layer)}
-        return LlamaLayerWeights(**{k: None if v is None else v.to(device) for k, v in parts.items()})
+        parts: dict[str, Any] = {}
+        for name in (f.name for f in fields(layer)):
+            value = getattr(layer, name)
+            parts[name] = None if value is None else value.to(device)
+        return LlamaLayerWeights(**parts)
 
     layers = tuple(moved(layer) for layer in weights.layers)
     return replace(
