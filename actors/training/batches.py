@@ -136,7 +136,7 @@ def build_batch(
     labels = torch.cat([example.labels[:count] for example, count in chosen])
     teachers = tuple(
         TeacherBatch(
-            torch.cat([example.teachers[t].ids[:count] for example, count in chosen]),
+            torch.cat([example.teachers[t].ids[:count] for example, count in chosen]).long(),
             torch.cat([example.teachers[t].logprobs[:count] for example, count in chosen]).float(),
         )
         for t in range(len(examples[0].teachers))

@@ -28,7 +28,7 @@ from actors.training.token_store import (
 
 @dataclass(frozen=True, slots=True)
 class ExampleTeacher:
-    """ids int64 [labels, k] (draft vocabulary, -1: not in it), logprobs float16 [labels, k]."""
+    """ids int32 [labels, k] (draft vocabulary, -1: not in it), logprobs float16 [labels, k]."""
 
     ids: Tensor
     logprobs: Tensor
@@ -106,7 +106,7 @@ def build_examples(corpus: RawCorpus, indices: Sequence[int], head_ids: Tensor) 
         sequence = corpus.sequences[index]
         ids = torch.tensor(sequence.ids, dtype=torch.int64)
         teachers = tuple(
-            ExampleTeacher(row_of[torch.from_numpy(rows[index].ids)], _half(rows[index]))
+            ExampleTeacher(row_of[torch.from_numpy(rows[index].ids)].int(), _half(rows[index]))
             for rows in corpus.rows
         )
         examples.append(Example(ids, sequence.labels_from, row_of[ids[sequence.labels_from :]], teachers))

@@ -195,9 +195,12 @@ def test_loss_falls_and_exits_improve(trained: Any) -> None:
     assert torch.equal(run_.student.embed, embed)
 
 
-@pytest.mark.parametrize(
-    "form", [{}, {"exit_layers": True, "exit_norms": True, "max_offset": 9, "window": 20}]
-)
+EVERY_OPTION = {
+    "exit_layers": True, "exit_norms": True, "max_offset": 9, "window": 20, "distill": 0.5, "bf16": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", [{}, EVERY_OPTION], ids=["plain", "options"])
 def test_a_resumed_run_gives_the_same_bits(
     base: Path, data: DataSettings, tmp_path: Path, form: dict[str, Any]
 ) -> None:
