@@ -81,19 +81,49 @@ class ModelConfig(ConfigModel):
 
 
 class NestedDrafterConfig(ConfigModel):
-    """The nested drafter: sub-models are the first n layers of `source`."""
+    """The nested drafter: sub-models are the first n layers of `source`, as they are or as `artifact` has
+    them trained."""
 
-    source: str = Field(description="Model whose first layers draft.")
-    exits: tuple[int, ...] = Field(description="Exit depths in layers, ascending.", min_length=1)
+    source: str = Field(description="Model whose first layers draft; of an artifact, the base.")
+    artifact: str | None = Field(
+        None, description="Trained draft: path, package:NAME or package:NAME/FILE (see docs/training.md)."
+    )
+    exits: tuple[int, ...] | None = Field(
+        None,
+        description="Exit depths in layers, ascending; null takes the artifact's. Required without one.",
+        min_length=1,
+    )
     dtype: DTypeName = "bfloat16"
     kv_blocks: int = Field(512, ge=8, description="KV blocks of 32 tokens.")
+    stop_threshold: float | None = Field(
+        None,
+        gt=0.0,
+        lt=1.0,
+        description="A draft ends once the probability that one of its tokens is rejected exceeds this "
+        "(SpecDec++); null never ends one early.",
+    )
 
     @field_validator("exits")
     @classmethod
-    def _ascending(cls, exits: tuple[int, ...]) -> tuple[int, ...]:
-        if list(exits) != sorted(set(exits)) or exits[0] < 1:
+    def _ascending(cls, exits: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if exits is not None and (list(exits) != sorted(set(exits)) or exits[0] < 1):
             raise ValueError("must be positive and strictly ascending")
         return exits
+
+    @model_validator(mode="after")
+    def _has_exits(self) -> NestedDrafterConfig:
+        if self.exits is None and self.artifact is None:
+            raise ValueError("exits: required without an artifact")
+        return self
+
+    def resolved_exits(self) -> tuple[int, ...]:
+        """The exits that may draft; reads the artifact's card when none are given. Raises ArtifactError."""
+        if self.exits is not None:
+            return self.exits
+        from actors.models.draft_artifact import read_card, resolve_artifact  # imports torch
+
+        assert self.artifact is not None
+        return read_card(resolve_artifact(self.artifact)).exits
 
 
 class DraftPoolConfig(ConfigModel):

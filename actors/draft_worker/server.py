@@ -8,7 +8,7 @@ import logging
 import secrets
 import socket
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -24,9 +24,6 @@ from actors.drafting.token_recycling import TokenRecyclingDrafter
 from protos.s2d.v1 import drafting_pb2 as pb
 from protos.s2d.v1 import drafting_pb2_grpc as pb_grpc
 
-if TYPE_CHECKING:
-    from actors.models.runner import LayeredRunner
-
 logger = logging.getLogger(__name__)
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["DraftService"].full_name
@@ -40,13 +37,19 @@ class NestedConfig(Protocol):
     def source(self) -> str: ...
 
     @property
-    def exits(self) -> tuple[int, ...]: ...
+    def artifact(self) -> str | None: ...
+
+    @property
+    def exits(self) -> tuple[int, ...] | None: ...
 
     @property
     def dtype(self) -> Literal["bfloat16", "float32", "int8"]: ...
 
     @property
     def kv_blocks(self) -> int: ...
+
+    @property
+    def stop_threshold(self) -> float | None: ...
 
 
 class PoolConfig(Protocol):
@@ -275,18 +278,24 @@ def build_draft_server(config: PoolConfig, worker_id: str) -> DraftServer:
 
 def _load_nested(config: NestedConfig, max_sessions: int, threads: int) -> tuple[Drafter, DraftVocabulary]:
     # Imported here because a worker without a model needs neither torch nor transformers.
+    from actors.drafting.draft_load import load_draft
+    from actors.drafting.early_stop import EarlyStop
     from actors.drafting.nested import NestedDrafter
-    from actors.models.load import load_runner
-    from actors.text.tokenizer import TextTokenizer
 
-    loaded = load_runner(
+    loaded = load_draft(
         config.source,
+        config.artifact,
+        exits=config.exits,
         dtype=config.dtype,
         kv_blocks=config.kv_blocks,
         threads=threads,
-        num_layers=config.exits[-1],
     )
-    # num_layers is served by the runners that can run layers in ranges only.
-    runner = cast("LayeredRunner", loaded.runner)
-    vocabulary = DraftVocabulary(loaded.info.vocab_size, TextTokenizer(loaded.tokenizer_folder).vocab_hash)
-    return NestedDrafter(runner, config.exits, max_sessions=max_sessions), vocabulary
+    drafter = NestedDrafter(
+        loaded.runner,
+        loaded.exits,
+        max_sessions=max_sessions,
+        heads=loaded.heads,
+        window=loaded.window,
+        early_stop=EarlyStop(loaded.calibration, config.stop_threshold),
+    )
+    return drafter, DraftVocabulary(loaded.vocab_size, loaded.tokenizer_hash)

@@ -5,12 +5,16 @@ Exits n_1 < n_2 < ... cut the layers into blocks. A token drafted at exit n_1 ha
 its hidden state waits, and the next step that goes deeper runs all waiting states of the sequence through the
 next block in one causal pass. KV slots and waiting states share slot numbers, so one block table a sequence
 serves every layer, and a rollback only shortens lengths.
+
+Exits may have a layer of their own on top of their block (one extra trained layer an exit). Such a layer is a
+segment like a block, fed by it: E layer blocks are segments 0 .. E - 1, the exits' own layers E .. 2 E - 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -21,19 +25,28 @@ from actors.models.runner import BLOCK_SIZE, LayeredRunner, RaggedBatch
 
 @dataclass(slots=True)
 class DeferredSequence:
-    """`lengths[b]` tokens have KV in layer block b; the states of tokens lengths[b] .. lengths[b - 1] wait
-    for it, and for block 0 those of lengths[0] .. len(tokens)."""
+    """`lengths[s]` tokens have KV in segment s; the states of tokens lengths[s] .. lengths[feeds[s]] wait for
+    it, and for segment 0 (fed by -1, the tokens) those of lengths[0] .. len(tokens). Of the tokens before
+    `first`, a multiple of BLOCK_SIZE, no KV is kept (`DeferredKv.slide`); `blocks` begin there."""
 
     tokens: list[int]
     lengths: list[int]
+    feeds: tuple[int, ...]
     blocks: list[int] = field(default_factory=list)
+    first: int = 0
 
-    def waiting(self, block: int) -> int:
-        """Tokens that block `block` could take now."""
-        return (self.lengths[block - 1] if block else len(self.tokens)) - self.lengths[block]
+    def slot(self, index: int) -> int:
+        """KV slot of the token at an index."""
+        entry = index - self.first
+        return self.blocks[entry // BLOCK_SIZE] * BLOCK_SIZE + entry % BLOCK_SIZE
+
+    def waiting(self, segment: int) -> int:
+        """Tokens that a segment could take now."""
+        feed = self.feeds[segment]
+        return (len(self.tokens) if feed < 0 else self.lengths[feed]) - self.lengths[segment]
 
     def rollback(self, length: int) -> None:
-        """Forget KV and waiting states of tokens from index `length` on, in every block."""
+        """Forget KV and waiting states of tokens from index `length` on, in every segment."""
         self.lengths = [min(n, length) for n in self.lengths]
 
 
@@ -43,26 +56,43 @@ class DeferredKv:
     Args:
         runner: the draft model with its KV pool.
         exits: depths in layers, ascending; the last may be the model's depth.
+        own_layers: the runner's last len(exits) layers belong to one exit each, in order.
     """
 
-    def __init__(self, runner: LayeredRunner, exits: Sequence[int]) -> None:
-        depth = runner.info.num_layers
+    def __init__(self, runner: LayeredRunner, exits: Sequence[int], *, own_layers: bool = False) -> None:
+        depth = runner.info.num_layers - (len(exits) if own_layers else 0)
         if not exits or list(exits) != sorted(set(exits)) or exits[0] < 1 or exits[-1] > depth:
             raise ValueError(f"exits must ascend strictly within 1..{depth}, got {tuple(exits)}")
         self._runner = runner
-        self._bounds = (0, *exits)
+        count = len(exits)
+        ranges = [*pairwise((0, *exits))]
+        feeds = [-1, *range(count - 1)]
+        if own_layers:
+            ranges += [(exits[-1] + i, exits[-1] + i + 1) for i in range(count)]
+            feeds += range(count)
+        self._ranges, self._feeds = tuple(ranges), tuple(feeds)
+        self._num_exits, self._own_layers = count, own_layers
         self._device = runner.info.device
         self._pool = BlockPool(runner.num_blocks, BLOCK_SIZE, prefix_caching=False)
         slots = runner.num_blocks * BLOCK_SIZE
-        # Waiting states before block 1, 2, ..., by slot. Block 0 needs none: its states are the token ids.
-        self._states = [
-            torch.zeros(slots, runner.info.hidden_size, dtype=torch.float32, device=self._device)
-            for _ in exits[1:]
-        ]
+        # States that a segment leaves to those it feeds, by slot. Segment 0 is fed by the token ids.
+        self._states = {
+            feed: torch.zeros(slots, runner.info.hidden_size, dtype=torch.float32, device=self._device)
+            for feed in sorted(set(feeds) - {-1})
+        }
 
     @property
-    def num_layer_blocks(self) -> int:
-        return len(self._bounds) - 1
+    def num_segments(self) -> int:
+        return len(self._ranges)
+
+    def exit_segment(self, exit_index: int) -> int:
+        """The segment whose output is read at an exit."""
+        return self._num_exits + exit_index if self._own_layers else exit_index
+
+    def path(self, exit_index: int) -> tuple[int, ...]:
+        """Segments that a token runs through to be read at an exit, in order."""
+        own = (self.exit_segment(exit_index),) if self._own_layers else ()
+        return (*range(exit_index + 1), *own)
 
     @property
     def blocks_free(self) -> int:
@@ -73,11 +103,11 @@ class DeferredKv:
         return self._pool.num_blocks
 
     def new_sequence(self, tokens: Sequence[int]) -> DeferredSequence:
-        return DeferredSequence(list(tokens), [0] * self.num_layer_blocks)
+        return DeferredSequence(list(tokens), [0] * self.num_segments, self._feeds)
 
     def missing_blocks(self, seq: DeferredSequence, num_tokens: int) -> int:
         """KV blocks to allocate before `num_tokens` tokens of the sequence fit."""
-        return max(0, self._pool.blocks_for(num_tokens) - len(seq.blocks))
+        return max(0, self._pool.blocks_for(num_tokens - seq.first) - len(seq.blocks))
 
     def reserve(self, seq: DeferredSequence, num_tokens: int) -> None:
         """Allocate blocks for `num_tokens` tokens. Raises OutOfBlocksError, taking nothing."""
@@ -87,50 +117,60 @@ class DeferredKv:
         """Give back the sequence's blocks; its tokens would have to be run again."""
         self._pool.release(seq.blocks)
         seq.blocks = []
+        seq.first = 0
         seq.rollback(0)
 
-    def advance(self, seqs: Sequence[DeferredSequence], block: int, counts: Sequence[int]) -> Tensor:
-        """Run the next `counts[r] >= 1` waiting tokens of each sequence through layer block `block`.
+    def slide(self, seq: DeferredSequence, first: int) -> None:
+        """Keep nothing of tokens before `first`, rounded down to a block: what a draft with an attention
+        window no longer sees. Segments that had not got there go on from it, without what came before."""
+        first = first // BLOCK_SIZE * BLOCK_SIZE
+        if first <= seq.first:
+            return
+        gone = (first - seq.first) // BLOCK_SIZE
+        self._pool.release(seq.blocks[:gone])
+        seq.blocks = seq.blocks[gone:]
+        seq.first = first
+        seq.lengths = [max(n, first) for n in seq.lengths]
+
+    def advance(self, seqs: Sequence[DeferredSequence], segment: int, counts: Sequence[int]) -> Tensor:
+        """Run the next `counts[r] >= 1` waiting tokens of each sequence through a segment.
 
         Returns the hidden state (not normalised) of each sequence's last token of the pass, float32 [R, H].
         """
         spans: list[range] = []
         for seq, count in zip(seqs, counts, strict=True):
-            if not 1 <= count <= seq.waiting(block):
-                raise ValueError(f"{count} tokens asked, {seq.waiting(block)} wait for block {block}")
-            spans.append(range(seq.lengths[block], seq.lengths[block] + count))
-        if any(len(seq.blocks) * BLOCK_SIZE < span.stop for seq, span in zip(seqs, spans, strict=True)):
+            if not 1 <= count <= seq.waiting(segment):
+                raise ValueError(f"{count} tokens asked, {seq.waiting(segment)} wait for segment {segment}")
+            spans.append(range(seq.lengths[segment], seq.lengths[segment] + count))
+        if any(
+            seq.first + len(seq.blocks) * BLOCK_SIZE < span.stop
+            for seq, span in zip(seqs, spans, strict=True)
+        ):
             raise ValueError("KV blocks must be reserved first")
         batch = self._batch(seqs, spans)
         slots = torch.tensor(
-            [
-                seq.blocks[i // BLOCK_SIZE] * BLOCK_SIZE + i % BLOCK_SIZE
-                for seq, span in zip(seqs, spans, strict=True)
-                for i in span
-            ],
+            [seq.slot(i) for seq, span in zip(seqs, spans, strict=True) for i in span],
             dtype=torch.int64,
             device=self._device,
         )
-        hidden = self._runner.embed(batch.token_ids) if block == 0 else self._states[block - 1][slots]
-        hidden = self._runner.run_layers(hidden, self._bounds[block], self._bounds[block + 1], batch)
-        if block + 1 < self.num_layer_blocks:
-            self._states[block][slots] = hidden
+        feed = self._feeds[segment]
+        hidden = self._runner.embed(batch.token_ids) if feed < 0 else self._states[feed][slots]
+        hidden = self._runner.run_layers(hidden, *self._ranges[segment], batch)
+        if segment in self._states:
+            self._states[segment][slots] = hidden
         for seq, span in zip(seqs, spans, strict=True):
-            seq.lengths[block] = span.stop
+            seq.lengths[segment] = span.stop
         return hidden[batch.logit_rows]
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """float32 [N, V] of hidden [N, H]: all exits share the final norm and the head."""
-        return self._runner.logits(hidden)
 
     def _batch(self, seqs: Sequence[DeferredSequence], spans: Sequence[range]) -> RaggedBatch:
         starts = [0]
         for span in spans:
             starts.append(starts[-1] + len(span))
-        width = max(-(-span.stop // BLOCK_SIZE) for span in spans)
+        lengths = [span.stop - seq.first for seq, span in zip(seqs, spans, strict=True)]
+        width = max(-(-length // BLOCK_SIZE) for length in lengths)
         tables = []
-        for seq, span in zip(seqs, spans, strict=True):
-            used = seq.blocks[: -(-span.stop // BLOCK_SIZE)]
+        for seq, length in zip(seqs, lengths, strict=True):
+            used = seq.blocks[: -(-length // BLOCK_SIZE)]
             tables.append(used + [0] * (width - len(used)))
 
         def int64(values: Sequence[int]) -> Tensor:
@@ -141,7 +181,7 @@ class DeferredKv:
             token_ids=int64([t for seq, span in pairs for t in seq.tokens[span.start : span.stop]]),
             positions=int64([i for span in spans for i in span]),
             query_start=int64(starts),
-            context_lens=int64([span.stop for span in spans]),
+            context_lens=int64(lengths),
             block_tables=torch.tensor(tables, dtype=torch.int32, device=self._device),
             logit_rows=int64([start - 1 for start in starts[1:]]),
         )

@@ -29,24 +29,54 @@ class Draw:
     q: tuple[tuple[int, ...], tuple[float, ...]] | None = None
 
 
-def draw_tokens(logits: Tensor, samplings: Sequence[DraftSampling], positions: Sequence[int]) -> list[Draw]:
+@dataclass(frozen=True, slots=True)
+class CutVocabulary:
+    """The target's tokens that a draft's logits stand for. `ids`: int64 [D], ascending, of `size` tokens; the
+    others have probability 0. Noise is that of the target's ids."""
+
+    ids: Tensor
+    size: int
+
+
+def draw_tokens(
+    logits: Tensor,
+    samplings: Sequence[DraftSampling],
+    positions: Sequence[int],
+    vocabulary: CutVocabulary | None = None,
+) -> list[Draw]:
     """Draw one token a row.
 
     Args:
-        logits: float32 [N, V].
+        logits: float32 [N, V], or [N, D] with a cut vocabulary.
         samplings: one a row.
         positions: absolute index of each token drawn.
+        vocabulary: what the columns stand for; None: column v is token v.
+
+    Returns:
+        Draws in the target's token ids.
     """
     best, confidence = _greedy(logits)
+    if vocabulary is not None:
+        # Ids ascend, so of equal logits the lowest id still wins.
+        best = vocabulary.ids[torch.tensor(best, dtype=torch.int64, device=vocabulary.ids.device)].tolist()
     draws: list[Draw] = []
     for row, sampling in enumerate(samplings):
         if sampling.temperature < GREEDY_TEMPERATURE:
             draws.append(Draw(best[row], confidence[row]))
         elif sampling.rule == "leviathan":
-            draws.append(_with_q(logits[row], sampling, positions[row]))
+            draws.append(_with_q(logits[row], sampling, positions[row], vocabulary))
         else:
-            draws.append(_coupled(logits[row], sampling, positions[row]))
+            draws.append(_coupled(logits[row], sampling, positions[row], vocabulary))
     return draws
+
+
+def _spread(row: Tensor, vocabulary: CutVocabulary | None) -> Tensor:
+    """The row over the target's whole vocabulary, -inf where the draft has no token."""
+    if vocabulary is None:
+        return row
+    whole = row.new_full((vocabulary.size,), -math.inf)
+    whole[vocabulary.ids] = row
+    return whole
 
 
 def _greedy(logits: Tensor) -> tuple[list[int], list[float]]:
@@ -68,14 +98,16 @@ def _processed(logits: Tensor, sampling: DraftSampling) -> Tensor:
     return row
 
 
-def _coupled(logits: Tensor, sampling: DraftSampling, position: int) -> Draw:
+def _coupled(
+    logits: Tensor, sampling: DraftSampling, position: int, vocabulary: CutVocabulary | None
+) -> Draw:
     """The target's rule on the draft's scores, with the target's noise."""
-    row = _processed(logits, sampling)
+    row = _spread(_processed(logits, sampling), vocabulary)
     token = sample(row, sampling.key, position)
     return Draw(token, float((row[token] - torch.logsumexp(row, dim=-1)).exp()))
 
 
-def _with_q(logits: Tensor, sampling: DraftSampling, position: int) -> Draw:
+def _with_q(logits: Tensor, sampling: DraftSampling, position: int, vocabulary: CutVocabulary | None) -> Draw:
     """A sample of the renormalised top `MAX_Q` survivors, with noise of its own: the verifier's acceptance
     tests must be independent of the draw. What is shipped is, to float32, what was drawn from."""
     scores, ids = _processed(logits, sampling).topk(min(MAX_Q, logits.numel()))
@@ -84,6 +116,8 @@ def _with_q(logits: Tensor, sampling: DraftSampling, position: int) -> Draw:
     ids, probabilities = ids[kept], probabilities[kept]
     row = torch.full_like(logits, -math.inf)
     row[ids] = probabilities.log()
+    if vocabulary is not None:
+        row, ids = _spread(row, vocabulary), vocabulary.ids[ids]
     token = sample(row, sampling.key, position, DRAFT)
     listed_ids, listed = tuple(ids.tolist()), tuple(probabilities.tolist())
     return Draw(token, listed[listed_ids.index(token)], (listed_ids, listed))

@@ -9,11 +9,16 @@ import torch
 from torch import Tensor
 
 from actors.drafting.deferred_kv import DeferredKv, DeferredSequence
-from actors.drafting.draw import Draw, draw_tokens
+from actors.drafting.draw import CutVocabulary, Draw, draw_tokens
+from actors.drafting.early_stop import EarlyStop
 from actors.drafting.errors import DrafterError
+from actors.drafting.exit_heads import ExitHeads
 from actors.drafting.interface import DraftQuery, DraftSampling, SessionDraft, SessionOpen
 from actors.models.runner import LayeredRunner
+from actors.sampling.params import GREEDY_TEMPERATURE
 
+WINDOWS_KEPT = 2
+"""The states of one window were themselves computed from the one before it."""
 ABSORB_FROM = 8
 """Background work leaves this many waiting tokens to the next proposal, which runs them in one pass."""
 
@@ -32,9 +37,9 @@ class _Session:
     parked: bool = False
     starved: bool = False
 
-    def backlog(self, block: int) -> int:
-        """Committed tokens to run before a proposal that exits after `block`, the last one included."""
-        return self.committed - min(self.seq.lengths[block], self.committed - 1)
+    def backlog(self, segment: int) -> int:
+        """Committed tokens to run before a proposal that is read after `segment`, the last one included."""
+        return self.committed - min(self.seq.lengths[segment], self.committed - 1)
 
 
 @dataclass(slots=True)
@@ -46,6 +51,8 @@ class _Proposal:
     budget: int
     exit: int | None
     draws: list[Draw] = field(default_factory=list)
+    acceptance: list[float] = field(default_factory=list)
+    survival: float = 1.0
     deepest: int = 0
 
 
@@ -68,6 +75,10 @@ class NestedDrafter:
         prefill_chunk: tokens a `work` call runs at most, in each layer block.
         catch_up: waiting tokens of one session that a proposal runs itself, at most.
         keep_rounds: see above.
+        heads: how exits are read; None: through the runner's own norm and head.
+        window: the draft's attention window in tokens. Of a session, KV of the last `WINDOWS_KEPT` windows is
+            kept, however long it grows; a longer prompt is absorbed from there.
+        early_stop: turns confidence into acceptance, and says when a draft ends before its budget.
     """
 
     name = "nested"
@@ -84,8 +95,14 @@ class NestedDrafter:
         prefill_chunk: int = 64,
         catch_up: int = 32,
         keep_rounds: int = 64,
+        heads: ExitHeads | None = None,
+        window: int | None = None,
+        early_stop: EarlyStop | None = None,
     ) -> None:
-        self._kv = DeferredKv(runner, exits)
+        self._runner, self._heads = runner, heads or ExitHeads()
+        self._kv = DeferredKv(runner, exits, own_layers=self._heads.own_layers)
+        ids = self._heads.token_ids
+        self._vocabulary = None if ids is None else CutVocabulary(ids, self._heads.vocab_size)
         self.exits = tuple(exits)
         if thresholds is not None and len(thresholds) != len(exits) - 1:
             raise ValueError("thresholds must hold one value for each exit but the last")
@@ -96,6 +113,10 @@ class NestedDrafter:
         self._thresholds = None if thresholds is None else tuple(thresholds)
         self._default = 0 if default_exit is None else self.exits.index(default_exit)
         self._max_model_len = runner.info.max_model_len
+        self._kept = None if window is None else WINDOWS_KEPT * window
+        self._early_stop = early_stop or EarlyStop()
+        if self._early_stop.curves and len(self._early_stop.curves) != len(exits):
+            raise ValueError("early_stop needs curves for every exit, or none")
         self._max_sessions = max_sessions
         self._prefill_chunk = prefill_chunk
         self._catch_up = catch_up
@@ -162,7 +183,9 @@ class NestedDrafter:
         with torch.inference_mode():
             while active:
                 self._draft_position(active)
-                active = [p for p in active if len(p.draws) < p.budget]
+                active = [
+                    p for p in active if len(p.draws) < p.budget and not self._early_stop.ends(p.survival)
+                ]
         return [self._finish(a) if isinstance(a, _Proposal) else a for a in answers]
 
     def work(self) -> bool:
@@ -173,11 +196,12 @@ class NestedDrafter:
         for session in self._sessions.values():
             if room <= 0:
                 break
-            if session.parked or session.backlog(session.goal) <= ABSORB_FROM:
+            goal = self._kv.exit_segment(session.goal)
+            if session.parked or session.backlog(goal) <= ABSORB_FROM:
                 continue
             if session.committed > self._max_model_len:
                 continue
-            start = session.seq.lengths[session.goal]
+            start = session.seq.lengths[goal]
             # The last committed token stays: the next proposal needs its logits.
             end = min(start + room, session.committed - 1)
             session.starved = not self._make_room(session, end, keep=chosen)
@@ -186,15 +210,19 @@ class NestedDrafter:
                 ends.append(end)
                 room -= end - start
         with torch.inference_mode():
-            for block in range(len(self.exits)):
+            for segment in range(self._kv.num_segments):
                 todo = [
-                    (s.seq, end - s.seq.lengths[block])
+                    (s.seq, end - s.seq.lengths[segment])
                     for s, end in zip(chosen, ends, strict=True)
-                    if block <= s.goal and end > s.seq.lengths[block]
+                    if end > s.seq.lengths[segment] and self._wants(s, segment)
                 ]
                 if todo:
-                    self._kv.advance([seq for seq, _ in todo], block, [count for _, count in todo])
+                    self._kv.advance([seq for seq, _ in todo], segment, [count for _, count in todo])
         return bool(chosen)
+
+    def _wants(self, session: _Session, segment: int) -> bool:
+        """Whether the session's proposals need the segment: with thresholds they may be read anywhere."""
+        return self._thresholds is not None or segment in self._kv.path(session.goal)
 
     def _get(self, session_id: int) -> _Session:
         try:
@@ -214,11 +242,13 @@ class NestedDrafter:
         seq = session.seq
         del seq.tokens[session.committed :]
         seq.rollback(session.committed - 1)
+        if self._kept is not None:
+            self._kv.slide(seq, session.committed - self._kept)
         # The drafted token at index i < max_model_len is the last one that the target can emit.
         budget = min(query.budget, self._max_model_len - session.committed)
         if budget <= 0:
             return SessionDraft(query.session_id, query.epoch, drafter=self.name)
-        ready = session.backlog(exit_block or 0) <= self._catch_up
+        ready = session.backlog(self._kv.exit_segment(exit_block or 0)) <= self._catch_up
         if not ready and not session.starved:
             return SessionDraft(query.session_id, query.epoch, drafter=self.name)
         if not ready or not self._make_room(session, session.committed + budget - 1):
@@ -261,7 +291,7 @@ class NestedDrafter:
             tests = [p.exit is None and not s for p, s in zip(going, stop, strict=True)]
             rows = [r for r in range(len(going)) if stop[r] or tests[r]]
             if rows:
-                logits = self._kv.logits(hidden if len(rows) == len(going) else hidden[rows])
+                logits = self._read(hidden, [seqs[r] for r in rows], rows, block)
                 if any(tests):
                     logits, rows = self._confident(logits, rows, tests, block)
                 self._draw(logits, [going[r] for r in rows], block)
@@ -269,6 +299,17 @@ class NestedDrafter:
             going = [p for r, p in enumerate(going) if r not in leaving]
             if not going:
                 return
+
+    def _read(
+        self, hidden: Tensor, seqs: Sequence[DeferredSequence], rows: Sequence[int], block: int
+    ) -> Tensor:
+        """Logits of some rows of a block's output at its exit, through the exit's own layer if it has one."""
+        segment = self._kv.exit_segment(block)
+        if segment != block:
+            hidden = self._kv.advance(seqs, segment, [seq.waiting(segment) for seq in seqs])
+        elif len(rows) != hidden.shape[0]:
+            hidden = hidden[list(rows)]
+        return self._heads.logits(self._runner, hidden, block)
 
     def _must_stop(self, proposal: _Proposal, block: int) -> bool:
         """Without a pinned exit: at the last block, or where going on would run too many waiting states."""
@@ -288,8 +329,13 @@ class NestedDrafter:
     def _draw(self, logits: Tensor, proposals: Sequence[_Proposal], block: int) -> None:
         samplings = [p.session.sampling for p in proposals]
         positions = [len(p.session.seq.tokens) for p in proposals]
-        for proposal, draw in zip(proposals, draw_tokens(logits, samplings, positions), strict=True):
+        drawn = draw_tokens(logits, samplings, positions, self._vocabulary)
+        for proposal, draw in zip(proposals, drawn, strict=True):
             proposal.draws.append(draw)
+            greedy = proposal.session.sampling.temperature < GREEDY_TEMPERATURE
+            likely = self._early_stop.acceptance(block, draw.confidence, greedy=greedy)
+            proposal.acceptance.append(likely)
+            proposal.survival *= likely
             proposal.deepest = max(proposal.deepest, block)
             proposal.session.seq.tokens.append(draw.token_id)
 
@@ -302,6 +348,6 @@ class NestedDrafter:
             tuple(d.token_id for d in draws),
             drafter=self.name,
             exit_depth=self.exits[proposal.deepest],
-            confidence=tuple(d.confidence for d in draws),
+            confidence=tuple(proposal.acceptance),
             q=tuple(d.q for d in draws if d.q is not None) if sampled else (),
         )

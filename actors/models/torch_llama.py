@@ -46,14 +46,23 @@ class TorchLlamaRunner:
 
     Weights are packed at construction; the runner keeps only the packed copies and the embedding, so dropping
     the `LlamaWeights` afterwards frees what packing copied. `threads` is the intra-op thread count it is
-    meant to run with (process-wide in torch, set by the loader).
+    meant to run with (process-wide in torch, set by the loader). With `window`, a token sees the last so many
+    tokens, itself included (drafts trained that way).
     """
 
     row_invariant = False
     """Products are where oneDNN packs them; attention is not: its reductions follow the longest context."""
     supports_trees = True
 
-    def __init__(self, weights: LlamaWeights, info: ModelInfo, num_blocks: int, threads: int = 0) -> None:
+    def __init__(
+        self,
+        weights: LlamaWeights,
+        info: ModelInfo,
+        num_blocks: int,
+        threads: int = 0,
+        *,
+        window: int | None = None,
+    ) -> None:
         if num_blocks < 1:
             raise ValueError("num_blocks must be at least 1")
         self._info, self._num_blocks, self.threads = info, num_blocks, threads
@@ -73,7 +82,7 @@ class TorchLlamaRunner:
         shape = (len(weights.layers), num_blocks, BLOCK_SIZE, self._kv_heads, self._dim)
         self._keys = torch.zeros(shape, dtype=info.dtype, device=info.device)
         self._values = torch.zeros(shape, dtype=info.dtype, device=info.device)
-        self._options = AttentionOptions(scale=self._dim**-0.5)
+        self._options = AttentionOptions(scale=self._dim**-0.5, window=window)
 
     @property
     def info(self) -> ModelInfo:

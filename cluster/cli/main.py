@@ -6,6 +6,7 @@ import typer
 
 from cluster.cli.bench import bench
 from cluster.cli.chat import chat
+from cluster.cli.draft import draft
 from cluster.cli.generate import generate
 from cluster.cli.serve import serve
 from cluster.cli.status import models, status
@@ -23,6 +24,7 @@ app.command()(chat)
 app.command()(status)
 app.command()(models)
 app.add_typer(bench, name="bench")
+app.add_typer(draft, name="draft")
 
 if __name__ == "__main__":
     app()

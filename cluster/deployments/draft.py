@@ -35,7 +35,7 @@ class DraftPool:
             id=worker_id,
             incarnation=self._server.incarnation,
             address=await self._server.start(),
-            exits=nested.exits if nested is not None else (),
+            exits=nested.resolved_exits() if nested is not None else (),
         )
         self._renewer = asyncio.create_task(self._renew_forever())
         logger.info("draft worker %s listens on %s", worker_id, self._lease.address)

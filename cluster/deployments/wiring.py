@@ -86,7 +86,7 @@ def build_target_worker(
         load=partial(load_runner, progress=logger.info),
         build_draft_source=partial(draft_source, pool, leases, max_sessions),
         build_engine=engine,
-        exits=nested.exits if nested is not None else (),
+        exits=nested.resolved_exits() if nested is not None else (),
         replica_id=replica_id,
         stream_interval_ms=stream_interval_ms,
         clock=clock,

@@ -199,8 +199,10 @@ def test_shallow_tokens_have_no_kv_in_deeper_blocks_until_asked() -> None:
     assert seq.lengths == [2, 2, 0]
     assert seq.waiting(2) == 2
     hidden = kv.advance([seq], 2, [2])
-    torch.testing.assert_close(kv.logits(hidden)[0], fresh_logits([1, 2], LAYERS), atol=1e-4, rtol=1e-4)
-    with pytest.raises(ValueError, match="wait for block"):
+    torch.testing.assert_close(
+        _REFERENCE.logits(hidden)[0], fresh_logits([1, 2], LAYERS), atol=1e-4, rtol=1e-4
+    )
+    with pytest.raises(ValueError, match="wait for segment"):
         kv.advance([seq], 2, [1])
 
 

@@ -1,0 +1,145 @@
+"""From sequences to packed batches. The batch of a step is a pure function of seed, data and step number, so
+that a resumed run sees what an uninterrupted one would have seen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from actors.training.corpus import Example
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherBatch:
+    """One teacher's rows for the batch's labels: ids int64 [N, k] in the draft's vocabulary (-1: not in it),
+    logprobs float32 [N, k]."""
+
+    ids: Tensor
+    logprobs: Tensor
+
+    def to(self, device: torch.device) -> TeacherBatch:
+        return TeacherBatch(self.ids.to(device), self.logprobs.to(device))
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """ids, positions, sequence: int64 [B, L] (see `SortedStudent.forward`; padding is sequence -1).
+
+    Label n (int64 [N], in the draft's vocabulary, -1: not in it) is predicted at row rows[n], column
+    columns[n].
+    """
+
+    ids: Tensor
+    positions: Tensor
+    sequence: Tensor
+    rows: Tensor
+    columns: Tensor
+    labels: Tensor
+    teachers: tuple[TeacherBatch, ...] = ()
+
+    def to(self, device: torch.device) -> Batch:
+        moved: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        teachers = tuple(t.to(device) for t in moved.pop("teachers"))
+        return Batch(**{k: v.to(device) for k, v in moved.items()}, teachers=teachers)
+
+
+def pack_rows(lengths: Sequence[int], order: Sequence[int], row_tokens: int) -> list[list[int]]:
+    """Indices of sequences by row, first fit in the given order over the rows that still have room."""
+    rows: list[list[int]] = []
+    open_rows: list[tuple[int, int]] = []  # (room, row)
+    for index in order:
+        need = min(lengths[index], row_tokens)
+        place = next((i for i, (room, _) in enumerate(open_rows) if room >= need), None)
+        if place is None:
+            rows.append([index])
+            open_rows.append((row_tokens - need, len(rows) - 1))
+            open_rows = open_rows[-16:]
+        else:
+            room, row = open_rows[place]
+            rows[row].append(index)
+            open_rows[place] = (room - need, row)
+    return rows
+
+
+class BatchPlan:
+    """Which rows make up a step: epochs of a fresh order each, an incomplete last batch left out.
+
+    Raises ValueError when the data does not fill one batch.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_rows: int, row_tokens: int, seed: int) -> None:
+        self._lengths, self._batch_rows, self._row_tokens, self._seed = lengths, batch_rows, row_tokens, seed
+        self._epoch, self._first = 0, 0
+        self._rows = self._pack(0)
+
+    def _pack(self, epoch: int) -> list[list[int]]:
+        generator = np.random.default_rng((self._seed, epoch))
+        order = generator.permutation(len(self._lengths)).tolist()
+        rows = pack_rows(self._lengths, order, self._row_tokens)
+        if len(rows) < self._batch_rows:
+            raise ValueError(f"the data fills {len(rows)} rows, a batch takes {self._batch_rows}")
+        return rows
+
+    def rows(self, step: int) -> list[list[int]]:
+        """The rows of a step, 0 being the first."""
+        if step < self._first:
+            self._epoch, self._first, self._rows = 0, 0, self._pack(0)
+        while step - self._first >= (steps := len(self._rows) // self._batch_rows):
+            self._first += steps
+            self._epoch += 1
+            self._rows = self._pack(self._epoch)
+        start = (step - self._first) * self._batch_rows
+        return self._rows[start : start + self._batch_rows]
+
+
+def build_batch(
+    examples: Sequence[Example],
+    rows: Sequence[Sequence[int]],
+    row_tokens: int,
+    *,
+    offsets: np.random.Generator | None = None,
+    max_offset: int = 0,
+    anchors: int = 0,
+) -> Batch:
+    """Lay examples out. With `offsets`, the positions of a sequence but its first `anchors` tokens are
+    shifted by a random distance of at most `max_offset` (LongSpec's anchor-offset indices, arXiv
+    2502.17421)."""
+    width = max(sum(min(len(examples[i].ids), row_tokens) for i in row) for row in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    positions = torch.zeros_like(ids)
+    sequence = torch.full_like(ids, -1)
+    at_row: list[int] = []
+    at_column: list[int] = []
+    chosen: list[tuple[Example, int]] = []
+    for r, row in enumerate(rows):
+        start = 0
+        for place, index in enumerate(row):
+            example = examples[index]
+            length = min(len(example.ids), row_tokens)
+            span = slice(start, start + length)
+            ids[r, span] = example.ids[:length]
+            sequence[r, span] = place
+            where = torch.arange(length)
+            if offsets is not None and max_offset:
+                where[anchors:] += int(offsets.integers(0, max_offset + 1))
+            positions[r, span] = where
+            count = max(0, length - example.labels_from)
+            at_row += [r] * count
+            at_column += range(start + example.labels_from - 1, start + length - 1)
+            chosen.append((example, count))
+            start += length
+    labels = torch.cat([example.labels[:count] for example, count in chosen])
+    teachers = tuple(
+        TeacherBatch(
+            torch.cat([example.teachers[t].ids[:count] for example, count in chosen]).long(),
+            torch.cat([example.teachers[t].logprobs[:count] for example, count in chosen]).float(),
+        )
+        for t in range(len(examples[0].teachers))
+    )
+    at = (torch.tensor(at_row, dtype=torch.int64), torch.tensor(at_column, dtype=torch.int64))
+    return Batch(ids, positions, sequence, *at, labels, teachers)

@@ -1,0 +1,227 @@
+"""Data sets from settings: which files, which engine, what is already there."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from actors.drafting.local_source import LocalDraftSource
+from actors.drafting.prompt_lookup import PromptLookupDrafter
+from actors.drafting.selector import DrafterPool
+from actors.engine.controller import Controller
+from actors.engine.costs import CostModel
+from actors.engine.scheduler import Scheduler, SchedulerLimits
+from actors.engine.speculator import DraftTimeouts, Speculator
+from actors.engine.torch_engine import SpeculationDefaults, TorchEngine
+from actors.kv.block_pool import BlockPool
+from actors.models.cache import cache_dir
+from actors.models.convert import model_folder
+from actors.models.llama_load import load_config
+from actors.models.load import LoadedModel, load_runner
+from actors.models.runner import BLOCK_SIZE, ModelRunner
+from actors.models.source import resolve_source
+from actors.sampling.grammar import GrammarMatcher
+from actors.sampling.params import GrammarSpec, ParameterError
+from actors.text.tokenizer import TextTokenizer
+from actors.training.generate import ConversationMaker
+from actors.training.settings import DataSettings, TeacherSettings
+from actors.training.teacher import Teacher
+from actors.training.texts import read_prompts, read_texts
+from actors.training.token_store import (
+    DATA_CARD,
+    TEACHER_CARD,
+    DataCard,
+    DataError,
+    TeacherCard,
+    TokenSequence,
+    iter_shards,
+    read_data_card,
+    read_sequences,
+    shard_count,
+    shard_path,
+    write_card,
+    write_sequences,
+    write_teacher,
+)
+
+Say = Callable[[str], None]
+Advance = Callable[[int, int], None]
+"""Called with conversations and tokens done since the last call."""
+_MARGIN_BLOCKS = 8
+
+
+def default_teacher_folder(data: DataCard, teacher: str) -> Path:
+    """Log-probabilities are large and can be made again: they live in the user's cache."""
+    return cache_dir() / "teachers" / f"{data.name}-{data.made_with[:12]}" / teacher
+
+
+def generation_engine(runner: ModelRunner, batch: int, max_len: int) -> TorchEngine:
+    """An engine for large batches and no drafts, ready at once: there is nothing to measure costs for."""
+
+    def refuse(spec: GrammarSpec) -> GrammarMatcher:
+        raise ParameterError("grammar", "is not served here")
+
+    pool = BlockPool(runner.num_blocks, BLOCK_SIZE, prefix_caching=True)
+    limits = SchedulerLimits(batch, max(512, 2 * batch), 256)
+    source = LocalDraftSource(DrafterPool((PromptLookupDrafter(),)))
+    speculator = Speculator(source, Controller(CostModel()), DraftTimeouts(0.015, 1.0), max_len)
+    return TorchEngine(
+        runner, Scheduler(pool, limits), speculator, SpeculationDefaults(False, 0, "coupled"), max_len, refuse
+    )
+
+
+def collect_data(
+    settings: DataSettings, say: Say = lambda message: None, advance: Advance = lambda done, tokens: None
+) -> DataCard:
+    """Make a data set, or what is missing of it. Raises DataError, ValueError, OSError."""
+    if settings.texts:
+        return _from_texts(settings, say, advance)
+    blocks = settings.batch * (-(-settings.max_len // BLOCK_SIZE) + 1) + _MARGIN_BLOCKS
+    loaded = load_runner(
+        settings.source,
+        dtype=settings.dtype,
+        device=settings.device,
+        threads=settings.threads,
+        kv_blocks=blocks,
+        max_model_len=settings.max_len,
+        progress=say,
+    )
+    tokenizer = TextTokenizer(loaded.tokenizer_folder)
+    prompts = None if settings.prompts is None else read_prompts(settings.prompts)
+    card = _data_card(settings, loaded, tokenizer, "generated" if prompts is None else "answered")
+    write_card(settings.out, DATA_CARD, card)
+    teacher_out = settings.teacher_out or default_teacher_folder(card, loaded.info.name)
+    if settings.teacher_top:
+        write_card(teacher_out, TEACHER_CARD, _teacher_card(card, loaded, tokenizer, settings.teacher_top))
+        say(f"log-probabilities go to {teacher_out}")
+    engine = generation_engine(loaded.runner, settings.batch, settings.max_len)
+    maker = ConversationMaker(engine, tokenizer, settings, lambda tokens: advance(0, tokens))
+    total = settings.samples if prompts is None else len(prompts)
+    try:
+        for index, start in enumerate(range(0, total, settings.shard)):
+            numbers = range(start, min(start + settings.shard, total))
+            target, beside = shard_path(settings.out, index), shard_path(teacher_out, index)
+            if target.is_file() and (beside.is_file() or not settings.teacher_top):
+                advance(len(numbers), 0)
+                continue
+            chosen = None if prompts is None else [prompts[n] for n in numbers]
+            made = maker.make(numbers, chosen)
+            if settings.teacher_top:
+                rows = [c.teacher for c in made if c.teacher is not None]
+                write_teacher(beside, rows, card.vocab_size)
+            # The sequences come last: a shard counts once they are there.
+            write_sequences(target, [c.sequence for c in made], card.vocab_size)
+            advance(len(numbers), 0)
+    finally:
+        engine.close()
+    return card
+
+
+def _from_texts(settings: DataSettings, say: Say, advance: Advance) -> DataCard:
+    """Text files need the target's tokenizer only."""
+    resolved = resolve_source(settings.source)
+    folder = model_folder(resolved, say)
+    tokenizer = TextTokenizer(folder)
+    card = DataCard(
+        name=settings.out.name,
+        kind="texts",
+        model=resolved.name,
+        source_hash=resolved.content_hash,
+        tokenizer_hash=tokenizer.vocab_hash,
+        vocab_size=load_config(folder).get_text_config().vocab_size,
+        made_with=_made_with(settings, resolved.content_hash),
+        settings=_recorded(settings),
+    )
+    write_card(settings.out, DATA_CARD, card)
+    found = (s for path in settings.texts for s in read_texts(path, tokenizer, settings.max_len))
+    for index, shard in enumerate(_chunks(found, settings.shard)):
+        write_sequences(shard_path(settings.out, index), shard, card.vocab_size)
+        advance(len(shard), sum(len(s.ids) for s in shard))
+    return card
+
+
+def _chunks(sequences: Iterator[TokenSequence], size: int) -> Iterator[list[TokenSequence]]:
+    chunk: list[TokenSequence] = []
+    for sequence in sequences:
+        chunk.append(sequence)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def teach(
+    settings: TeacherSettings, say: Say = lambda message: None, advance: Advance = lambda done, tokens: None
+) -> Path:
+    """Run a target over a data set and store its top log-probabilities. Shards already there are kept.
+
+    Returns the folder. Raises DataError when tokenizers differ.
+    """
+    card = read_data_card(settings.data)
+    longest = max(len(s.ids) for _, shard in iter_shards(settings.data) for s in shard)
+    tokens = max(settings.batch_tokens, longest)
+    loaded = load_runner(
+        settings.source,
+        dtype=settings.dtype,
+        device=settings.device,
+        threads=settings.threads,
+        kv_blocks=2 * (tokens // BLOCK_SIZE) + _MARGIN_BLOCKS,
+        progress=say,
+    )
+    tokenizer = TextTokenizer(loaded.tokenizer_folder)
+    if tokenizer.vocab_hash != card.tokenizer_hash:
+        raise DataError(
+            f"{settings.data} has the tokenizer {card.tokenizer_hash[:12]}, "
+            f"{loaded.info.name} {tokenizer.vocab_hash[:12]}"
+        )
+    out = settings.out or default_teacher_folder(card, loaded.info.name)
+    write_card(out, TEACHER_CARD, _teacher_card(card, loaded, tokenizer, settings.top))
+    teacher = Teacher(loaded.runner, settings.top, settings.batch_tokens)
+    for index in range(shard_count(settings.data)):
+        shard = read_sequences(shard_path(settings.data, index))
+        if not shard_path(out, index).is_file():
+            rows = teacher.rows(shard, lambda count: advance(0, count)) if shard else []
+            write_teacher(shard_path(out, index), rows, card.vocab_size)
+        advance(len(shard), 0)
+    return out
+
+
+def _data_card(settings: DataSettings, loaded: LoadedModel, tokenizer: TextTokenizer, kind: str) -> DataCard:
+    return DataCard(
+        name=settings.out.name,
+        kind=kind,
+        model=loaded.info.name,
+        source_hash=loaded.source_hash,
+        tokenizer_hash=tokenizer.vocab_hash,
+        vocab_size=loaded.info.vocab_size,
+        made_with=_made_with(settings, loaded.source_hash),
+        settings=_recorded(settings),
+    )
+
+
+def _teacher_card(data: DataCard, loaded: LoadedModel, tokenizer: TextTokenizer, top: int) -> TeacherCard:
+    return TeacherCard(
+        name=loaded.info.name,
+        source_hash=loaded.source_hash,
+        tokenizer_hash=tokenizer.vocab_hash,
+        top=top,
+        data_hash=data.made_with,
+    )
+
+
+_FREE = frozenset({"out", "samples", "teacher_out", "teacher_top", "batch", "threads", "device", "source"})
+"""What may change when a data set is continued: more samples, another machine."""
+
+
+def _recorded(settings: DataSettings) -> dict[str, object]:
+    """Settings as the card keeps them: no paths of this machine."""
+    values = settings.model_dump(mode="json", exclude=set(_FREE))
+    values["prompts"] = None if settings.prompts is None else settings.prompts.name
+    values["texts"] = [path.name for path in settings.texts]
+    return values
+
+
+def _made_with(settings: DataSettings, source_hash: str) -> str:
+    return hashlib.sha256(f"{settings.digest(*_FREE)}{source_hash}".encode()).hexdigest()

@@ -1,0 +1,175 @@
+"""The training loop: the same function alone, resumed, and as a worker of Ray Train."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from actors.training.checkpoint import Checkpoint, load_latest, save_checkpoint
+from actors.training.curves import plot_curves
+from actors.training.losses import SortedLoss
+from actors.training.run import TrainingRun, build_optimizer, learning_rate
+
+ARTIFACT, CHECKPOINTS, CURVES = "draft.safetensors", "checkpoints", "curves.png"
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Workers:
+    """This worker among those that share a step. `wrap` makes the loss data-parallel."""
+
+    rank: int = 0
+    world: int = 1
+    wrap: Callable[[nn.Module], nn.Module] = lambda module: module
+    barrier: Callable[[], None] = lambda: None
+
+
+@dataclass(slots=True)
+class _State:
+    step: int = 0
+    seconds: float = 0.0
+    labels: int = 0
+    history: list[Record] = field(default_factory=list)
+
+
+def train(
+    run: TrainingRun,
+    *,
+    stop_after: int | None = None,
+    on_step: Callable[[Record], None] = lambda record: None,
+    workers: Workers | None = None,
+) -> list[Record]:
+    """Train to the settings' last step, from the last checkpoint in the output folder if there is one.
+
+    `on_step` gets a record a step: step, loss, exits (loss by exit), lr, norm (of the gradient), and
+    `heldout` after a measurement. `stop_after` ends early at that step, with a checkpoint (a later call goes
+    on). Rank 0 writes checkpoints, curves and, at the end, the artifact. Returns the whole history.
+
+    Raises CheckpointError, and FloatingPointError when the loss is not a number.
+    """
+    workers = workers or Workers()
+    settings, out = run.settings, run.settings.out
+    loss_module = SortedLoss(run.student, settings.distill).to(run.device)
+    optimizer = build_optimizer(run.student, settings)
+    state = _resume(run, optimizer, out / CHECKPOINTS)
+    wrapped = workers.wrap(loss_module)
+    heldout = [batch.to(run.device) for batch in run.data.heldout_batches()] if workers.rank == 0 else []
+    if state.step == 0 and heldout:
+        state.history.append({"step": 0, "heldout": _measure(run, loss_module, heldout)})
+        on_step(state.history[-1])
+    last = min(settings.steps, stop_after if stop_after is not None else settings.steps)
+    while state.step < last:
+        started = time.perf_counter()
+        record = _step(run, wrapped, optimizer, state, workers)
+        state.step += 1
+        due = state.step % settings.eval_every == 0 or state.step == settings.steps
+        if heldout and due:
+            record["heldout"] = _measure(run, loss_module, heldout)
+        state.seconds += time.perf_counter() - started
+        record["seconds"] = state.seconds
+        state.history.append(record)
+        on_step(record)
+        if state.step % settings.checkpoint_every == 0 or state.step == last:
+            if workers.rank == 0:
+                _save(run, optimizer, state)
+            workers.barrier()
+    if workers.rank == 0 and state.step >= settings.steps:
+        run.export(
+            out / ARTIFACT,
+            steps=state.step,
+            labels=state.labels,
+            seconds=state.seconds,
+            agreement=last_agreement(state.history, settings.exits),
+        )
+    return state.history
+
+
+def _step(
+    run: TrainingRun, loss: nn.Module, optimizer: torch.optim.Optimizer, state: _State, workers: Workers
+) -> Record:
+    settings = run.settings
+    batch = run.data.batch(state.step, workers.rank, workers.world).to(run.device)
+    rate = learning_rate(settings, state.step)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    run.student.train()
+    with torch.autocast(run.device.type, torch.bfloat16, enabled=settings.bf16):
+        value, details = loss(batch)
+    value.backward()
+    norm = nn.utils.clip_grad_norm_(run.student.parameters(), settings.clip)
+    number = float(value.detach())
+    if not torch.isfinite(value) or not torch.isfinite(norm):
+        raise FloatingPointError(f"step {state.step + 1}: the loss is {number}, its gradient {float(norm)}")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    state.labels += batch.labels.numel() * workers.world
+    return {
+        "step": state.step + 1,
+        "loss": number,
+        "exits": details["exits"].tolist(),
+        "lr": rate,
+        "norm": float(norm),
+        "labels": state.labels,
+    }
+
+
+def _measure(run: TrainingRun, loss: SortedLoss, batches: list[Any]) -> Record:
+    """Sums over held-out labels as rates: cross-entropy (nats a label in the vocabulary), agreement with
+    labels and with the first teacher's best token, by exit."""
+    run.student.eval()
+    count = len(run.settings.exits)
+    labels = known = 0
+    entropy, agree, agree_teacher = [0.0] * count, [0] * count, [0] * count
+    for batch in batches:
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.settings.bf16):
+            scores = loss.score(batch)
+        labels, known = labels + scores.labels, known + scores.known
+        for e in range(count):
+            entropy[e] += scores.cross_entropy[e]
+            agree[e] += scores.agree[e]
+            agree_teacher[e] += scores.agree_teacher[e]
+    return {
+        "labels": labels,
+        "cross_entropy": [v / max(1, known) for v in entropy],
+        "agreement": [v / max(1, labels) for v in agree],
+        "teacher_agreement": [v / max(1, labels) for v in agree_teacher],
+    }
+
+
+def last_agreement(history: list[Record], exits: Sequence[int]) -> dict[str, float]:
+    """Exit depth to the last held-out agreement, as the model card keeps it."""
+    measured = [r["heldout"]["teacher_agreement"] for r in history if "heldout" in r]
+    return {str(e): round(v, 4) for e, v in zip(exits, measured[-1], strict=True)} if measured else {}
+
+
+def _resume(run: TrainingRun, optimizer: torch.optim.Optimizer, folder: Path) -> _State:
+    found = load_latest(folder, run.identity)
+    if found is None:
+        return _State()
+    run.student.load_state_dict(found.student)
+    optimizer.load_state_dict(found.optimizer)
+    return _State(found.step, found.seconds, found.labels, list(found.history))
+
+
+def _save(run: TrainingRun, optimizer: torch.optim.Optimizer, state: _State) -> None:
+    out = run.settings.out
+    student = {k: v.detach().to("cpu", copy=True) for k, v in run.student.state_dict().items()}
+    save_checkpoint(
+        out / CHECKPOINTS,
+        Checkpoint(
+            state.step,
+            run.identity,
+            student,
+            optimizer.state_dict(),
+            list(state.history),
+            state.seconds,
+            state.labels,
+        ),
+    )
+    plot_curves(state.history, run.settings.exits, out / CURVES)

@@ -1,0 +1,207 @@
+"""What a training run is made of: student, data and optimiser, built from its settings in one place."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from actors.models.convert import model_folder
+from actors.models.draft_artifact import save_artifact
+from actors.models.draft_card import DraftCard, TrainingRecord, base_hash
+from actors.models.llama_load import load_config, load_llama_weights
+from actors.models.llama_weights import LlamaWeights
+from actors.models.load import choose_device
+from actors.models.source import resolve_source
+from actors.text.tokenizer import TextTokenizer
+from actors.training.batches import Batch, BatchPlan, build_batch, pack_rows
+from actors.training.calibrate import calibrate
+from actors.training.corpus import Example, build_examples, draft_vocabulary, is_heldout, read_corpus
+from actors.training.settings import TrainSettings
+from actors.training.student import SortedStudent
+from actors.training.token_store import DataError, content_hash
+
+_OFFSETS, _ORDER = 1, 2
+"""Streams of random numbers that share a run's seed."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingData:
+    """Examples to learn from and held-out ones, and the plan that says which make up a step."""
+
+    train: list[Example]
+    heldout: list[Example]
+    plan: BatchPlan
+    settings: TrainSettings
+    max_offset: int
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        """Worker `rank`'s share of a step's rows. The same whoever asks, and whenever."""
+        rows = self.plan.rows(step)[rank::world]
+        offsets = np.random.default_rng((self.settings.seed, _OFFSETS, step, rank))
+        return build_batch(
+            self.train,
+            rows,
+            self.settings.row_tokens,
+            offsets=offsets,
+            max_offset=self.max_offset,
+            anchors=self.settings.anchors,
+        )
+
+    def heldout_batches(self) -> list[Batch]:
+        lengths = [len(e.ids) for e in self.heldout]
+        rows = pack_rows(lengths, range(len(lengths)), self.settings.row_tokens)[: self.settings.heldout_rows]
+        size = self.settings.batch_rows
+        return [
+            build_batch(self.heldout, rows[i : i + size], self.settings.row_tokens)
+            for i in range(0, len(rows), size)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingRun:
+    """`identity` digests what the weights depend on: settings, base and data."""
+
+    settings: TrainSettings
+    student: SortedStudent
+    data: TrainingData
+    card: DraftCard
+    identity: str
+    device: torch.device
+
+    def export(
+        self, path: Path, *, steps: int, labels: int, seconds: float, agreement: dict[str, float]
+    ) -> None:
+        """Write the artifact as it is now, with its confidence calibrated on the held-out labels."""
+        heldout = [batch.to(self.device) for batch in self.data.heldout_batches()]
+        calibration = calibrate(self.student, heldout, self.settings.seed)
+        progress = {"steps": steps, "tokens": labels, "hours": round(seconds / 3600, 3)}
+        record = self.card.training.model_copy(update={**progress, "heldout_agreement": agreement})
+        save_artifact(
+            path,
+            self.card.model_copy(update={"training": record, "calibration": calibration}),
+            self.student.draft_weights(),
+        )
+
+
+def build_run(settings: TrainSettings, say: Callable[[str], None] = lambda message: None) -> TrainingRun:
+    """Load base and data. Raises ValueError (DataError) for what does not fit together."""
+    torch.manual_seed(settings.seed)
+    device = choose_device(settings.device)
+    resolved = resolve_source(settings.base)
+    folder = model_folder(resolved, say)
+    config = load_config(folder)
+    base = _read_base(folder, settings, config.num_hidden_layers)
+    tokenizer_hash = TextTokenizer(folder).vocab_hash
+    say(f"reading {settings.data}")
+    corpus = read_corpus(settings.data, settings.teachers)
+    if corpus.card.tokenizer_hash != tokenizer_hash:
+        raise DataError(
+            f"{settings.data} ({corpus.card.name}) has the tokenizer {corpus.card.tokenizer_hash[:12]}, "
+            f"the base {resolved.name} {tokenizer_hash[:12]}"
+        )
+    heldout = [i for i, s in enumerate(corpus.sequences) if is_heldout(s, settings.heldout)]
+    held = set(heldout)
+    kept = [i for i in range(len(corpus.sequences)) if i not in held]
+    vocab_size = base.embed.shape[0]
+    corpus = replace(corpus, card=corpus.card.model_copy(update={"vocab_size": vocab_size}))
+    head_ids = draft_vocabulary([corpus.sequences[i] for i in kept], settings.draft_vocab, vocab_size)
+    train = _usable(build_examples(corpus, kept, head_ids), settings.row_tokens)
+    held_examples = _usable(build_examples(corpus, heldout, head_ids), settings.row_tokens)
+    if not train:
+        raise DataError(f"{settings.data} holds no sequence to train on")
+    plan = BatchPlan(
+        [len(e.ids) for e in train], settings.batch_rows, settings.row_tokens, _seed(settings.seed, _ORDER)
+    )
+    room = config.get_text_config().max_position_embeddings - settings.row_tokens
+    data = TrainingData(train, held_examples, plan, settings, max(0, min(settings.max_offset, room)))
+    student = build_student(base, settings, head_ids).to(device)
+    names = {c.name: c.source_hash for c in corpus.teacher_cards} or {
+        corpus.card.model: corpus.card.source_hash
+    }
+    data_hash = content_hash(settings.data)
+    card = DraftCard(
+        base=resolved.name,
+        base_hash=base_hash(base),
+        tokenizer_hash=tokenizer_hash,
+        vocab_size=vocab_size,
+        hidden_size=base.embed.shape[1],
+        exits=settings.exits,
+        exit_layers=settings.exit_layers,
+        exit_norms=settings.exit_norms,
+        draft_vocab=len(head_ids),
+        window=settings.window,
+        dtype=settings.storage,
+        training=TrainingRecord(
+            data=corpus.card.name,
+            data_hash=data_hash,
+            objective=_objective(settings),
+            seed=settings.seed,
+            targets=names,
+        ),
+    )
+    teachers = [c.model_dump_json() for c in corpus.teacher_cards]
+    identity = hashlib.sha256(repr((settings.identity, card.base_hash, data_hash, teachers)).encode())
+    say(f"{len(train)} sequences to train on, {len(held_examples)} held out, {len(head_ids)} draft tokens")
+    return TrainingRun(settings, student, data, card, identity.hexdigest(), device)
+
+
+def _read_base(folder: Path, settings: TrainSettings, depth: int) -> LlamaWeights:
+    if settings.exits[-1] > depth:
+        raise ValueError(f"exits: {settings.exits[-1]} exceeds the base's {depth} layers")
+    needed = depth if settings.exit_layers else settings.exits[-1]
+    return load_llama_weights(folder, torch.float32, torch.device("cpu"), num_layers=needed)[0]
+
+
+def build_student(base: LlamaWeights, settings: TrainSettings, head_ids: Tensor) -> SortedStudent:
+    return SortedStudent(
+        base,
+        settings.exits,
+        head_ids,
+        exit_layers=settings.exit_layers,
+        exit_norms=settings.exit_norms,
+        train_head=settings.train_head,
+        window=settings.window,
+    )
+
+
+def _usable(examples: list[Example], row_tokens: int) -> list[Example]:
+    """Those that have a label within a row."""
+    return [e for e in examples if e.labels_from < min(len(e.ids), row_tokens)]
+
+
+def _seed(seed: int, stream: int) -> int:
+    return seed * 16 + stream
+
+
+def _objective(settings: TrainSettings) -> str:
+    if settings.teachers and settings.distill == 1.0:
+        return "kl"
+    return f"{settings.distill:g} kl + {1 - settings.distill:g} ce" if settings.teachers else "ce"
+
+
+def build_optimizer(student: SortedStudent, settings: TrainSettings) -> torch.optim.AdamW:
+    """AdamW without weight decay on norms and biases."""
+    learning = [p for p in student.parameters() if p.requires_grad]
+    matrices = [p for n, p in student.named_parameters() if p.requires_grad and p.dim() == 2 and n != "norms"]
+    known = {id(p) for p in matrices}
+    groups = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": [p for p in learning if id(p) not in known], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas)
+
+
+def learning_rate(settings: TrainSettings, step: int) -> float:
+    """Of step `step`, 0 being the first: linear warm-up, then a cosine down to min_lr_ratio."""
+    if step < settings.warmup:
+        return settings.lr * (step + 1) / settings.warmup
+    progress = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
+    low = settings.min_lr_ratio
+    return settings.lr * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))

@@ -1,0 +1,209 @@
+"""Token sequences on disk: shards of safetensors with a card beside them, written whole or not at all.
+
+A label is a token that training predicts: those of a sequence from index `labels_from` on. Teachers store
+their log-probabilities label by label, in the same shards and order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+DATA_CARD, TEACHER_CARD = "dataset.json", "teacher.json"
+SMALL_VOCABULARY = 1 << 16
+Ids = npt.NDArray[np.int64]
+T = TypeVar("T", bound=BaseModel)
+
+
+class DataError(ValueError):
+    """A data set is missing, damaged or does not fit; the message names the folder."""
+
+
+class _CardModel(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataCard(_CardModel):
+    """`made_with` is a digest of the settings, so that only the same run continues a folder."""
+
+    format: int = 1
+    name: str
+    kind: str
+    model: str
+    source_hash: str
+    tokenizer_hash: str
+    vocab_size: int
+    made_with: str
+    settings: dict[str, Any]
+
+
+class TeacherCard(_CardModel):
+    format: int = 1
+    name: str
+    source_hash: str
+    tokenizer_hash: str
+    top: int
+    data_hash: str
+    """`made_with` of the data set that the rows belong to."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSequence:
+    """ids: the whole conversation. Labels are ids[labels_from:]. greedy: the answer is the model's argmax."""
+
+    ids: tuple[int, ...]
+    labels_from: int
+    greedy: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.labels_from < len(self.ids):
+            raise ValueError("a sequence needs at least one token before its labels, and a label")
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.ids) - self.labels_from
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherRows:
+    """ids [labels, k] int64 and log-probabilities [labels, k] float32 (natural log), best first."""
+
+    ids: Ids
+    logprobs: npt.NDArray[np.float32]
+
+
+def shard_path(folder: Path, index: int) -> Path:
+    return folder / f"shard-{index:05d}.safetensors"
+
+
+def shard_count(folder: Path) -> int:
+    """Shards 0 .. n - 1 without a gap."""
+    count = 0
+    while shard_path(folder, count).is_file():
+        count += 1
+    return count
+
+
+def id_type(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
+    return np.uint16 if vocab_size <= SMALL_VOCABULARY else np.uint32
+
+
+def write_card(folder: Path, name: str, card: BaseModel) -> None:
+    """Write the card of a folder. Raises DataError when another run's card is there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    text = json.dumps(card.model_dump(mode="json"), indent=2, sort_keys=True) + "\n"
+    if path.is_file() and path.read_text(encoding="utf-8") != text:
+        raise DataError(f"{folder} holds data of other settings ({name}): choose another folder")
+    _write(path, text.encode())
+
+
+def read_data_card(folder: Path) -> DataCard:
+    return _read_card(folder, DATA_CARD, DataCard)
+
+
+def read_teacher_card(folder: Path) -> TeacherCard:
+    return _read_card(folder, TEACHER_CARD, TeacherCard)
+
+
+def _read_card(folder: Path, name: str, kind: type[T]) -> T:
+    try:
+        return kind.model_validate_json((folder / name).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{folder} holds no {name}: {error.strerror or error}") from error
+    except ValidationError as error:
+        raise DataError(
+            f"{folder / name} is not valid: {error.errors(include_url=False)[0]['msg']}"
+        ) from error
+
+
+def _write(path: Path, data: bytes) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_sequences(path: Path, sequences: Sequence[TokenSequence], vocab_size: int) -> None:
+    lengths = [len(s.ids) for s in sequences]
+    flat = [token for s in sequences for token in s.ids]
+    tensors = {
+        "ids": np.array(flat, dtype=id_type(vocab_size)),
+        "starts": np.array([0, *np.cumsum(lengths, dtype=np.int64)], dtype=np.int64),
+        "labels_from": np.array([s.labels_from for s in sequences], dtype=np.int32),
+        "greedy": np.array([s.greedy for s in sequences], dtype=np.uint8),
+    }
+    _write(path, save(tensors))
+
+
+def read_sequences(path: Path) -> list[TokenSequence]:
+    tensors = _load(path)
+    starts, ids = tensors["starts"].tolist(), tensors["ids"].astype(np.int64).tolist()
+    return [
+        TokenSequence(tuple(ids[starts[i] : starts[i + 1]]), int(first), bool(greedy))
+        for i, (first, greedy) in enumerate(zip(tensors["labels_from"], tensors["greedy"], strict=True))
+    ]
+
+
+def write_teacher(path: Path, rows: Sequence[TeacherRows], vocab_size: int) -> None:
+    """Rows of each sequence of the shard, in order. Log-probabilities are kept in float16."""
+    width = max((r.ids.shape[1] for r in rows), default=0)
+    ids = np.concatenate([r.ids for r in rows]) if rows else np.zeros((0, width), np.int64)
+    logprobs = np.concatenate([r.logprobs for r in rows]) if rows else np.zeros((0, width), np.float32)
+    counts = np.array([len(r.ids) for r in rows], dtype=np.int32)
+    stored = {
+        "ids": ids.astype(id_type(vocab_size)),
+        "logprobs": logprobs.astype(np.float16),
+        "counts": counts,
+    }
+    _write(path, save(stored))
+
+
+def read_teacher(path: Path, sequences: Sequence[TokenSequence]) -> list[TeacherRows]:
+    """Rows of each of the shard's sequences. Raises DataError when there are not as many as labels."""
+    tensors = _load(path)
+    if tensors["counts"].tolist() != [s.num_labels for s in sequences]:
+        raise DataError(f"{path} does not hold one row for each label of its shard")
+    ends = np.cumsum(tensors["counts"], dtype=np.int64)
+    ids, logprobs = tensors["ids"].astype(np.int64), tensors["logprobs"].astype(np.float32)
+    return [
+        TeacherRows(ids[end - n : end], logprobs[end - n : end])
+        for end, n in zip(ends, tensors["counts"], strict=True)
+    ]
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        return dict(load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def iter_shards(folder: Path) -> Iterator[tuple[int, list[TokenSequence]]]:
+    """Every shard of a data set. Raises DataError when there is none."""
+    count = shard_count(folder)
+    if not count:
+        raise DataError(f"{folder} holds no shard yet")
+    for index in range(count):
+        yield index, read_sequences(shard_path(folder, index))
+
+
+def content_hash(folder: Path) -> str:
+    """SHA-256 over the shards, in order."""
+    digest = hashlib.sha256()
+    for index in range(shard_count(folder)):
+        digest.update(hashlib.sha256(shard_path(folder, index).read_bytes()).digest())
+    return digest.hexdigest()

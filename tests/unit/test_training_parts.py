@@ -1,0 +1,216 @@
+"""Parts of draft training: the student's arithmetic, packing, losses, stores, vocabularies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from actors.models.runner import RaggedBatch
+from actors.training.batches import BatchPlan, TeacherBatch, build_batch, pack_rows
+from actors.training.corpus import Example, draft_vocabulary, is_heldout
+from actors.training.evaluate import walk
+from actors.training.losses import distillation
+from actors.training.run import learning_rate
+from actors.training.settings import DataSettings, TrainSettings
+from actors.training.student import SortedStudent
+from actors.training.teacher import whole_sequences
+from actors.training.token_store import (
+    DataError,
+    TeacherRows,
+    TokenSequence,
+    read_sequences,
+    read_teacher,
+    write_sequences,
+    write_teacher,
+)
+from tests.exactness.harness import torch_runner
+from tests.toy_draft import base_weights, toy_base
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy_base(tmp_path_factory.mktemp("base"))
+
+
+def example(ids: list[int], labels_from: int = 1) -> Example:
+    tokens = torch.tensor(ids)
+    return Example(tokens, labels_from, tokens[labels_from:])
+
+
+def test_an_untrained_student_is_the_first_layers_of_its_base(base: Path) -> None:
+    """Packed rows of several sequences give what the serving runner gives each of them alone."""
+    student = SortedStudent(base_weights(base), (1, 3), torch.arange(320))
+    generator = torch.Generator().manual_seed(2)
+    texts = [torch.randint(0, 320, (n,), generator=generator).tolist() for n in (7, 20, 12)]
+    batch = build_batch([example(t) for t in texts], [[0, 1], [2]], 32)
+    with torch.no_grad():
+        hidden = student(batch.ids, batch.positions, batch.sequence)
+    runner = torch_runner(base, num_blocks=8)
+    start = 0
+    for index, text in enumerate(texts):
+        n = len(text) - 1
+        rows = slice(start, start + n)
+        assert batch.labels[rows].tolist() == text[1:]
+        one = RaggedBatch(
+            torch.tensor(text),
+            torch.arange(len(text)),
+            torch.tensor([0, len(text)]),
+            torch.tensor([len(text)]),
+            torch.tensor([[0]], dtype=torch.int32),
+            torch.arange(len(text) - 1),
+        )
+        for place, depth in enumerate((1, 3)):
+            expected = runner.logits(runner.run_layers(runner.embed(one.token_ids), 0, depth, one)[:n])
+            with torch.no_grad():
+                found = student.logits(hidden[place][batch.rows[rows], batch.columns[rows]], place)
+            torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4, msg=f"{index} at {depth}")
+        start += n
+
+
+def test_positions_shift_but_for_the_anchors() -> None:
+    offsets = np.random.default_rng(0)
+    batch = build_batch([example(list(range(10)))], [[0]], 16, offsets=offsets, max_offset=50, anchors=3)
+    positions = batch.positions[0].tolist()
+    assert positions[:3] == [0, 1, 2]
+    assert positions[3] > 3
+    assert positions[3:] == list(range(positions[3], positions[3] + 7))
+
+
+@given(
+    lengths=st.lists(st.integers(2, 40), min_size=1, max_size=40),
+    row_tokens=st.integers(8, 64),
+)
+def test_packing_keeps_every_sequence_once(lengths: list[int], row_tokens: int) -> None:
+    rows = pack_rows(lengths, range(len(lengths)), row_tokens)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    assert all(sum(min(lengths[i], row_tokens) for i in row) <= row_tokens for row in rows)
+
+
+def test_a_step_has_the_same_rows_whenever_it_is_asked() -> None:
+    lengths = [5 + i % 7 for i in range(50)]
+    forwards = [BatchPlan(lengths, 2, 16, seed=3).rows(step) for step in range(40)]
+    plan = BatchPlan(lengths, 2, 16, seed=3)
+    assert [plan.rows(step) for step in reversed(range(40))] == forwards[::-1]
+    assert BatchPlan(lengths, 2, 16, seed=4).rows(0) != forwards[0]
+    with pytest.raises(ValueError, match="fills 1 rows, a batch takes 2"):
+        BatchPlan([5], 2, 16, seed=0)
+
+
+def test_distillation_is_the_divergence_when_everything_is_listed() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, target = torch.randn(5, 9, generator=generator), torch.randn(5, 9, generator=generator)
+    logp = target.log_softmax(-1)
+    teacher = TeacherBatch(torch.arange(9).repeat(5, 1), logp)
+    found, weight = distillation(logits, teacher)
+    expected = torch.nn.functional.kl_div(logits.log_softmax(-1), logp, log_target=True, reduction="sum")
+    assert float(weight) == pytest.approx(5.0, abs=1e-5)
+    assert float(found) == pytest.approx(float(expected), abs=1e-3)
+
+
+def test_distillation_bins_the_rest_and_conditions_on_the_drafts_vocabulary() -> None:
+    """Teacher (.5, .2, rest .3), with .2 on a token that the draft does not have; draft of 4 tokens."""
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
+    teacher = TeacherBatch(torch.tensor([[0, -1]]), torch.tensor([[0.5, 0.2]]).log())
+    found, weight = distillation(logits, teacher)
+    p, rest = 0.5 / 0.8, 0.3 / 0.8
+    expected = p * np.log(p / 0.4) + rest * np.log(rest / 0.6)
+    assert float(weight) == pytest.approx(0.8, abs=1e-6)
+    assert float(found) == pytest.approx(0.8 * expected, abs=1e-6)
+
+
+def test_distillation_is_least_at_the_teacher() -> None:
+    logits = torch.zeros(1, 6, requires_grad=True)
+    teacher = TeacherBatch(torch.tensor([[2, 0]]), torch.tensor([[0.6, 0.3]]).log())
+    optimizer = torch.optim.SGD([logits], lr=1.0)
+    for _ in range(400):
+        optimizer.zero_grad()
+        distillation(logits, teacher)[0].backward()
+        optimizer.step()
+    found = logits.detach().softmax(-1)[0]
+    assert found[[2, 0]].tolist() == pytest.approx([0.6, 0.3], abs=1e-3)
+    assert float(found.sum() - found[2] - found[0]) == pytest.approx(0.1, abs=1e-3)
+
+
+@given(st.lists(st.lists(st.integers(0, 69999), min_size=2, max_size=9), min_size=0, max_size=6))
+def test_sequences_come_back(tmp_path_factory: pytest.TempPathFactory, texts: list[list[int]]) -> None:
+    path = tmp_path_factory.mktemp("store") / "shard-00000.safetensors"
+    sequences = [TokenSequence(tuple(t), 1 + i % (len(t) - 1), bool(i % 2)) for i, t in enumerate(texts)]
+    write_sequences(path, sequences, 70000)
+    assert read_sequences(path) == sequences
+
+
+def test_teacher_rows_come_back_and_must_match(tmp_path: Path) -> None:
+    sequences = [TokenSequence((1, 2, 3), 1), TokenSequence((4, 5, 6, 7), 2)]
+    rows = [
+        TeacherRows(np.arange(6).reshape(2, 3), -np.ones((2, 3), np.float32)),
+        TeacherRows(np.arange(6, 12).reshape(2, 3), -2 * np.ones((2, 3), np.float32)),
+    ]
+    path = tmp_path / "shard-00000.safetensors"
+    write_teacher(path, rows, 320)
+    for found, expected in zip(read_teacher(path, sequences), rows, strict=True):
+        assert np.array_equal(found.ids, expected.ids)
+        assert np.array_equal(found.logprobs, expected.logprobs)
+    with pytest.raises(DataError, match="one row for each label"):
+        read_teacher(path, sequences[:1])
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(DataError, match="cannot be read"):
+        read_teacher(path, sequences)
+
+
+def test_the_vocabulary_is_the_most_frequent_labels() -> None:
+    sequences = [TokenSequence((9, 9, 9, 5, 5, 7), 3), TokenSequence((9, 5, 8), 1)]
+    assert draft_vocabulary(sequences, 3, 12).tolist() == [5, 7, 8]
+    assert draft_vocabulary(sequences, 5, 12).tolist() == [0, 1, 5, 7, 8]
+    assert draft_vocabulary(sequences, 0, 4).tolist() == [0, 1, 2, 3]
+
+
+def test_one_prompt_is_never_on_both_sides() -> None:
+    prompts = [tuple(range(i, i + 6)) for i in range(200)]
+    first = [is_heldout(TokenSequence((*p, 1), 6), 0.3) for p in prompts]
+    assert first == [is_heldout(TokenSequence((*p, 2, 3), 6), 0.3) for p in prompts]
+    assert 30 < sum(first) < 90
+    assert not any(is_heldout(TokenSequence((*p, 1), 6), 0.0) for p in prompts)
+
+
+def test_walking_over_answers() -> None:
+    answers = [[True, True, False, True], [False]]
+    counts = walk(answers, 2)
+    # Round 1 takes two drafts and the target's third; round 2 drafts the last token; the other answer: one.
+    assert (counts.rounds, counts.tokens) == (3, 5)
+    assert counts.reached == (3, 1)
+    assert counts.accepted == (2, 1)
+    assert walk(answers, 1).rounds == 4
+
+
+def test_a_pass_over_whole_sequences_asks_for_its_labels() -> None:
+    batch = whole_sequences(
+        [TokenSequence(tuple(range(40)), 38), TokenSequence((1, 2, 3), 1)], torch.device("cpu")
+    )
+    assert batch.logit_rows.tolist() == [37, 38, 40, 41]
+    assert batch.block_tables.tolist() == [[0, 1], [2, 0]]
+
+
+def test_the_learning_rate_warms_up_and_falls() -> None:
+    settings = TrainSettings(base="b", data="d", out="o", steps=100, warmup=10, lr=1.0, min_lr_ratio=0.1)
+    rates = [learning_rate(settings, step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[9] == pytest.approx(1.0)
+    assert rates[-1] < 0.11
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_settings_refuse_what_they_do_not_know(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="learning_rate"):
+        TrainSettings.read(None, {"base": "b", "data": "d", "out": "o", "learning_rate": 1.0})
+    with pytest.raises(ValueError, match="ascending"):
+        TrainSettings(base="b", data="d", out="o", exits=(4, 2))
+    with pytest.raises(ValueError, match="exclude each other"):
+        DataSettings(source="s", out="o", prompts="p", texts=("t",))
+    (tmp_path / "train.yaml").write_text("base: b\ndata: d\nout: o\nexits: [1, 2]\nsteps: 500\n")
+    settings = TrainSettings.read(tmp_path / "train.yaml", {"steps": 300, "lr": None})
+    assert (settings.steps, settings.exits, settings.lr) == (300, (1, 2), 1e-3)
