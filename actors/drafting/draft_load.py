@@ -17,11 +17,16 @@ from actors.models.draft_artifact import DraftWeights, load_artifact, resolve_ar
 from actors.models.draft_card import ArtifactError, DraftCard, ExitCalibration, base_hash
 from actors.models.llama_load import load_config, load_llama_weights
 from actors.models.llama_weights import LlamaLayerWeights, LlamaWeights
-from actors.models.load import DTypeName, choose_device, load_runner, native_unavailable_reason
+from actors.models.load import (
+    DTypeName,
+    build_llama_runner,
+    choose_device,
+    load_runner,
+    native_unavailable_reason,
+)
 from actors.models.runner import LayeredRunner, ModelInfo, RaggedBatch
 from actors.models.source import resolve_source
 from actors.models.threads import physical_cores
-from actors.models.torch_llama import TorchLlamaRunner
 from actors.text.tokenizer import TextTokenizer
 
 
@@ -172,16 +177,8 @@ def _build_runner(
     layers = (*draft.layers, *draft.exit_layers)
     moved = _to(replace(base, layers=layers, final_norm=norm, head=draft.head), info.device)
     shape = replace(info, num_layers=len(layers), vocab_size=card.draft_vocab)
-    if card.window is None and native_unavailable_reason(info.device) is None:
-        from actors.models.native_llama import NativeLlamaRunner
-
-        torch.set_num_threads(1)
-        try:
-            return NativeLlamaRunner(moved, shape, kv_blocks, threads=threads)
-        except ValueError:  # a shape that the core does not support
-            pass
-    torch.set_num_threads(threads)
-    return TorchLlamaRunner(moved, shape, kv_blocks, threads, window=card.window)
+    native = native_unavailable_reason(info.device) is None
+    return build_llama_runner(moved, shape, kv_blocks, threads, native, window=card.window)[0]
 
 
 def _to(weights: LlamaWeights, device: torch.device) -> LlamaWeights:

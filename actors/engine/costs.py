@@ -5,6 +5,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
+from actors.isotonic import isotonic
+
 _SMOOTHING = 0.1
 _DRIFT = 0.08
 _OUTLIER = 4.0
@@ -57,7 +59,7 @@ class CostModel:
         if not self._rows:
             return 0.0
         if not self._fitted:
-            self._fitted = _isotonic([self._seconds[known] for known in self._rows])
+            self._fitted = isotonic([self._seconds[known] for known in self._rows])
         at = bisect_left(self._rows, rows)
         if at == 0:
             return self._fitted[0]
@@ -74,16 +76,3 @@ class CostModel:
     def table(self) -> dict[str, float]:
         """Milliseconds by row count, for people."""
         return {str(rows): round(self._seconds[rows] * 1e3, 3) for rows in self._rows}
-
-
-def _isotonic(values: Sequence[float]) -> list[float]:
-    """The non-decreasing sequence closest to `values` in squares (pool adjacent violators)."""
-    blocks: list[tuple[float, int]] = []
-    for value in values:
-        mean, count = value, 1
-        while blocks and blocks[-1][0] > mean:
-            previous, size = blocks.pop()
-            mean = (mean * count + previous * size) / (count + size)
-            count += size
-        blocks.append((mean, count))
-    return [mean for mean, count in blocks for _ in range(count)]

@@ -314,16 +314,8 @@ class TorchEngine:
 
     @torch.inference_mode()
     def _time_round(self, rows: int, device: torch.device) -> float:
-        context = _PROFILE_CONTEXT + rows
-        blocks = -(-context // BLOCK_SIZE)
-        batch = RaggedBatch(
-            token_ids=torch.zeros(rows, dtype=torch.int64, device=device),
-            positions=torch.arange(_PROFILE_CONTEXT, context, device=device),
-            query_start=torch.tensor([0, rows], device=device),
-            context_lens=torch.tensor([context], device=device),
-            block_tables=torch.arange(blocks, dtype=torch.int32, device=device)[None],
-            logit_rows=torch.arange(rows, device=device),
-        )
+        token_ids = torch.zeros(rows, dtype=torch.int64, device=device)
+        batch = RaggedBatch.chain(token_ids, _PROFILE_CONTEXT)
         started = time.perf_counter()
         best_ids(self._runner.forward(batch))
         return time.perf_counter() - started

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import shutil
 import struct
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from actors.files import complete_or_absent_folder
 from actors.models.cache import cache_dir
 from actors.models.source import ModelSourceError, ResolvedSource
 
@@ -50,13 +50,8 @@ def _convert(source: ResolvedSource, folder: Path, progress: Progress) -> None:
     # What a killed process left: nobody else is at it, since the lock is ours.
     for stale in folder.parent.glob(f"{folder.name}.*.partial"):
         shutil.rmtree(stale)
-    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".partial", dir=folder.parent))
-    try:
+    with complete_or_absent_folder(folder) as partial:
         _write_dequantised(source, partial)
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     progress(f"converted {source.path.name} in {time.monotonic() - started:.0f} s")
 
 

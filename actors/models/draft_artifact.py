@@ -7,7 +7,6 @@ with one scale an output (`<name>.scale`); norms, biases and scales are float32.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib import metadata, util
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from actors.files import complete_or_absent
 from actors.models.draft_card import METADATA_KEY, ArtifactError, DraftCard
 from actors.models.int8 import WEIGHT_LIMIT, quantize
 from actors.models.llama_weights import LlamaLayerWeights
@@ -89,12 +89,8 @@ def save_artifact(path: Path, card: DraftCard, weights: DraftWeights) -> None:
             stored[name] = value.to(torch.bfloat16).contiguous()
     data = save(stored, {"format": "pt", METADATA_KEY: card.model_dump_json()})
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with complete_or_absent(path) as partial:
         partial.write_bytes(data)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _named(weights: DraftWeights) -> Iterator[tuple[str, Tensor]]:

@@ -20,7 +20,8 @@ from actors.models.llama_load import (
     load_config,
     load_llama_weights,
 )
-from actors.models.runner import BLOCK_SIZE, ModelInfo, ModelRunner
+from actors.models.llama_weights import LlamaWeights
+from actors.models.runner import BLOCK_SIZE, LayeredRunner, ModelInfo, ModelRunner
 from actors.models.source import resolve_source
 from actors.models.threads import physical_cores
 from actors.models.torch_llama import TorchLlamaRunner
@@ -128,18 +129,40 @@ def _load_llama(
         int8=target.int8,
     )
     blocks = size.blocks(2 * info.num_layers * info.num_kv_heads * info.head_dim * info.dtype.itemsize)
-    if chosen == "native":
+    try:
+        return build_llama_runner(weights, info, blocks, threads, chosen == "native", may_fall_back)
+    except ValueError as error:
+        if chosen != "native" or may_fall_back:
+            raise
+        raise UnsupportedModelError(f"{info.architecture}: {error}") from error
+
+
+def build_llama_runner(
+    weights: LlamaWeights,
+    info: ModelInfo,
+    kv_blocks: int,
+    threads: int,
+    native: bool,
+    may_fall_back: bool = True,
+    window: int | None = None,
+) -> tuple[LayeredRunner, BackendName]:
+    """The compiled core if `native`, otherwise torch, which alone has an attention window; and which it is.
+
+    Sets torch's number of threads. Raises ValueError for a shape that the core lacks, unless torch may then
+    run it.
+    """
+    if native and window is None:
         from actors.models.native_llama import NativeLlamaRunner  # needs the compiled core
 
         # The core has threads of its own, which torch's would disturb: they spin after every operation.
         torch.set_num_threads(1)
         try:
-            return NativeLlamaRunner(weights, info, blocks, threads=threads), "native"
-        except ValueError as error:
+            return NativeLlamaRunner(weights, info, kv_blocks, threads=threads), "native"
+        except ValueError:
             if not may_fall_back:
-                raise UnsupportedModelError(f"{info.architecture}: {error}") from error
+                raise
     torch.set_num_threads(threads)
-    return TorchLlamaRunner(weights, info, blocks, threads), "torch"
+    return TorchLlamaRunner(weights, info, kv_blocks, threads, window=window), "torch"
 
 
 def choose_device(device: str) -> torch.device:

@@ -74,6 +74,21 @@ class RaggedBatch:
         if self.block_tables.shape[0] != self.context_lens.numel():
             raise ValueError("one block table a sequence")
 
+    @classmethod
+    def chain(cls, token_ids: Tensor, start: int = 0, last: int | None = None) -> RaggedBatch:
+        """Tokens of one sequence from KV entry `start` on, in blocks 0, 1, ...; with the logits of the last
+        `last` of them, by default of all."""
+        count, device = token_ids.numel(), token_ids.device
+        end = start + count
+        return cls(
+            token_ids=token_ids,
+            positions=torch.arange(start, end, device=device),
+            query_start=torch.tensor([0, count], device=device),
+            context_lens=torch.tensor([end], device=device),
+            block_tables=torch.arange(-(-end // BLOCK_SIZE), dtype=torch.int32, device=device)[None],
+            logit_rows=torch.arange(count - (count if last is None else last), count, device=device),
+        )
+
     @property
     def num_tokens(self) -> int:
         return self.token_ids.numel()

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from actors.isotonic import isotonic
 from actors.models.draft_card import CalibrationCurve, ExitCalibration
 from actors.training.batches import Batch, TeacherBatch
 from actors.training.student import SortedStudent
@@ -22,17 +23,6 @@ BINS = 24
 FEWEST = 8
 """Labels of a bin, at least."""
 Floats = npt.NDArray[np.float64]
-
-
-def isotonic(values: Sequence[float], weights: Sequence[float]) -> list[float]:
-    """The non-decreasing sequence nearest to `values` in weighted squares (pool adjacent violators)."""
-    pools: list[tuple[float, float, int]] = []  # mean, weight, length
-    for value, weight in zip(values, weights, strict=True):
-        pools.append((value, weight, 1))
-        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
-            (a, wa, na), (b, wb, nb) = pools[-2:]
-            pools[-2:] = [((a * wa + b * wb) / (wa + wb), wa + wb, na + nb)]
-    return [mean for mean, _, length in pools for _ in range(length)]
 
 
 def fit_curve(confidence: Floats, accepted: Floats) -> CalibrationCurve | None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from actors.files import complete_or_absent
 
 KEPT = 2
 
@@ -38,13 +39,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """Write it, and drop all but the last `KEPT`."""
     folder.mkdir(parents=True, exist_ok=True)
     path = checkpoint_path(folder, checkpoint.step)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     values = {name: getattr(checkpoint, name) for name in Checkpoint.__slots__}
-    try:
+    with complete_or_absent(path) as partial:
         torch.save(values, partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
     for old in sorted(folder.glob("step-*.pt"))[:-KEPT]:
         old.unlink(missing_ok=True)
 

@@ -89,7 +89,8 @@ def collect_data(
     )
     tokenizer = TextTokenizer(loaded.tokenizer_folder)
     prompts = None if settings.prompts is None else read_prompts(settings.prompts)
-    card = _data_card(settings, loaded, tokenizer, "generated" if prompts is None else "answered")
+    kind, info = "generated" if prompts is None else "answered", loaded.info
+    card = _data_card(settings, kind, info.name, loaded.source_hash, tokenizer, info.vocab_size)
     write_card(settings.out, DATA_CARD, card)
     teacher_out = settings.teacher_out or default_teacher_folder(card, loaded.info.name)
     if settings.teacher_top:
@@ -123,16 +124,8 @@ def _from_texts(settings: DataSettings, say: Say, advance: Advance) -> DataCard:
     resolved = resolve_source(settings.source)
     folder = model_folder(resolved, say)
     tokenizer = TextTokenizer(folder)
-    card = DataCard(
-        name=settings.out.name,
-        kind="texts",
-        model=resolved.name,
-        source_hash=resolved.content_hash,
-        tokenizer_hash=tokenizer.vocab_hash,
-        vocab_size=load_config(folder).get_text_config().vocab_size,
-        made_with=_made_with(settings, resolved.content_hash),
-        settings=_recorded(settings),
-    )
+    vocab_size = load_config(folder).get_text_config().vocab_size
+    card = _data_card(settings, "texts", resolved.name, resolved.content_hash, tokenizer, vocab_size)
     write_card(settings.out, DATA_CARD, card)
     found = (s for path in settings.texts for s in read_texts(path, tokenizer, settings.max_len))
     for index, shard in enumerate(_chunks(found, settings.shard)):
@@ -188,15 +181,17 @@ def teach(
     return out
 
 
-def _data_card(settings: DataSettings, loaded: LoadedModel, tokenizer: TextTokenizer, kind: str) -> DataCard:
+def _data_card(
+    settings: DataSettings, kind: str, model: str, source_hash: str, tokenizer: TextTokenizer, vocab_size: int
+) -> DataCard:
     return DataCard(
         name=settings.out.name,
         kind=kind,
-        model=loaded.info.name,
-        source_hash=loaded.source_hash,
+        model=model,
+        source_hash=source_hash,
         tokenizer_hash=tokenizer.vocab_hash,
-        vocab_size=loaded.info.vocab_size,
-        made_with=_made_with(settings, loaded.source_hash),
+        vocab_size=vocab_size,
+        made_with=_made_with(settings, source_hash),
         settings=_recorded(settings),
     )
 

@@ -10,16 +10,30 @@ COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bb
 """Paul Tol's bright scheme."""
 
 
-def plot_curves(history: Sequence[dict[str, Any]], exits: Sequence[int], path: Path) -> bool:
-    """Loss by exit (every step, faint, and smoothed) and held-out agreement, as PNG. False without
-    matplotlib."""
+def pyplot_or_none() -> Any:
     try:
         import matplotlib
     except ImportError:
-        return False
+        return None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def save_figure(pyplot: Any, figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def plot_curves(history: Sequence[dict[str, Any]], exits: Sequence[int], path: Path) -> bool:
+    """Loss by exit (every step, faint, and smoothed) and held-out agreement, as PNG. False without
+    matplotlib."""
+    pyplot = pyplot_or_none()
+    if pyplot is None:
+        return False
     figure, (losses, agreement) = pyplot.subplots(1, 2, figsize=(11, 4))
     steps = [r for r in history if "exits" in r]
     measured = [r for r in history if "heldout" in r]
@@ -37,10 +51,7 @@ def plot_curves(history: Sequence[dict[str, Any]], exits: Sequence[int], path: P
         axis.grid(alpha=0.3)
     if steps:
         losses.legend(fontsize=8)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    save_figure(pyplot, figure, path)
     return True
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.models.draft_card import DraftCard
-from actors.training.curves import COLORS
+from actors.training.curves import COLORS, pyplot_or_none, save_figure
 from actors.training.evaluate import ExitReport
 
 
@@ -55,13 +55,9 @@ def write_report(
 
 def plot_report(reports: Sequence[ExitReport], path: Path) -> bool:
     """Acceptance by place, tokens a round and predicted speed by chain length. False without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
+    pyplot = pyplot_or_none()
+    if pyplot is None:
         return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     figure, axes = pyplot.subplots(1, 3, figsize=(14, 4))
     series: tuple[tuple[str, str, Callable[[ExitReport], Sequence[float | None]]], ...] = (
         ("acceptance, given those before", "place in the chain", lambda r: r.acceptance),
@@ -83,7 +79,5 @@ def plot_report(reports: Sequence[ExitReport], path: Path) -> bool:
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     axes[2].axhline(1.0, color="black", linewidth=0.8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    save_figure(pyplot, figure, path)
     return True

@@ -18,7 +18,7 @@ import torch
 from actors.drafting.draft_load import LoadedDraft
 from actors.drafting.interface import DraftQuery, DraftSampling, SessionOpen
 from actors.drafting.nested import NestedDrafter
-from actors.models.runner import BLOCK_SIZE, ModelRunner, RaggedBatch
+from actors.models.runner import ModelRunner, RaggedBatch
 from actors.training.teacher import whole_sequences
 from actors.training.token_store import TokenSequence
 
@@ -111,21 +111,11 @@ def draft_seconds(draft: LoadedDraft, depth: int, context: int, length: int, rep
 
 def target_seconds(runner: ModelRunner, context: int, max_rows: int, repeats: int) -> list[float]:
     """Median seconds of a pass over 1, 2, ... max_rows new tokens of one sequence after `context` others."""
-    blocks = -(-(context + max_rows) // BLOCK_SIZE)
     device = runner.info.device
-    tables = torch.arange(blocks, dtype=torch.int32, device=device)[None]
 
     def run(first: int, rows: int) -> None:
-        index = torch.arange(rows, device=device)
-        batch = RaggedBatch(
-            token_ids=1 + (first + index) % 50,
-            positions=first + index,
-            query_start=torch.tensor([0, rows], device=device),
-            context_lens=torch.tensor([first + rows], device=device),
-            block_tables=tables,
-            logit_rows=index,
-        )
-        runner.forward(batch)[0, 0].item()  # waits for a GPU
+        token_ids = 1 + torch.arange(first, first + rows, device=device) % 50
+        runner.forward(RaggedBatch.chain(token_ids, first))[0, 0].item()  # waits for a GPU
 
     with torch.inference_mode():
         run(0, context)
@@ -163,8 +153,8 @@ def evaluate(
         say(f"cost of exit {depth}")
         seconds = draft_seconds(draft, depth, context, max_chain, repeats)
         labels = sum(len(a) for a in answers)
-        longest = walk(answers, max_chain)
-        rates = [c.tokens / c.rounds for c in (walk(answers, k) for k in range(1, max_chain + 1))]
+        chains = [walk(answers, k) for k in range(1, max_chain + 1)]
+        longest, rates = chains[-1], [c.tokens / c.rounds for c in chains]
         speedups: list[float | None] = [None] * max_chain
         if target_s is not None:
             speedups = [rate * target_s[0] / (k * seconds + target_s[k]) for k, rate in enumerate(rates, 1)]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,8 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
+
+from actors.files import complete_or_absent
 
 DATA_CARD, TEACHER_CARD = "dataset.json", "teacher.json"
 SMALL_VOCABULARY = 1 << 16
@@ -129,12 +130,8 @@ def _read_card(folder: Path, name: str, kind: type[T]) -> T:
 
 
 def _write(path: Path, data: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with complete_or_absent(path) as partial:
         partial.write_bytes(data)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_sequences(path: Path, sequences: Sequence[TokenSequence], vocab_size: int) -> None:

@@ -84,8 +84,13 @@ async def measure_spec(settings: SpecSettings, out: Path, api_key: str | None = 
 
     async with _measurement(settings, out, api_key, records, total, write_spec) as (session, advance):
         await spec_bench.run_spec_bench(
-            *(session.engines, session.questions, session.renderer, settings),
-            *(advance, records, session.turns),
+            session.engines,
+            session.questions,
+            session.renderer,
+            settings,
+            advance,
+            records,
+            session.turns,
         )
 
 
@@ -98,8 +103,13 @@ async def measure_load(settings: LoadSettings, out: Path, api_key: str | None = 
 
     async with _measurement(settings, out, api_key, blocks, total, write_load) as (session, advance):
         await load.run_load(
-            *(session.engines, session.questions, session.renderer, settings),
-            *(advance, blocks, session.turns),
+            session.engines,
+            session.questions,
+            session.renderer,
+            settings,
+            advance,
+            blocks,
+            session.turns,
         )
 
 

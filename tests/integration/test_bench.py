@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -26,6 +27,19 @@ from tests.integration.ray_node import ROOT
 TIMEOUT_S = 400.0
 
 
+def run_command(command: Sequence[str], environment: Mapping[str, str]) -> None:
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**environment, "COLUMNS": "160"},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.serve
 def test_spec_with_two_prompts(tmp_path: Path) -> None:
@@ -40,16 +54,7 @@ def test_spec_with_two_prompts(tmp_path: Path) -> None:
     options = ["--dataset", "spec-bench", "--path", str(questions), "--dtype", "float32", "--all-turns"]
     engines = ["-e", "s2d-plain", "-e", "s2d-prompt_lookup", "--max-tokens", "24", "--out", str(out)]
     before = {p.pid for p in psutil.process_iter()}
-    done = subprocess.run(
-        [*command, *options, *engines],
-        cwd=ROOT,
-        env={**os.environ, "COLUMNS": "160"},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_command([*command, *options, *engines], os.environ)
     document = json.loads((out / "spec.json").read_text())
     assert document["interrupted"] is None
     assert len(document["records"]) == 6  # three turns on two engines
@@ -76,16 +81,7 @@ def test_steps_with_tiny_settings(tmp_path: Path) -> None:
     contexts = [f"--context={n}" for n in (64, 128, 256, 512)]
     also = ["--row-invariance-price", "--agreement", "--agreement-tokens", "1", "--out", str(tmp_path)]
     command = [sys.executable, "-m", "cluster.cli.main", "bench", "step", "--dtype", "bfloat16"]
-    done = subprocess.run(
-        [*command, *sizes, *contexts, *also],
-        cwd=ROOT,
-        env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "COLUMNS": "160"},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_command([*command, *sizes, *contexts, *also], {"OMP_WAIT_POLICY": "PASSIVE", **os.environ})
     document = json.loads((tmp_path / "step.json").read_text())
     assert document["interrupted"] is None
     (steps,) = document["steps"]

@@ -15,10 +15,11 @@ from actors.drafting.draft_load import load_draft
 from actors.drafting.early_stop import EarlyStop, interpolate
 from actors.drafting.interface import DraftQuery, DraftSampling, SessionOpen
 from actors.drafting.nested import NestedDrafter
+from actors.isotonic import isotonic
 from actors.models.draft_artifact import load_artifact
 from actors.models.draft_card import CalibrationCurve, ExitCalibration
 from actors.training.batches import TeacherBatch
-from actors.training.calibrate import _soft_labels, fit_curve, isotonic
+from actors.training.calibrate import _soft_labels, fit_curve
 from tests.toy_draft import toy_base, toy_draft
 
 HALF = CalibrationCurve(confidence=(0.0, 1.0), acceptance=(0.5, 0.5))

@@ -70,6 +70,11 @@ class S2DServer:
     def api_key(self) -> str | None:
         return self._config.gateway.api_key
 
+    @property
+    def headers(self) -> dict[str, str]:
+        """What a client must send."""
+        return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+
     async def acquire(self) -> None:
         """Raises EngineUnavailableError when the server does not become ready."""
         async with self._lock:
@@ -96,8 +101,7 @@ class S2DServer:
         return await self._get("/state")
 
     async def _get(self, path: str) -> Mapping[str, Any]:
-        headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
-        async with httpx.AsyncClient(base_url=self.url, timeout=10.0, headers=headers) as client:
+        async with httpx.AsyncClient(base_url=self.url, timeout=10.0, headers=self.headers) as client:
             answer = await client.get(path)
             return dict(answer.raise_for_status().json())
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from pathlib import Path
 
+from actors.files import complete_or_absent_folder
 from actors.models.cache import cache_dir
 from actors.models.tokenizer import load_tokenizer
 
@@ -33,11 +32,7 @@ def first_layers(folder: Path, layers: int, content_hash: str) -> Path:
         folder, config=config, dtype=torch.bfloat16, local_files_only=True
     )
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=target.name, dir=target.parent))
-    try:
+    with complete_or_absent_folder(target) as partial:
         model.save_pretrained(partial)
         load_tokenizer(folder).save_pretrained(partial)
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return target

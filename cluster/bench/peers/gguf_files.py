@@ -7,18 +7,15 @@ itself.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import subprocess
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import gguf
 import numpy as np
 
+from actors.files import complete_or_absent
 from actors.models.cache import cache_dir
 from actors.models.source import ResolvedSource
 from cluster.bench.engines.interface import EngineUnavailableError
@@ -58,26 +55,13 @@ def gguf_file(
     folder.mkdir(parents=True, exist_ok=True)
     progress(f"writing {source.name} as {precision}")
     if precision in _STORED:
-        with _complete_or_absent(target) as partial:
+        with complete_or_absent(target) as partial:
             write_dequantised(source.path, partial, precision)
     else:
         half = gguf_file(source, "f16", python, threads, progress)
-        with _complete_or_absent(target) as partial:
+        with complete_or_absent(target) as partial:
             _quantize(half, partial, precision, python, threads)
     return target
-
-
-@contextmanager
-def _complete_or_absent(target: Path) -> Iterator[Path]:
-    """A name to write to; the file gets its own name when the block has ended well."""
-    handle, name = tempfile.mkstemp(prefix=target.stem, suffix=".partial", dir=target.parent)
-    os.close(handle)
-    try:
-        yield Path(name)
-        Path(name).rename(target)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            Path(name).unlink()
 
 
 def write_dequantised(source: Path, target: Path, precision: str) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 from rich.console import Console
@@ -84,11 +85,10 @@ async def soak(
     too many requests fail."""
     todo = requests(server.model, [p.text for p in PROMPTS], settings.requests, settings.seed)
     results.kinds = count_kinds(todo)
-    headers = {"Authorization": f"Bearer {server.api_key}"} if server.api_key else {}
     limits = httpx.Limits(max_connections=settings.concurrency)
     began = time.monotonic()
     async with httpx.AsyncClient(
-        base_url=server.url, timeout=settings.request_timeout_s, headers=headers, limits=limits
+        base_url=server.url, timeout=settings.request_timeout_s, headers=server.headers, limits=limits
     ) as client:
         reader = asyncio.create_task(_read_forever(server, settings, results, began))
         try:
@@ -149,11 +149,11 @@ async def _reading(server: S2DServer, results: SoakResults, began: float) -> Mem
     return MemorySample(results.ended, time.monotonic() - began, memory)
 
 
-def untouched_blocks(state: object) -> int | None:
+def untouched_blocks(state: Mapping[str, Any]) -> int | None:
     """Of the first replica of the first model, at most: free blocks that carry nothing. None when it is not
     told."""
     try:
-        engine = state["models"][0]["replicas"][0]["engine"]  # type: ignore[index]
+        engine = state["models"][0]["replicas"][0]["engine"]
         return int(engine["kv_blocks_free"] - engine["kv_blocks_cached"])
     except (KeyError, IndexError, TypeError):
         return None

@@ -102,9 +102,10 @@ async def _first_token(server: S2DServer) -> float:
         "temperature": 0.0,
         "stream": True,
     }
-    headers = {"Authorization": f"Bearer {server.api_key}"} if server.api_key else {}
     async with (
-        httpx.AsyncClient(base_url=server.url, timeout=FIRST_TOKEN_TIMEOUT_S, headers=headers) as client,
+        httpx.AsyncClient(
+            base_url=server.url, timeout=FIRST_TOKEN_TIMEOUT_S, headers=server.headers
+        ) as client,
         client.stream("POST", "/v1/chat/completions", json=body) as answer,
     ):
         answer.raise_for_status()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from actors.models.load import LoadedModel, load_runner
 from actors.models.native_llama import NativeLlamaRunner
-from actors.models.runner import BLOCK_SIZE, ModelRunner, RaggedBatch
+from actors.models.runner import ModelRunner, RaggedBatch
 from cluster.bench.config import StepSettings
 from cluster.bench.prompts import PROMPTS
 from cluster.bench.rendering import PromptRenderer
@@ -82,28 +82,14 @@ def greedy(runner: ModelRunner, prompt: Sequence[int], tokens: int) -> list[int]
     ids = list(prompt)
     start = 0
     for _ in range(tokens):
-        ids.append(int(runner.forward(_chain(ids, start, 1)).argmax()))
+        ids.append(int(runner.forward(RaggedBatch.chain(torch.tensor(ids[start:]), start, 1)).argmax()))
         start = len(ids) - 1
     return ids[len(prompt) :]
 
 
 def row_logits(runner: ModelRunner, ids: Sequence[int], last: int) -> Tensor:
     """float32 [last, V] of the last positions."""
-    return runner.forward(_chain(ids, 0, last))
-
-
-def _chain(ids: Sequence[int], start: int, last: int) -> RaggedBatch:
-    """Tokens `start` and on of one sequence in the first blocks; logits of the last `last` of them."""
-    count = len(ids) - start
-    blocks = -(-len(ids) // BLOCK_SIZE)
-    return RaggedBatch(
-        token_ids=torch.tensor(ids[start:]),
-        positions=torch.arange(start, len(ids)),
-        query_start=torch.tensor([0, count]),
-        context_lens=torch.tensor([len(ids)]),
-        block_tables=torch.arange(blocks, dtype=torch.int32).view(1, blocks),
-        logit_rows=torch.arange(count - last, count),
-    )
+    return runner.forward(RaggedBatch.chain(torch.tensor(ids), last=last))
 
 
 @contextmanager
