@@ -2,6 +2,11 @@
 #include <algorithm>
 #include <new>
 #include <string.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "linear.h"
 #include "model.h"
@@ -12,13 +17,29 @@ namespace {
 
 using namespace s2d;
 
-// isa: 0 the best that this machine has, 1 plain, 2 avx2, 3 avx512. Null where the machine lacks it.
+#if defined(__x86_64__)
+// Whether the processor has AMX and the system lets this process use it: Linux wants to be asked, once a process.
+bool amx_permitted() {
+    static const bool permitted = [] {
+        constexpr unsigned BF16 = 1u << 22, TILE = 1u << 24, INT8 = 1u << 25, WANTED = BF16 | TILE | INT8;
+        constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // asm/prctl.h, newer than some headers
+        unsigned a, b, c, d;
+        if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & WANTED) != WANTED) return false;
+        return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+    }();
+    return permitted;
+}
+#endif
+
+// isa: 0 the best that this machine has, 1 plain, 2 avx2, 3 avx512, 4 amx. Null where the machine lacks it.
 const Kernels* choose(int32_t isa) {
 #if defined(__x86_64__)
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                         __builtin_cpu_supports("avx512vnni");
+    const bool amx = avx512 && (isa == 0 || isa == 4) && __builtin_cpu_supports("avx512bf16") && amx_permitted();
+    if (isa == 4 || (isa == 0 && amx)) return amx ? &amx_kernels() : nullptr;
     if (isa == 3 || (isa == 0 && avx512)) return avx512 ? &avx512_kernels() : nullptr;
     if (isa == 2 || (isa == 0 && avx2)) return avx2 ? &avx2_kernels() : nullptr;
 #else

@@ -112,6 +112,7 @@ const Kernels& plain_kernels();
 #if defined(__x86_64__)
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
+const Kernels& amx_kernels();
 #endif
 
 }  // namespace s2d

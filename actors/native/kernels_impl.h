@@ -9,6 +9,9 @@
 #define S2D_UNROLL _Pragma("GCC unroll 8")
 
 #include "int8_impl.h"
+#if defined(S2D_TILES)
+#include "tiles_impl.h"
+#endif
 #include "products_impl.h"
 #include "layer_impl.h"
 #include "sampling_impl.h"

@@ -1,7 +1,7 @@
 """Loading the native CPU core: a shared library with a plain C interface, called through ctypes.
 
 ctypes releases the interpreter lock during a call. Building the core is optional; `unavailable_reason` says
-why it is not there. The environment variable S2D_NATIVE_ISA (plain, avx2 or avx512) forces an instruction
+why it is not there. The environment variable S2D_NATIVE_ISA (plain, avx2, avx512 or amx) forces an instruction
 set, which is otherwise the widest that the machine has.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 ABI_VERSION = 2
 ISA_VARIABLE = "S2D_NATIVE_ISA"
-ISA_CODES = {"auto": 0, "plain": 1, "avx2": 2, "avx512": 3}
+ISA_CODES = {"auto": 0, "plain": 1, "avx2": 2, "avx512": 3, "amx": 4}
 MAX_TOP = 16
 """Most entries a row that `NativeLibrary.topk` returns."""
 

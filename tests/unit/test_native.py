@@ -34,7 +34,7 @@ def _has(isa: str) -> bool:
     return True
 
 
-ISAS = [isa for isa in ("plain", "avx2", "avx512") if _has(isa)]
+ISAS = [isa for isa in ("plain", "avx2", "avx512", "amx") if _has(isa)]
 DTYPES = [torch.float32, torch.bfloat16]
 VOCAB = 103  # the last group of the head is partial
 BASE: dict[str, Any] = {

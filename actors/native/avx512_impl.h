@@ -1,0 +1,53 @@
+// Registers of AVX-512, 16 floats each, for kernels_impl.h. Included by the variants that have them; no include guard
+// on purpose.
+
+typedef __m512 Broadcast;
+
+struct V {
+    __m512 v;
+};
+
+constexpr int max_rows(Format) { return 6; }
+constexpr int max_groups(Format f, int rows) { return f == Format::int8 && rows > 4 ? 2 : 4; }
+
+inline float madd(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+inline V zero() { return V{_mm512_setzero_ps()}; }
+inline Broadcast broadcast(const float* x) { return _mm512_set1_ps(*x); }
+inline V spread(float x) { return V{_mm512_set1_ps(x)}; }
+inline V load(const float* p) { return V{_mm512_loadu_ps(p)}; }
+inline void store(float* p, V v) { _mm512_storeu_ps(p, v.v); }
+inline V even(const char* p) { return V{_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16))}; }
+inline V odd(const char* p) {
+    const __m512i mask = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+    return V{_mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), mask))};
+}
+inline V fma(Broadcast x, V w, V acc) { return V{_mm512_fmadd_ps(x, w.v, acc.v)}; }
+inline V fma(V a, V b, V c) { return V{_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline V add(V a, V b) { return V{_mm512_add_ps(a.v, b.v)}; }
+inline V mul(V a, V b) { return V{_mm512_mul_ps(a.v, b.v)}; }
+inline float sum(V v) {
+    __m256 s = _mm256_add_ps(_mm512_castps512_ps256(v.v), _mm512_extractf32x8_ps(v.v, 1));
+    __m128 q = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    q = _mm_add_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+}
+inline bool any_greater(V v, float x) {
+    return _mm512_cmp_ps_mask(v.v, _mm512_set1_ps(x), _CMP_GT_OQ) != 0;
+}
+
+// 16 integers, and weights as 16 outputs times 2 inputs of 16 bits.
+struct I {
+    static constexpr int PARTS = 1;
+    __m512i v;
+};
+typedef __m512i Pairs;
+
+inline I integers() { return I{_mm512_setzero_si512()}; }
+inline Pairs low_pairs(const char* p, int) { return _mm512_srai_epi16(_mm512_slli_epi16(_mm512_loadu_si512(p), 8), 8); }
+inline Pairs high_pairs(const char* p, int) { return _mm512_srai_epi16(_mm512_loadu_si512(p), 8); }
+inline void dot(I& acc, int, const int16_t* x, Pairs w) {
+    int32_t two;
+    memcpy(&two, x, sizeof two);
+    acc.v = _mm512_dpwssd_epi32(acc.v, _mm512_set1_epi32(two), w);
+}
+inline V to_float(I sum) { return V{_mm512_cvtepi32_ps(sum.v)}; }
