@@ -69,12 +69,25 @@ void attention_of(const Attention& a) {
                0, BLOCK / LANES, scores, BLOCK, nullptr, nullptr, Epilogue::store};
     Product pv{scores, BLOCK, a.group, nullptr, group_bytes(BLOCK, F), F, BLOCK, a.head_dim,
                0, a.head_dim / LANES, a.out, a.head_dim, nullptr, rescale, Epilogue::store};
+#if defined(S2D_TILES)
+    alignas(64) char query[MAX_TILED_HEAD / 32 * 2 * TILE_BYTES];
+    const bool tiles = tiled_heads(a);
+    if (tiles) {
+        pack_rows(a.q, a.head_dim, a.group, a.head_dim, query);
+        configure_tiles(a.group);
+    }
+#endif
     for (int64_t b = 0; b * BLOCK < a.keys; ++b) {
         const int64_t count = a.keys - b * BLOCK < BLOCK ? a.keys - b * BLOCK : BLOCK;
         const char* keys = b < a.tail_from ? a.pool + a.block_table[b] * a.block_bytes
                                            : a.tail + (b - a.tail_from) * 2 * half_bytes;
         qk.w = keys;
+#if defined(S2D_TILES)
+        if (tiles) scores_on_tiles(query, a.head_dim, keys, scores);
+        else product_of<F>(qk);
+#else
         product_of<F>(qk);
+#endif
         for (int64_t r = 0; r < a.group; ++r) {
             float* s = scores + r * BLOCK;
             for (int64_t j = 0; j < BLOCK; ++j) s[j] *= a.scale;
@@ -97,11 +110,21 @@ void attention_of(const Attention& a) {
             total[r] = b == 0 ? mass[r] : madd(total[r], rescale[r], mass[r]);
             highest[r] = best[r];
         }
+#if defined(S2D_TILES)
+        // Slots beyond a sequence's end hold whatever was there: they must not be multiplied, not even by zero.
+        if (tiles && count == BLOCK) {
+            values_on_tiles(a, scores, keys + half_bytes, rescale, b == 0);
+            continue;
+        }
+#endif
         pv.w = keys + half_bytes;
         pv.k = count;
         pv.epilogue = b == 0 ? Epilogue::store : Epilogue::scale_add;
         product_of<F>(pv);
     }
+#if defined(S2D_TILES)
+    if (tiles) _tile_release();
+#endif
     for (int64_t r = 0; r < a.group; ++r) {
         const float inverse = 1.0f / total[r];
         for (int64_t i = 0; i < a.head_dim; ++i) a.out[r * a.head_dim + i] *= inverse;

@@ -242,3 +242,65 @@ __attribute__((noinline)) void product_on_tiles(const Product& p) {
     }
     _tile_release();
 }
+
+// Attention on tiles (see attention_of): the query heads of a KV head are the rows.
+constexpr int64_t MAX_TILED_HEAD = 256;
+inline bool tiled_heads(const Attention& a) {
+    return a.bf16 && a.group <= TILE_ROWS && a.head_dim % 32 == 0 && a.head_dim <= MAX_TILED_HEAD;
+}
+
+inline void pack_rows(const float* x, int64_t ldx, int64_t rows, int64_t inputs, char* to) {
+    for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t c = 0; c < inputs / 32; ++c) {
+            char* at = to + c * 2 * TILE_BYTES + r * 64;
+            pack_bf16(x + r * ldx + c * 32, at, at + TILE_BYTES);
+        }
+    }
+}
+
+// scores [rows][32] = q K^T over one block of keys.
+inline void scores_on_tiles(const char* query, int64_t head_dim, const char* keys, float* scores) {
+    const char* second = keys + group_bytes(head_dim, Format::bf16);
+    _tile_zero(0);
+    _tile_zero(1);
+    for (int64_t c = 0; c < head_dim / 32; ++c, query += 2 * TILE_BYTES, keys += TILE_BYTES, second += TILE_BYTES) {
+        _tile_loadd(4, query, 64);
+        _tile_loadd(5, query + TILE_BYTES, 64);
+        _tile_loadd(6, keys, 64);
+        _tile_loadd(7, second, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(0, 5, 6);
+        _tile_dpbf16ps(1, 5, 7);
+    }
+    _tile_stored(0, scores, BLOCK * 4);
+    _tile_stored(1, scores + LANES, BLOCK * 4);
+}
+
+// out = out * rescale (nothing for the first block) + p V over one whole block of values.
+inline void values_on_tiles(const Attention& a, const float* p, const char* values, const float* rescale, bool first) {
+    alignas(64) char packed[2 * TILE_BYTES];
+    alignas(64) float sums[2][TILE_ROWS * LANES];
+    pack_rows(p, BLOCK, a.group, BLOCK, packed);
+    _tile_loadd(4, packed, 64);
+    _tile_loadd(5, packed + TILE_BYTES, 64);
+    for (int64_t g = 0; g < a.head_dim / LANES; g += 2, values += 2 * TILE_BYTES) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_loadd(6, values, 64);
+        _tile_loadd(7, values + TILE_BYTES, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(0, 5, 6);
+        _tile_dpbf16ps(1, 5, 7);
+        _tile_stored(0, sums[0], 64);
+        _tile_stored(1, sums[1], 64);
+        for (int64_t r = 0; r < a.group; ++r) {
+            for (int64_t i = 0; i < 2; ++i) {
+                float* out = a.out + r * a.head_dim + (g + i) * LANES;
+                const V sum = load(sums[i] + r * LANES);
+                store(out, first ? sum : fma(load(out), spread(rescale[r]), sum));
+            }
+        }
+    }
+}

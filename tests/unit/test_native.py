@@ -158,11 +158,11 @@ def test_products_of_the_vector_variants_have_the_same_bits() -> None:
 
 
 def single_layer(
-    dtype: torch.dtype = torch.float32, *, hidden: int = 64, kv_heads: int = 2, isa: str | None = None
+    dtype: torch.dtype = torch.float32, *, hidden: int = 64, kv_heads: int = 2, dim: int = 16, isa: str | None = None
 ) -> tuple[NativeLlamaRunner, LlamaLayerWeights]:
     """One layer whose output projection is the identity and whose MLP is zero: it adds its attention."""
     torch.manual_seed(1)
-    dim, heads = 16, hidden // 16
+    heads = hidden // dim
     layer = LlamaLayerWeights(
         qkv=torch.randn((heads + 2 * kv_heads) * dim, hidden).to(dtype) * 0.3, o=torch.eye(hidden).to(dtype),
         gate_up=torch.zeros(64, hidden, dtype=dtype), down=torch.zeros(hidden, 32, dtype=dtype),
@@ -180,9 +180,12 @@ def single_layer(
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_attention_rotation_and_norm(isa: str, dtype: torch.dtype) -> None:
-    runner, layer = single_layer(dtype, isa=isa)
-    n, dim, heads, kv_heads = 75, 16, 4, 2
+@pytest.mark.parametrize(("dim", "heads", "kv_heads"), [(16, 4, 2), (32, 2, 1)])
+def test_attention_rotation_and_norm(
+    isa: str, dtype: torch.dtype, dim: int, heads: int, kv_heads: int
+) -> None:
+    runner, layer = single_layer(dtype, kv_heads=kv_heads, dim=dim, isa=isa)
+    n = 75
     hidden = torch.randn(n, 64)
     batch = make_batch([(0, torch.zeros(n, dtype=torch.int64), 0)])
     got = runner.run_layers(hidden, 0, 1, batch) - hidden
