@@ -100,7 +100,10 @@ def collect_data(
     maker = ConversationMaker(engine, tokenizer, settings, lambda tokens: advance(0, tokens))
     total = settings.samples if prompts is None else len(prompts)
     try:
+        mine, parts = settings.share
         for index, start in enumerate(range(0, total, settings.shard)):
+            if index % parts != mine:
+                continue
             numbers = range(start, min(start + settings.shard, total))
             target, beside = shard_path(settings.out, index), shard_path(teacher_out, index)
             if target.is_file() and (beside.is_file() or not settings.teacher_top):
@@ -206,7 +209,9 @@ def _teacher_card(data: DataCard, loaded: LoadedModel, tokenizer: TextTokenizer,
     )
 
 
-_FREE = frozenset({"out", "samples", "teacher_out", "teacher_top", "batch", "threads", "device", "source"})
+_FREE = frozenset(
+    {"out", "samples", "teacher_out", "teacher_top", "batch", "part", "threads", "device", "source"}
+)
 """What may change when a data set is continued: more samples, another machine."""
 
 

@@ -53,6 +53,11 @@ class DataSettings(SettingsModel):
     top_p: float = Field(1.0, gt=0.0, le=1.0, description="For sampled turns and answers.")
     batch: int = Field(48, ge=1, description="Sequences generated at once.")
     shard: int = Field(256, ge=1, description="Conversations a file; what an interruption loses at most.")
+    part: str = Field(
+        "1/1",
+        pattern=r"^[1-9]\d*/[1-9]\d*$",
+        description="I/N: this is the I-th of N processes that fill the folder, each every N-th shard.",
+    )
     seed: int = Field(0, ge=0)
     teacher_top: int = Field(
         MAX_LOGPROBS,
@@ -70,7 +75,18 @@ class DataSettings(SettingsModel):
             raise ValueError("prompts and texts exclude each other")
         if self.prompt_tokens >= self.max_len:
             raise ValueError("prompt_tokens must be below max_len")
+        index, count = self.share
+        if index >= count:
+            raise ValueError(f"part: {self.part} is not among {count}")
+        if count > 1 and self.texts:
+            raise ValueError("part: texts are read by one process")
         return self
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """Which shards are this process's: those whose number is the first modulo the second."""
+        index, count = self.part.split("/")
+        return int(index) - 1, int(count)
 
 
 class TeacherSettings(SettingsModel):

@@ -139,6 +139,18 @@ def test_an_interrupted_data_set_is_continued(
         collect_data(settings.model_copy(update={"max_len": 40}))
 
 
+def test_parts_fill_one_data_set(data: DataSettings, tmp_path: Path) -> None:
+    """Conversations depend on their numbers alone: two processes' shards are those of one."""
+    settings = data.model_copy(update={"out": tmp_path / "set", "teacher_out": tmp_path / "teacher"})
+    for part in ("2/2", "1/2"):
+        collect_data(settings.model_copy(update={"part": part}))
+    for index in (0, 1):
+        again = read_sequences(shard_path(settings.out, index))
+        assert again == read_sequences(shard_path(data.out, index))
+    with pytest.raises(ValueError, match="part: 3/2"):
+        DataSettings.model_validate({**settings.model_dump(), "part": "3/2"})
+
+
 def test_user_turns_are_sampled_from_the_template(tmp_path: Path) -> None:
     base = toy_base(tmp_path / "base", end_boost=4.0)
     tokenizer = TextTokenizer(base)

@@ -158,7 +158,12 @@ def test_products_of_the_vector_variants_have_the_same_bits() -> None:
 
 
 def single_layer(
-    dtype: torch.dtype = torch.float32, *, hidden: int = 64, kv_heads: int = 2, dim: int = 16, isa: str | None = None
+    dtype: torch.dtype = torch.float32,
+    *,
+    hidden: int = 64,
+    kv_heads: int = 2,
+    dim: int = 16,
+    isa: str | None = None,
 ) -> tuple[NativeLlamaRunner, LlamaLayerWeights]:
     """One layer whose output projection is the identity and whose MLP is zero: it adds its attention."""
     torch.manual_seed(1)
