@@ -60,7 +60,7 @@ int32_t guarded(Body&& body) {
 }  // namespace
 
 // Raised whenever a signature below changes.
-S2D_API int32_t s2d_abi_version() { return 2; }
+S2D_API int32_t s2d_abi_version() { return 3; }
 
 S2D_API const char* s2d_isa_name(int32_t isa) {
     const Kernels* kernels = choose(isa);
@@ -140,7 +140,7 @@ S2D_API int32_t s2d_gumbel(int32_t isa, uint64_t key, int64_t position, uint32_t
     return OK;
 }
 
-// The k (at most 16) best values of each row [n, v] in float32, best first, equal ones by lower index. Rows with
+// The k (at most MAX_TOP) best values of each row [n, v] in float32, best first, equal ones by lower index. Rows with
 // fewer than k numbers (NaN is none) are filled up with index -1 and value -infinity.
 S2D_API int32_t s2d_topk(int32_t isa, const float* rows, int64_t n, int64_t v, int64_t k, int64_t* index, float* value) {
     const Kernels* kernels = choose(isa);

@@ -23,7 +23,7 @@ namespace s2d {
 constexpr int64_t LANES = 16;
 constexpr int64_t BLOCK = 32;       // KV slots a block
 constexpr int64_t MAX_GROUP = 64;   // query heads a KV head
-constexpr int64_t MAX_TOP = 16;     // best entries a row that topk returns
+constexpr int64_t MAX_TOP = 32;     // best entries a row that topk returns
 
 constexpr int64_t SPAN = 512;       // inputs whose products fit 32 bits: 512 * 127 * 32767 < 2^31
 constexpr float TINY = 1e-30f;      // a row (or weights of an output) of nothing greater quantises to zeros

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 ISA_VARIABLE = "S2D_NATIVE_ISA"
 ISA_CODES = {"auto": 0, "plain": 1, "avx2": 2, "avx512": 3, "amx": 4}
-MAX_TOP = 16
+MAX_TOP = 32
 """Most entries a row that `NativeLibrary.topk` returns."""
 
 

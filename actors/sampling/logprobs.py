@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from actors.engine.messages import TokenLogprobs
+from actors.sampling.reduce import top_entries
 
 
 def token_logprobs(logits: Tensor, token_ids: Sequence[int], top_n: int) -> list[TokenLogprobs]:
@@ -26,12 +27,21 @@ def token_logprobs(logits: Tensor, token_ids: Sequence[int], top_n: int) -> list
 
 
 def _row_logprobs(row: Tensor, token: int, top_n: int) -> TokenLogprobs:
-    logprobs = torch.log_softmax(row.to(torch.float32), dim=-1)
+    row = row.to(torch.float32)
+    norm = torch.logsumexp(row, dim=-1)
     top: tuple[tuple[int, float], ...] = ()
     if top_n > 0:
-        threshold = torch.topk(logprobs, min(top_n, logprobs.numel())).values[-1]
-        ids = (logprobs >= threshold).nonzero().squeeze(1)
+        values, ids = _ordered(row, top_n)
+        top = tuple(zip(ids.tolist(), (values - norm).tolist(), strict=True))
+    return TokenLogprobs(token_id=token, logprob=float(row[token] - norm), top=top)
+
+
+def _ordered(row: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Values and ids of the `count` best, equal ones by id: those at the end of the list included."""
+    values, ids = (t[0] for t in top_entries(row.unsqueeze(0), count + 1))
+    if bool((values[1:] == values[:-1]).any()):
+        ids = (row >= values[:count][-1]).nonzero().squeeze(1)
         # ids ascend, and a stable sort keeps them so among equals.
-        values, order = logprobs[ids].sort(descending=True, stable=True)
-        top = tuple(zip(ids[order[:top_n]].tolist(), values[:top_n].tolist(), strict=True))
-    return TokenLogprobs(token_id=token, logprob=float(logprobs[token]), top=top)
+        values, order = row[ids].sort(descending=True, stable=True)
+        ids = ids[order]
+    return values[:count], ids[:count]

@@ -18,7 +18,14 @@ def best_ids(logits: Tensor) -> list[int]:
 
 def top_ids(logits: Tensor, count: int) -> list[list[int]]:
     """Indices of the `count` greatest of each row of float32 [N, V], best first."""
+    return [list(row) for row in top_entries(logits, count)[1].tolist()]
+
+
+def top_entries(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` greatest of each row of float32 [N, V], best first, equal ones by lower index (on torch: in
+    any order): values and int64 indices, [N, min(count, V)] each."""
     count = min(count, logits.shape[-1])
-    if _NATIVE is not None and logits.device.type == "cpu" and count <= MAX_TOP:
-        return [list(row) for row in _NATIVE.topk(logits.contiguous(), count)[1].tolist()]
-    return [list(row) for row in logits.topk(count, dim=-1).indices.tolist()]
+    if _NATIVE is not None and logits.device.type == "cpu" and 1 <= count <= MAX_TOP:
+        return _NATIVE.topk(logits.contiguous(), count)
+    found = logits.topk(count, dim=-1)
+    return found.values, found.indices

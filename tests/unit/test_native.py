@@ -471,5 +471,5 @@ def test_nan_is_never_chosen(library: NativeLibrary) -> None:
     assert int(library.argmax(rows)[0]) == int(torch.where(rows[0].isnan(), -torch.inf, rows[0]).argmax())
     assert int(library.argmax(rows)[1]) == 0
     assert library.topk(rows, 2)[1][1].tolist() == [-1, -1]
-    with pytest.raises(ValueError, match="between 1 and 16"):
-        library.topk(rows, 17)
+    with pytest.raises(ValueError, match="between 1 and 32"):
+        library.topk(rows, 33)
