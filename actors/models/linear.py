@@ -57,14 +57,14 @@ class PlainProduct:
 class PrepackedProduct:
     """oneDNN with the weight in its blocked layout; output in the weight's dtype.
 
-    From two rows on oneDNN's kernel adds over K in one fixed order. Whether one row takes another kernel
-    depends on machine and shape, so it is tried once here, and a single row is doubled where it does.
+    From two rows on oneDNN's vector kernels add over K in one fixed order; those on AMX tiles do not. Whether
+    one row takes another kernel depends on machine and shape, so it is tried once here, and a single row is
+    doubled where it does.
     """
-
-    row_invariant = True
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self._dtype, self._bias = weight.dtype, bias
+        self.row_invariant = weight.dtype != torch.bfloat16 or not _has_amx_tiles()
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PREPACK_ROWS)
         probe = torch.rand(2, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.dtype)
         self._double_single_row = not torch.equal(self._run(probe[:1]), self._run(probe)[:1])
@@ -107,6 +107,12 @@ class CudaFloat32Product:
     def __call__(self, x: Tensor) -> Tensor:
         out = torch.mm(x.to(self._transposed.dtype), self._transposed, out_dtype=torch.float32)
         return out if self._bias is None else out.add_(self._bias)
+
+
+def _has_amx_tiles() -> bool:
+    """Whether oneDNN computes bfloat16 products on AMX tiles here; taken as so where torch cannot tell."""
+    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return probe is None or bool(probe())
 
 
 @cache
