@@ -1,8 +1,8 @@
 // The kernels, written once and included by each instruction-set variant, which defines before it:
 //   V (16 floats), Broadcast (one float for all lanes), max_rows(format) (rows of a register tile),
 //   max_groups(format, rows), zero, load, store, spread, broadcast, even, odd, fma, madd, add, mul, sum, any_greater;
-//   for int8: I (16 integers in I::PARTS registers), Pairs (the weights of a part's outputs and two inputs),
-//   integers, low_pairs, high_pairs, dot, to_float.
+//   for int8: I (16 integers in I::PARTS registers), Input (a quantised input), Quads (the weights of a register's
+//   outputs and four inputs), integers, arrange (inputs of a part, into the order that dot wants), quads, dot, to_float.
 // No include guard on purpose; everything lives in the includer's unnamed namespace. Only plain functions and C
 // headers are used, so that no inline function compiled for one instruction set can be linked into another.
 

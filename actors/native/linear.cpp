@@ -42,24 +42,20 @@ Linear::Linear(const void* rows, bool bf16, const float* bias, int64_t n, int64_
 
 void Linear::run(const float* x, int64_t rows, float* y) const {
     if (rows == 0) return;
-    const int64_t ld = quantized_bytes(k_) / 2;
+    const int64_t bytes = quantized_bytes(k_);
     Scratch buffer;
-    int16_t* values = nullptr;
-    float* scales = nullptr;
-    if (format_ == Format::int8) {
-        scales = buffer.reserve(rows * (1 + ld / 2));
-        values = reinterpret_cast<int16_t*>(scales + rows);
-    }
+    char* quantized = nullptr;
+    if (format_ == Format::int8) quantized = reinterpret_cast<char*>(buffer.reserve(rows * bytes / 4));
     pool_->parallel([&](int thread, int threads) {
         int64_t begin, end;
         if (format_ == Format::int8) {
             share(rows, thread, threads, begin, end);
-            for (int64_t r = begin; r < end; ++r) scales[r] = kernels_.quantize(x + r * k_, k_, values + r * ld);
+            for (int64_t r = begin; r < end; ++r) kernels_.quantize(x + r * k_, k_, quantized + r * bytes);
             pool_->barrier();
         }
         share(groups_of(n_), thread, threads, begin, end);
         kernels_.product({x, k_, rows, matrix_, group_bytes(k_, format_), format_, k_, n_, begin, end, y, n_, bias_,
-                          nullptr, Epilogue::store, {values, ld, scales, 1}});
+                          nullptr, Epilogue::store, {quantized, bytes}});
     });
 }
 

@@ -10,9 +10,7 @@ namespace {
 constexpr int64_t CHUNK = 512;  // rows worked on at a time: bounds the scratch memory
 constexpr int64_t FEW = 8;      // rows up to which repeating a norm on each thread costs less than a barrier
 
-// A row of quantised inputs: its scale in a cache line, then the values, with room for the widest of the model.
-constexpr int64_t VALUES_AT = 16;
-int64_t quantized_floats(const Shape& s) { return VALUES_AT + quantized_bytes(s.widest()) / 4; }
+int64_t quantized_floats(const Shape& s) { return quantized_bytes(s.widest()) / 4; }  // a row of the widest inputs
 
 }  // namespace
 
@@ -21,8 +19,7 @@ void Model::quantize(const float* x, int64_t k, int64_t begin, int64_t end, floa
     if (!shape_.int8) return;
     const int64_t ld = quantized_floats(shape_);
     for (int64_t r = begin; r < end; ++r) {
-        float* row = to + r * ld;
-        *row = kernels_.quantize(x + r * k, k, reinterpret_cast<int16_t*>(row + VALUES_AT));
+        kernels_.quantize(x + r * k, k, reinterpret_cast<char*>(to + r * ld));
     }
 }
 
@@ -30,9 +27,9 @@ void Model::quantize(const float* x, int64_t k, int64_t begin, int64_t end, floa
 void Model::multiply(const float* x, int64_t rows, const float* quantized, const char* w, int64_t n, int64_t k,
                      int64_t begin, int64_t end, float* y, const float* bias, Epilogue epilogue) const {
     const Format format = shape_.format();
-    const int64_t ld = quantized_floats(shape_);
+    const int64_t bytes = quantized_floats(shape_) * 4;
     kernels_.product({x, k, rows, w, group_bytes(k, format), format, k, n, begin, end, y, n, bias, nullptr, epilogue,
-                      {reinterpret_cast<const int16_t*>(quantized + VALUES_AT), ld * 2, quantized, ld}});
+                      {reinterpret_cast<const char*>(quantized), bytes}});
 }
 
 template <typename T>
@@ -159,7 +156,7 @@ void Model::run_chunk(float* hidden, int64_t first, int64_t last, int64_t at, in
     float *gate_up = work_.gate_up.data(), *active = work_.active.data();
     pool_.parallel([&](int thread, int threads) {
         const bool few = rows <= FEW;
-        const bool by_head = few && (rows == 1 || s.kv_heads >= threads);
+        const bool by_head = few && (rows == 1 || s.kv_heads % threads == 0);
         int64_t row0 = 0, row1 = rows, begin, end;
         float* normed = few ? own_normed_[static_cast<size_t>(thread)].data() : work_.normed.data();
         Scratch& held = few ? own_quantized_[static_cast<size_t>(thread)] : work_.quantized;
@@ -176,13 +173,15 @@ void Model::run_chunk(float* hidden, int64_t first, int64_t last, int64_t at, in
             quantize(x, k, row0, row1, quantized);
             if (s.int8 && !few) pool_.barrier();
         };
-        const auto each_head = [&](auto&& body) {  // all rows of a head on one thread, or rows and heads in turn
+        const auto each_head = [&](auto&& body) {  // all rows of a head on one thread, or every so many of each head
             if (by_head) {
                 for (int64_t head = thread; head < s.kv_heads; head += threads) {
                     for (int64_t row = 0; row < rows; ++row) body(row, head);
                 }
             } else {
-                for (int64_t u = thread; u < rows * s.kv_heads; u += threads) body(u / s.kv_heads, u % s.kv_heads);
+                for (int64_t head = 0; head < s.kv_heads; ++head) {
+                    for (int64_t row = (thread + head) % threads; row < rows; row += threads) body(row, head);
+                }
             }
         };
         for (int64_t l = first; l < last; ++l) {

@@ -85,7 +85,7 @@ inline void tile_rows(const Product& p, int64_t height, int64_t row, int64_t gro
 template <Format F>
 void product_of(const Product& p) {
 #if defined(S2D_TILES)
-    if (tiled<F>(p.k)) return product_on_tiles<F>(p);
+    if (tiled<F>(p.k)) return product_on_tiles(p);
 #endif
     constexpr int64_t MOST_ROWS = max_rows(F);
     const int64_t tiles = (p.rows + MOST_ROWS - 1) / MOST_ROWS;
