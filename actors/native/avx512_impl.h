@@ -7,8 +7,14 @@ struct V {
     __m512 v;
 };
 
-constexpr int max_rows(Format f) { return f == Format::int8 ? 8 : 6; }
-constexpr int max_groups(Format f, int rows) { return f != Format::int8 || rows <= 2 ? 4 : rows <= 4 ? 2 : 1; }
+constexpr int max_rows(Format f) { return f == Format::int8 || f == Format::packed ? 8 : 6; }
+constexpr int max_groups(Format f, int rows) {
+    switch (f) {
+        case Format::int8: return rows <= 2 ? 4 : rows <= 4 ? 2 : 1;
+        case Format::packed: return rows <= 4 ? 4 : 2;
+        default: return 4;
+    }
+}
 
 inline float madd(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline V zero() { return V{_mm512_setzero_ps()}; }

@@ -103,11 +103,11 @@ inline void tile_int8(const Product& p, int64_t row, int64_t group, const char* 
     S2D_UNROLL
     for (int r = 0; r < ROWS; ++r) {
         S2D_UNROLL
-        for (int g = 0; g < GROUPS; ++g) total[r][g] = zero();
+        for (int g = 0; g < GROUPS; ++g) total[r][g] = sums[r][g] = zero();
     }
     const int64_t parts = units(p.k) * (UNIT / PART), bytes = p.group_bytes;
-    const int64_t ld = p.q.bytes / 4, ldx = p.q.bytes / static_cast<int64_t>(sizeof(Input));
-    const char* first = p.q.rows + row * p.q.bytes;
+    const int64_t ld = p.converted.bytes / 4, ldx = p.converted.bytes / static_cast<int64_t>(sizeof(Input));
+    const char* first = p.converted.rows + row * p.converted.bytes;
     const float* scales = reinterpret_cast<const float*>(first);
     const int32_t* starts = reinterpret_cast<const int32_t*>(first) + parts;
     const Input* x = reinterpret_cast<const Input*>(first + values_at(p.k));

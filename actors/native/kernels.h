@@ -5,6 +5,7 @@
 //   float32   [group][k][16]
 //   bfloat16  [group][k / 2][16][2]      the even input in the low half of each 32-bit word
 //   int8      [group][k / 64]: [16][16][4], a quadruple of inputs an output, stored plus 128; then 16 scales in float32
+//   packed    [group]: bfloat16 in 12 bits a value, see packed.h
 // A 32-bit word of bfloat16 expands to its even value by a shift and to its odd value by a mask.
 //
 // int8 values are symmetric, -127..127: weights with one scale for 64 inputs of an output (UNIT), rows of inputs, which
@@ -30,7 +31,12 @@ constexpr int64_t UNIT = 64;        // inputs that share a scale of int8 weights
 constexpr int64_t PART = 32;        // inputs of a row that share a scale, half a unit
 constexpr float TINY = 1e-30f;      // inputs or weights of one scale, none greater than this, quantise to zeros
 
-enum class Format : int32_t { float32, bf16, int8 };
+enum class Format : int32_t { float32, bf16, int8, packed };
+
+// Packed weights (see packed.h): chunks of 8 inputs, then the table of the group and its exceptions.
+constexpr int64_t CHUNK_BYTES = 192;
+constexpr int64_t chunks(int64_t k) { return (k + 7) / 8; }
+constexpr int64_t most_exceptions(int64_t k) { return (k + 1023) / 1024 * 16; }
 
 constexpr int64_t UNIT_BYTES = (UNIT / 4 + 1) * 64;  // of one output group
 constexpr int64_t units(int64_t k) { return (k + UNIT - 1) / UNIT; }
@@ -40,15 +46,24 @@ constexpr int64_t group_bytes(int64_t k, Format format) {
     switch (format) {
         case Format::bf16: return (k + 1) / 2 * 64;
         case Format::int8: return units(k) * UNIT_BYTES;
+        case Format::packed: return chunks(k) * CHUNK_BYTES + (32 + most_exceptions(k) * 6 + 63) / 64 * 64;
         default: return k * 64;
     }
 }
 
-// A row of k quantised inputs: the scales of its parts, what their sums begin at (int32), then, on a cache line, the
-// values, as bytes or 16 bits wide and in an order that suits the instruction set. Filled up with zeros to whole units.
+// Inputs that a product takes in another form than float32, a row after the other.
+//   int8      the scales of the row's parts, what their sums begin at (int32), then, on a cache line, the values, as
+//             bytes or 16 bits wide and in an order that suits the instruction set; whole units, zeros at the end
+//   packed    bfloat16, whole chunks, zeros at the end
 constexpr int64_t values_at(int64_t k) { return (units(k) * (UNIT / PART) * 8 + 63) / 64 * 64; }
-constexpr int64_t quantized_bytes(int64_t k) { return values_at(k) + units(k) * UNIT * 2; }
-struct Quantized {
+constexpr int64_t converted_bytes(int64_t k, Format format) {
+    switch (format) {
+        case Format::int8: return values_at(k) + units(k) * UNIT * 2;
+        case Format::packed: return (chunks(k) * 16 + 63) / 64 * 64;
+        default: return 0;
+    }
+}
+struct Converted {
     const char* rows;
     int64_t bytes;  // from a row to the next
 };
@@ -73,7 +88,7 @@ struct Product {
     const float* bias;
     const float* row_scale;
     Epilogue epilogue;
-    Quantized q = {};  // read instead of x where the weights are int8
+    Converted converted = {};  // read instead of x for the formats that have it
 };
 
 // Attention of the query heads of one KV head, one token: softmax(q K^T * scale) V over keys 0..keys-1, as an
@@ -95,10 +110,11 @@ struct Attention {
 
 struct Kernels {
     const char* name;
+    bool packs;  // whether it has products over packed weights
     void (*product)(const Product&);
-    // A row of k inputs for products with int8 weights (see Quantized). Parts that hold an infinity or NaN get the
+    // A row of k inputs as `format` wants them (see Converted). In int8, parts that hold an infinity or NaN get the
     // scale NaN.
-    void (*quantize)(const float* x, int64_t k, char* row);
+    void (*convert)(const float* x, int64_t k, Format format, char* row);
     void (*attention)(const Attention&);
     // out = x / sqrt(mean(x^2) + eps) * weight over n (a multiple of 16) values; out may be x.
     void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* out);
@@ -119,6 +135,7 @@ const Kernels& plain_kernels();
 #if defined(__x86_64__)
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
+const Kernels& avx512_bf16_kernels();
 const Kernels& amx_kernels();
 #endif
 

@@ -12,10 +12,24 @@
 #if defined(S2D_TILES)
 #include "tiles_impl.h"
 #endif
+#if defined(S2D_PACKED)
+#include "packed_impl.h"
+constexpr bool PACKS = true;
+#else
+constexpr bool PACKS = false;
+#endif
 #include "products_impl.h"
 #include "layer_impl.h"
 #include "sampling_impl.h"
 
+void convert(const float* x, int64_t k, Format format, char* row) {
+    if (format == Format::int8) quantize(x, k, row);
+#if defined(S2D_PACKED)
+    if (format == Format::packed) to_bf16_row(x, k, row);
+#endif
+}
+
 Kernels make_table(const char* name) {
-    return Kernels{name, product, quantize, attention, rms_norm, rotate, silu_mul, gumbel, argmax, topk, read_stream};
+    return Kernels{name,     PACKS,  product, convert, attention,  rms_norm, rotate,
+                   silu_mul, gumbel, argmax,  topk,    read_stream};
 }

@@ -133,19 +133,6 @@ void quantize_group(const T* rows, int64_t n, int64_t k, int64_t first_row, char
     }
 }
 
-// Writes one group of a blocked matrix in any format, from rows of float32 or bfloat16 bits (those are kept as
-// they are, or quantised).
-inline void put_group(const void* rows, bool bf16, int64_t n, int64_t k, int64_t first_row, Format format, char* out) {
-    if (format == Format::int8) {
-        if (bf16) quantize_group(static_cast<const uint16_t*>(rows), n, k, first_row, out);
-        else quantize_group(static_cast<const float*>(rows), n, k, first_row, out);
-    } else if (bf16) {
-        block_group(static_cast<const uint16_t*>(rows), n, k, first_row, reinterpret_cast<uint16_t*>(out));
-    } else {
-        block_group(static_cast<const float*>(rows), n, k, first_row, reinterpret_cast<float*>(out));
-    }
-}
-
 // The KV of one head in one block: K then V, both as blocked weights. K has the 32 slots as outputs and head_dim
 // inputs (scores = q K^T), V has head_dim outputs and the 32 slots as inputs (out = p V).
 template <typename T>
