@@ -1,8 +1,8 @@
 """int8 products in torch: the arithmetic of the native core, on any device.
 
 Weights are int8 with one scale for `UNIT` inputs of an output; inputs are quantised on the way, with one
-scale for `PART` inputs of a row. The products of a part add up to an integer that float64 holds exactly in any
-order; parts and units are added in float32, first to last. So the bits are those of the native core
+scale for `PART` inputs of a row. The products of a part add up to an integer that float64 holds exactly, in
+any order; parts and units are added in float32, first to last. So the bits are those of the native core
 (actors/native/kernels.h), and a row's depend on that row alone.
 """
 

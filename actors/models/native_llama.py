@@ -2,11 +2,11 @@
 
 Row-invariant by construction: every sum has a fixed order, whatever else is in the batch (see
 actors/native/kernels.h). Weights are float32, bfloat16 or int8 (`ModelInfo.int8`: quantised here, the head
-too, with the inputs of every product quantised on the way); where the processor has products
-of bfloat16, bfloat16 weights are packed without loss (actors/native/packed.h) and the inputs of products rounded to
-bfloat16. The residual stream and the logits are float32 in all of them. The KV pool and the embedding have the type
-that the weights came in. Trees are exact too: a token of a tree gets the bits that the chain of its ancestors would
-give it.
+too, with the inputs of every product quantised on the way). Where the processor has products of bfloat16,
+bfloat16 weights are packed without loss (actors/native/packed.h) and the inputs of products rounded to
+bfloat16. The residual stream and the logits are float32 in all of them. The KV pool and the embedding have the
+type that the weights came in. Trees are exact too: a token of a tree gets the bits that the chain of its
+ancestors would give it.
 
 While it waits, a thread of the core spins for 60 microseconds and then sleeps. torch's own threads spin for
 milliseconds after every parallel operation unless the process runs with OMP_WAIT_POLICY=passive or
@@ -280,8 +280,9 @@ def _destroy(library: NativeLibrary, model: int) -> None:
 
 def _is_all(batch: RaggedBatch) -> bool:
     """Whether logits of every token are wanted, in order."""
-    n = batch.num_tokens
-    return batch.logit_rows.numel() == n and torch.equal(batch.logit_rows, torch.arange(n))
+    return batch.logit_rows.numel() == batch.num_tokens and batch.logit_rows.tolist() == list(
+        range(batch.num_tokens)
+    )
 
 
 def _require_supported(weights: LlamaWeights, info: ModelInfo, num_blocks: int) -> None:

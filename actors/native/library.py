@@ -1,8 +1,8 @@
 """Loading the native CPU core: a shared library with a plain C interface, called through ctypes.
 
 ctypes releases the interpreter lock during a call. Building the core is optional; `unavailable_reason` says
-why it is not there. The environment variable S2D_NATIVE_ISA (plain, avx2, avx512, avx512_bf16 or amx) forces an
-instruction set, which is otherwise the widest that the machine has.
+why it is not there. The environment variable S2D_NATIVE_ISA (plain, avx2, avx512, avx512_bf16 or amx) forces
+an instruction set, which is otherwise the widest that the machine has.
 """
 
 from __future__ import annotations
