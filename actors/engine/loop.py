@@ -71,12 +71,21 @@ class Reply:
 Event = RequestOutput | Rejected | Reply
 
 
+@dataclass(slots=True)
+class _Delivery:
+    """Of one live request: how long its outputs may wait, and when the next must leave (monotonic)."""
+
+    interval_s: float
+    due: float = 0.0
+
+
 class EngineLoop:
     """Runs `engine` in a thread of its own and closes it at the end.
 
-    `emit` gets a step's events in one call, in the engine thread; it must not block, and a RuntimeError from
-    it means that nobody listens any more and ends the thread. A step that raises is fatal for the requests in
-    the engine (each gets an error output), not for the loop.
+    `emit` gets events in one call, in the engine thread; it must not block, and a RuntimeError from it means
+    that nobody listens any more and ends the thread. Outputs of several steps come together where requests
+    allow it (`delivery_interval_s`): whoever listens wakes up on a core that the next step computes on. A
+    step that raises is fatal for the requests in the engine (each gets an error output), not for the loop.
     """
 
     def __init__(self, engine: TargetEngine, emit: Callable[[list[Event]], None]) -> None:
@@ -84,8 +93,9 @@ class EngineLoop:
         self._emit = emit
         self._inbox: queue.Queue[Message] = queue.Queue()  # bounded by the admission of requests
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._live: set[str] = set()
+        self._live: dict[str, _Delivery] = {}
         self._events: list[Event] = []
+        self._urgent = False
         self._has_work = False
         self._busy_since: float | None = None
         self._failures = 0
@@ -117,7 +127,8 @@ class EngineLoop:
         try:
             while self._receive():
                 self._step()
-                self._flush()
+                if self._urgent or not self._has_work:
+                    self._flush()
         except Exception:
             logger.exception("the engine thread ends: it cannot recover")
             self._fail_live("the engine stopped")
@@ -157,7 +168,7 @@ class EngineLoop:
         if isinstance(message, Add):
             self._add(message.request)
         elif isinstance(message, Abort):
-            self._live.discard(message.request_id)
+            self._live.pop(message.request_id, None)
             self._engine.abort(message.request_id)
             self._has_work = True  # asked anew in the next step
         else:
@@ -167,12 +178,12 @@ class EngineLoop:
         try:
             self._engine.add(request)
         except ParameterError as error:
-            self._events.append(Rejected(request.request_id, error.param, error.message))
+            self._announce(Rejected(request.request_id, error.param, error.message))
         except Exception as error:
             logger.exception("request %s could not be added", request.request_id)
-            self._events.append(_failed(request.request_id, f"{type(error).__name__}: {error}"))
+            self._announce(_failed(request.request_id, f"{type(error).__name__}: {error}"))
         else:
-            self._live.add(request.request_id)
+            self._live[request.request_id] = _Delivery(request.delivery_interval_s)
             self._has_work = True
 
     def _call(self, call: Call) -> None:
@@ -185,7 +196,7 @@ class EngineLoop:
         except Exception as error:
             logger.exception("engine call %s failed", call.what)
             reply = Reply(call.call_id, error=f"{type(error).__name__}: {error}")
-        self._events.append(reply)
+        self._announce(reply)
 
     def _step(self) -> None:
         """One engine step, if there is work."""
@@ -193,9 +204,7 @@ class EngineLoop:
             if self._has_work and self._engine.has_work():
                 self._busy_since = time.monotonic()
                 for output in self._engine.step():
-                    self._events.append(output)
-                    if output.finished:
-                        self._live.discard(output.request_id)
+                    self._take(output)
                 self._failures = 0
             self._has_work = self._engine.has_work()
         except Exception as error:
@@ -208,11 +217,28 @@ class EngineLoop:
         if not self._has_work:
             self._busy_since = None
 
+    def _take(self, output: RequestOutput) -> None:
+        """Queue an output, and say whether what is queued must leave now."""
+        self._events.append(output)
+        delivery = self._live.get(output.request_id)
+        if output.finished or delivery is None:
+            self._live.pop(output.request_id, None)
+            self._urgent = True
+        elif (now := time.monotonic()) >= delivery.due:
+            delivery.due = now + delivery.interval_s
+            self._urgent = True
+
+    def _announce(self, event: Event) -> None:
+        self._events.append(event)
+        self._urgent = True
+
     def _fail_live(self, why: str, reason: Literal["error", "abort"] = "error") -> None:
-        self._events.extend(_failed(request_id, why, reason) for request_id in sorted(self._live))
+        for request_id in sorted(self._live):
+            self._announce(_failed(request_id, why, reason))
         self._live.clear()
 
     def _flush(self) -> None:
+        self._urgent = False
         if self._events:
             events, self._events = self._events, []
             self._emit(events)

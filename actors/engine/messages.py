@@ -19,7 +19,8 @@ class EngineRequest:
 
     `output_ids_so_far` are tokens already emitted elsewhere (resume after a lost replica): they count as
     output for penalties, limits and grammar, and are not emitted again. The noise key is
-    H(sampling.seed, choice).
+    H(sampling.seed, choice). `delivery_interval_s` is how long outputs may be held back, to be delivered
+    together; the first and the last never are.
     """
 
     request_id: str
@@ -28,6 +29,7 @@ class EngineRequest:
     speculation: SpeculationParams = field(default_factory=SpeculationParams)
     choice: int = 0
     output_ids_so_far: tuple[int, ...] = ()
+    delivery_interval_s: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:

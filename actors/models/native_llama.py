@@ -3,10 +3,10 @@
 Row-invariant by construction: every sum has a fixed order, whatever else is in the batch (see
 actors/native/kernels.h). Weights are float32, bfloat16 or int8 (`ModelInfo.int8`: quantised here, the head
 too, with the inputs of every product quantised on the way). Where the processor has products of bfloat16,
-bfloat16 weights are packed without loss (actors/native/packed.h) and the inputs of products rounded to
-bfloat16. The residual stream and the logits are float32 in all of them. The KV pool and the embedding have the
-type that the weights came in. Trees are exact too: a token of a tree gets the bits that the chain of its
-ancestors would give it.
+bfloat16 weights are packed without loss (actors/native/packed.h) and the inputs of products rounded. The
+residual stream and the logits are float32 in all of them. The KV pool and the embedding have the type that
+the weights came in. Trees are exact too: a token of a tree gets the bits that the chain of its ancestors
+would give it.
 
 While it waits, a thread of the core spins for 60 microseconds and then sleeps. torch's own threads spin for
 milliseconds after every parallel operation unless the process runs with OMP_WAIT_POLICY=passive or

@@ -24,7 +24,7 @@ class GenerationService:
     """Serves `GenerationRequest`s with an engine.
 
     A choice's first chunk leaves at once; later ones after each round, or `stream_interval_ms` after the
-    chunk before, whichever is later; the last at once.
+    chunk before, whichever is later; the last at once. The engine is asked to hold its outputs back likewise.
     """
 
     def __init__(
@@ -67,8 +67,12 @@ class GenerationService:
                     yield choice.push(RequestOutput(engine_id, finish_reason="length"))
                     continue
                 choices[engine_id] = choice
+                # The engine stops by itself but for stop strings, which are looked for here.
+                interval_s = 0.0 if request.stop else self._interval_s
                 engine_requests.append(
-                    EngineRequest(engine_id, prompt.ids, sampling, request.speculation, index, so_far)
+                    EngineRequest(
+                        engine_id, prompt.ids, sampling, request.speculation, index, so_far, interval_s
+                    )
                 )
             stream = self._engine.submit(engine_requests)
             async with aclosing(self._chunks(stream, choices)) as chunks:

@@ -5,7 +5,7 @@ of their cores, all of them wait. With the lowest priority, and as batch process
 preempt another when they wake, they run in the gaps of a round instead, which come every few milliseconds.
 Linux's idle class would gain as much and can starve a process where two models compute; this cannot.
 
-What a request passes through must not wait for such a gap with its first token. It gives way too, but little.
+What a request passes through gives way less: at the lowest priority, first tokens wait for such a gap.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 ON_THE_WAY = ("ProxyActor", ":gateway")
 """Marks in command lines of what requests and answers pass through."""
-ON_THE_WAY_NICENESS = 5
+ON_THE_WAY_NICENESS = 10
 NICENESS = 19
 MANAGING = (
     "ServeController",
@@ -47,7 +47,7 @@ def give_way(processes: Collection[int]) -> set[int]:
                 with contextlib.suppress(OSError):
                     niceness = ON_THE_WAY_NICENESS if on_the_way else NICENESS
                     os.setpriority(os.PRIO_PROCESS, int(task.name), niceness)
-                    if sys.platform == "linux" and not on_the_way:
+                    if sys.platform == "linux":
                         os.sched_setscheduler(int(task.name), os.SCHED_BATCH, os.sched_param(0))
             lowered.add(pid)
     return lowered

@@ -39,8 +39,8 @@ def test_every_thread_of_managing_processes_gives_way(processes: dict[str, int])
     before = os.getpriority(os.PRIO_PROCESS, 0)
     gone = 2**22 - 1
     expected = {
-        processes["s2d:gateway"]: (5, os.SCHED_OTHER),
-        processes["ray::ProxyActor"]: (5, os.SCHED_OTHER),
+        processes["s2d:gateway"]: (10, os.SCHED_BATCH),
+        processes["ray::ProxyActor"]: (10, os.SCHED_BATCH),
         processes["ray::ServeController"]: (19, os.SCHED_BATCH),
     }
     assert give_way([*processes.values(), gone]) == set(expected)

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from actors.engine.async_engine import AsyncEngine, EngineUnavailable, Overloaded
-from actors.engine.loop import MAX_CONSECUTIVE_FAILURES
+from actors.engine.loop import MAX_CONSECUTIVE_FAILURES, Add, EngineLoop, Event, Stop
 from actors.engine.messages import EngineRequest, RequestOutput
 from actors.sampling.params import ParameterError, SamplingParams
 from tests.scripted_engine import ScriptedEngine, rounds, until
@@ -49,6 +49,37 @@ async def test_outputs_arrive_in_order_for_many_requests_at_once(rig: Rig) -> No
     assert results == [[10, 11, 12, 13, 14]] * 8
     assert rig.engine.live == 0
     assert rig.fake.aborted == []
+
+
+def test_outputs_are_held_back_for_as_long_as_a_request_allows() -> None:
+    """The first leaves at once, the last with what was held; another request's output takes all along."""
+    batches: list[list[Event]] = []
+    loop = EngineLoop(ScriptedEngine(counting, 0.02), batches.append)
+    for name, interval_s in (("held", 0.1), ("eager", 0.0)):
+        sampling = SamplingParams(max_tokens=30 if name == "held" else 3)
+        loop.send(Add(EngineRequest(name, (1, 2), sampling, delivery_interval_s=interval_s)))
+    loop.start()
+    outputs: list[RequestOutput] = []
+    deadline = time.monotonic() + 10.0
+    while not any(output.request_id == "held" and output.finished for output in outputs):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+        outputs = [event for batch in list(batches) for event in batch if isinstance(event, RequestOutput)]
+    loop.send(Stop())
+    assert loop.join(5.0)
+    held = [
+        [e for e in batch if isinstance(e, RequestOutput) and e.request_id == "held"] for batch in batches
+    ]
+    assert [token for batch in held for e in batch for token in e.token_ids] == [10 + i for i in range(30)]
+    with_eager = [
+        len(batch)
+        for batch, mine in zip(batches, held, strict=True)
+        if any(e.request_id == "eager" for e in batch if isinstance(e, RequestOutput)) and mine
+    ]
+    assert with_eager[:3] == [2, 2, 2]
+    alone = [len(batch) for batch in held[3:]]
+    assert 3 <= len(alone) <= 9, alone  # 27 steps of 20 ms, every 100 ms
+    assert max(alone) >= 3
 
 
 async def test_an_idle_engine_sleeps(rig: Rig) -> None:
