@@ -67,5 +67,5 @@ def build_batch(works: Sequence[Work], device: torch.device) -> tuple[RaggedBatc
 
 
 def _integers(values: list[int], device: torch.device) -> Tensor:
-    """By way of numpy, which is three times as fast as torch for a short list."""
+    """By way of numpy, which turns a list into an array faster than torch."""
     return torch.from_numpy(np.array(values, dtype=np.int64)).to(device)

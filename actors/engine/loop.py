@@ -218,7 +218,7 @@ class EngineLoop:
             self._busy_since = None
 
     def _take(self, output: RequestOutput) -> None:
-        """Queue an output, and say whether what is queued must leave now."""
+        """Queue an output, and note whether what is queued must leave now."""
         self._events.append(output)
         delivery = self._live.get(output.request_id)
         if output.finished or delivery is None:

@@ -70,7 +70,7 @@ class Speculator:
         """Tell the source about a sequence that speculates (once)."""
         if not seq.speculates or seq.session_open:
             return
-        sampling = seq.sampler.draft_sampling() if seq.sampler else DraftSampling(key=seq.key)
+        sampling = seq.sampler.draft_sampling(seq.rule.name) if seq.sampler else DraftSampling(key=seq.key)
         self.source.open(
             SessionOpen(seq.session_id, tuple(seq.token_ids), seq.prompt_len, sampling, seq.epoch)
         )

@@ -94,19 +94,14 @@ class NativeLlamaRunner:
         self.threads = threads if threads is not None else len(os.sched_getaffinity(0))
         if self.threads < 1:
             raise ValueError(f"threads must be at least 1, not {self.threads}")
-        stored = "bfloat16" if info.dtype == torch.bfloat16 else "float32"
-        wanted = ("int8",) if info.int8 else ("packed", stored) if self._packs else (stored,)
-        for self.weight_format in wanted:
-            self._create(weights, tied=self.weight_format == stored)
+        formats = self._library.weight_formats(info.dtype, int8=info.int8)
+        for self.weight_format in formats:
+            self._create(weights, tied=self.weight_format in ("float32", "bfloat16"))
             try:
                 self._fill(weights)
                 break
             except _NotPackableError:
                 self.close()
-
-    @property
-    def _packs(self) -> bool:
-        return self._library.packs and self._info.dtype == torch.bfloat16
 
     def _create(self, weights: LlamaWeights, tied: bool) -> None:
         tied = tied and weights.head.data_ptr() == weights.embed.data_ptr()

@@ -54,6 +54,8 @@ template <typename Body>
 int32_t guarded(Body&& body) {
     try {
         return body();
+    } catch (const NotPackable&) {
+        return NOT_PACKABLE;
     } catch (...) {  // only memory can run out
         return NO_MEMORY;
     }
@@ -88,7 +90,7 @@ S2D_API void* s2d_create(const Shape* shape, int32_t threads, int32_t isa) {
 S2D_API void s2d_destroy(void* model) { delete static_cast<Model*>(model); }
 
 S2D_API int32_t s2d_set_matrix(void* model, int64_t layer, int64_t which, const void* rows) {
-    return guarded([&] { return static_cast<Model*>(model)->set_matrix(layer, which, rows); });
+    return guarded([&] { return static_cast<Model*>(model)->set_matrix(layer, which, rows), OK; });
 }
 
 S2D_API int32_t s2d_set_vector(void* model, int64_t layer, int64_t which, const float* values) {
@@ -124,8 +126,7 @@ S2D_API void* s2d_linear_create(const void* rows, int32_t bf16, const float* bia
     const Kernels* kernels = choose(isa);
     if (!kernels) return nullptr;
     try {
-        auto linear = std::make_unique<Linear>(rows, bf16 != 0, bias, n, k, static_cast<Format>(format), threads, *kernels);
-        return linear->usable() ? linear.release() : nullptr;
+        return new Linear(rows, bf16 != 0, bias, n, k, static_cast<Format>(format), threads, *kernels);
     } catch (...) {
         return nullptr;
     }

@@ -33,10 +33,20 @@ constexpr float TINY = 1e-30f;      // inputs or weights of one scale, none grea
 
 enum class Format : int32_t { float32, bf16, int8, packed };
 
-// Packed weights (see packed.h): chunks of 8 inputs, then the table of the group and its exceptions.
+// Packed weights (see packed.h): a group is chunks of 8 inputs, then its table and its exceptions.
 constexpr int64_t CHUNK_BYTES = 192;
 constexpr int64_t chunks(int64_t k) { return (k + 7) / 8; }
 constexpr int64_t most_exceptions(int64_t k) { return (k + 1023) / 1024 * 16; }
+struct Trailer {
+    uint8_t table[16];
+    uint32_t count;
+    uint32_t unused[3];
+    // then uint32_t places[most_exceptions(k)], input * 16 + output, and uint16_t values[most_exceptions(k)]
+};
+static_assert(sizeof(Trailer) == 32);
+constexpr int64_t trailer_bytes(int64_t k) {
+    return (static_cast<int64_t>(sizeof(Trailer)) + most_exceptions(k) * 6 + 63) / 64 * 64;
+}
 
 constexpr int64_t UNIT_BYTES = (UNIT / 4 + 1) * 64;  // of one output group
 constexpr int64_t units(int64_t k) { return (k + UNIT - 1) / UNIT; }
@@ -46,7 +56,7 @@ constexpr int64_t group_bytes(int64_t k, Format format) {
     switch (format) {
         case Format::bf16: return (k + 1) / 2 * 64;
         case Format::int8: return units(k) * UNIT_BYTES;
-        case Format::packed: return chunks(k) * CHUNK_BYTES + (32 + most_exceptions(k) * 6 + 63) / 64 * 64;
+        case Format::packed: return chunks(k) * CHUNK_BYTES + trailer_bytes(k);
         default: return k * 64;
     }
 }

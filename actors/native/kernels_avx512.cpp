@@ -1,42 +1,6 @@
-// The kernels for AVX-512: 16 outputs in one register. The arithmetic of a product is that of AVX2.
-#if defined(__x86_64__)
-#include <immintrin.h>
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
-
-#include "kernels.h"
-
-#if !defined(__clang__)  // GCC's own headers leave the unused operand of unmasked AVX-512 forms undefined
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma")
-#endif
-
-namespace s2d {
-namespace {
-
-#include "avx512_impl.h"
-#include "kernels_impl.h"
-
-}  // namespace
-
-const Kernels& avx512_kernels() {
-    static const Kernels table = make_table("avx512");
-    return table;
-}
-
-}  // namespace s2d
-
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#endif
+// The kernels for AVX-512. The arithmetic of a product is that of AVX2.
+#define S2D_NAME "avx512"
+#define S2D_TABLE avx512_kernels
+#define S2D_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma"
+#define S2D_REGISTERS "avx512_impl.h"
+#include "kernels_variant.h"

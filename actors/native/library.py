@@ -13,14 +13,15 @@ from collections.abc import Callable
 from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_uint32, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 ABI_VERSION = 4
 ISA_VARIABLE = "S2D_NATIVE_ISA"
-FORMAT_CODES = {"float32": 0, "bfloat16": 1, "int8": 2, "packed": 3}
+WeightFormat = Literal["float32", "bfloat16", "int8", "packed"]
+FORMAT_CODES: dict[WeightFormat, int] = {"float32": 0, "bfloat16": 1, "int8": 2, "packed": 3}
 """How weights are kept (`Format` in kernels.h); packed is bfloat16 in fewer bytes."""
 ISA_CODES = {"auto": 0, "plain": 1, "avx2": 2, "avx512": 3, "amx": 4, "avx512_bf16": 5}
 MAX_TOP = 32
@@ -132,6 +133,15 @@ class NativeLibrary:
         self.isa: str = name.decode()
         self.packs = bool(self.c.s2d_packs(self.isa_code))
         """Whether it has products over packed bfloat16 weights (actors/native/packed.h)."""
+
+    def weight_formats(self, dtype: torch.dtype, *, int8: bool) -> tuple[WeightFormat, ...]:
+        """How weights of this dtype (float32 or bfloat16) may be kept, best first; those that cannot be
+        packed take the next."""
+        if int8:
+            return ("int8",)
+        if dtype == torch.float32:
+            return ("float32",)
+        return ("packed", "bfloat16") if self.packs else ("bfloat16",)
 
     def gumbel(self, key: int, position: int, stream: int, ids: Tensor | None, out: Tensor) -> None:
         """Position-keyed Gumbel noise of `actors.sampling.noise` into `out` (float32, any shape): of tokens

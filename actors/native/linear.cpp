@@ -27,15 +27,7 @@ Linear::Linear(const void* rows, bool bf16, const float* bias, int64_t n, int64_
       k_(k),
       weights_(static_cast<size_t>(matrix_bytes(n, k, format)) + Arena::round(static_cast<size_t>(n) * sizeof(float))),
       matrix_(weights_.take<char>(static_cast<size_t>(matrix_bytes(n, k, format)))) {
-    std::atomic<bool> fits{format != Format::packed || (bf16 && kernels.packs)};
-    pool_->parallel([&](int thread, int threads_) {
-        int64_t begin, end;
-        share(groups_of(n), thread, threads_, begin, end);
-        for (int64_t g = begin; g < end && fits; ++g) {
-            if (!put_group(rows, bf16, n, k, g * LANES, format, matrix_ + g * group_bytes(k, format))) fits = false;
-        }
-    });
-    usable_ = fits;
+    put_matrix(*pool_, kernels, rows, bf16, n, k, format, matrix_, [](int64_t group) { return group * LANES; });
     if (bias) {
         bias_ = weights_.take<float>(static_cast<size_t>(n) * sizeof(float));
         std::copy(bias, bias + n, bias_);

@@ -5,18 +5,16 @@
 #include <memory>
 #include <mutex>
 
-#include "packed.h"
-#include "pool.h"
+#include "weights.h"
 
 namespace s2d {
 
 class Linear {
 public:
+    // Throws NotPackable and std::bad_alloc.
     Linear(const void* rows, bool bf16, const float* bias, int64_t n, int64_t k, Format format, int threads,
            const Kernels& kernels);
 
-    // false where the weights cannot be packed as asked; the matrix is then of no use
-    bool usable() const { return usable_; }
     void run(const float* x, int64_t rows, float* y) const;
 
 private:
@@ -27,7 +25,6 @@ private:
     Arena weights_;
     char* matrix_;
     float* bias_ = nullptr;
-    bool usable_ = true;
 };
 
 }  // namespace s2d

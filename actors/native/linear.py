@@ -6,19 +6,15 @@ Row-invariant in every format: each output has one fixed order of summation (act
 from __future__ import annotations
 
 import weakref
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from actors.native.library import FORMAT_CODES, NativeLibrary, load_library, pointer
-
-LinearFormat = Literal["float32", "bfloat16", "int8", "packed"]
+from actors.native.library import FORMAT_CODES, NativeLibrary, WeightFormat, load_library, pointer
 
 
 class NativeLinear:
-    """y = x W^T + b over a weight in the core's blocked layout, bfloat16 packed where that
-    is possible (see packed.h).
+    """y = x W^T + b over a weight in the core's blocked layout, bfloat16 packed where possible (packed.h).
 
     Args:
         weight: [N, K], float32 or bfloat16; copied.
@@ -48,14 +44,11 @@ class NativeLinear:
         if weight.dtype not in (torch.float32, torch.bfloat16) or weight.dim() != 2:
             raise ValueError(f"a weight must be float32 or bfloat16 [N, K], not {weight.dtype}")
         self._outputs, self._inputs = weight.shape
-        stored: LinearFormat = "bfloat16" if weight.dtype == torch.bfloat16 else "float32"
-        wanted: tuple[LinearFormat, ...] = ("int8",) if int8 else (stored,)
-        if wanted == ("bfloat16",) and self._library.packs:
-            wanted = ("packed", "bfloat16")
         weight = weight.detach().contiguous()
         bias = None if bias is None else bias.detach().float().contiguous()
-        self.format: LinearFormat
-        for self.format in wanted:
+        self.format: WeightFormat
+        formats = self._library.weight_formats(weight.dtype, int8=int8)
+        for self.format in formats:
             handle = self._library.c.s2d_linear_create(
                 pointer(weight, weight.dtype),
                 weight.dtype == torch.bfloat16,

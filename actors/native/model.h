@@ -4,8 +4,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "packed.h"
-#include "pool.h"
+#include "weights.h"
 
 namespace s2d {
 
@@ -59,7 +58,7 @@ class Model {
 public:
     Model(const Shape& shape, int threads, const Kernels& kernels);
 
-    Status set_matrix(int64_t layer, int64_t which, const void* rows);
+    void set_matrix(int64_t layer, int64_t which, const void* rows);
     void set_vector(int64_t layer, int64_t which, const float* values);
     void set_table(const void* rows) { table_ = rows; }
 

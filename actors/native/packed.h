@@ -18,15 +18,6 @@
 
 namespace s2d {
 
-// What follows the chunks of a group.
-struct Trailer {
-    uint8_t table[16];
-    uint32_t count;
-    uint32_t unused[3];
-    // then uint32_t places[most_exceptions(k)], input * 16 + output, and uint16_t values[most_exceptions(k)]
-};
-static_assert(sizeof(Trailer) == 32);
-
 // Where the low byte of one weight lies in its chunk. Its code lies 128 bytes from there in a chunk's first two lines,
 // 64 bytes in the others.
 inline int64_t packed_at(int64_t input, int64_t lane) {
@@ -74,21 +65,6 @@ inline bool pack_group(const uint16_t* rows, int64_t n, int64_t k, int64_t first
         }
     }
     memcpy(end, &trailer, sizeof trailer);
-    return true;
-}
-
-// Writes one group of a blocked matrix in any format, from rows of float32 or bfloat16 bits (those are kept as they
-// are, quantised or packed). Returns false where it cannot be packed.
-inline bool put_group(const void* rows, bool bf16, int64_t n, int64_t k, int64_t first_row, Format format, char* out) {
-    if (format == Format::packed) return pack_group(static_cast<const uint16_t*>(rows), n, k, first_row, out);
-    if (format == Format::int8) {
-        if (bf16) quantize_group(static_cast<const uint16_t*>(rows), n, k, first_row, out);
-        else quantize_group(static_cast<const float*>(rows), n, k, first_row, out);
-    } else if (bf16) {
-        block_group(static_cast<const uint16_t*>(rows), n, k, first_row, reinterpret_cast<uint16_t*>(out));
-    } else {
-        block_group(static_cast<const float*>(rows), n, k, first_row, reinterpret_cast<float*>(out));
-    }
     return true;
 }
 

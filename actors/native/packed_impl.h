@@ -38,10 +38,10 @@ inline float from_bits(uint16_t bf16) {
 
 // Adds the exceptions of one group to its sums in some rows.
 inline void add_exceptions(const Product& p, int64_t row, int64_t rows, const char* trailer, float* sums,
-                                              int64_t stride) {
+                           int64_t stride) {
     uint32_t count;
-    memcpy(&count, trailer + 16, sizeof count);
-    const uint32_t* places = reinterpret_cast<const uint32_t*>(trailer + 32);
+    memcpy(&count, trailer + offsetof(Trailer, count), sizeof count);
+    const uint32_t* places = reinterpret_cast<const uint32_t*>(trailer + sizeof(Trailer));
     const uint16_t* values = reinterpret_cast<const uint16_t*>(places + most_exceptions(p.k));
     for (int64_t r = 0; r < rows; ++r, sums += stride) {
         const uint16_t* x = reinterpret_cast<const uint16_t*>(p.converted.rows + (row + r) * p.converted.bytes);
@@ -50,7 +50,8 @@ inline void add_exceptions(const Product& p, int64_t row, int64_t rows, const ch
             sum = madd(from_bits(x[places[e] / LANES]), from_bits(values[e]), sum);
         }
     }
-    // Without this GCC 12 takes the vectors stored before for what is read afterwards.
+    // Without this GCC 12 reads the vectors that were stored before, not these sums (test_packed_weights_are_the_weights
+    // fails); why it thinks that it may was not found.
     asm volatile("" : : "r"(sums) : "memory");
 }
 

@@ -122,8 +122,8 @@ class SequenceSampler:
         """All tokens emitted, earlier replicas' included."""
         return self._output
 
-    def draft_sampling(self, default_rule: str = "coupled") -> DraftSampling:
-        """What a drafter is told. `default_rule` is the target's verification rule."""
+    def draft_sampling(self, rule: str) -> DraftSampling:
+        """What a drafter is told. `rule` is the verification rule that judges this request."""
         sampling = self._sampling
         return DraftSampling(
             key=self._key,
@@ -131,7 +131,7 @@ class SequenceSampler:
             top_k=sampling.top_k,
             top_p=sampling.top_p,
             min_p=sampling.min_p,
-            rule=self._speculation.verification or default_rule,
+            rule=rule,
         )
 
     def admissible(self, drafts: Sequence[int]) -> int:

@@ -26,7 +26,7 @@ class StreamInterval:
     """How far apart chunks of one choice are at least: `least_ms`, and `per_stream_ms` for every request that
     is inside, whichever is more."""
 
-    least_ms: float = 20.0
+    least_ms: float
     per_stream_ms: float = 0.0
 
     def seconds(self, streams: int) -> float:
@@ -45,7 +45,7 @@ class GenerationService:
         tokenizer: TextTokenizer,
         engine: AsyncEngine,
         limits: ModelLimits,
-        interval: StreamInterval = StreamInterval(),
+        interval: StreamInterval,
         compile_grammar: Callable[[GrammarSpec], object] | None = None,
     ) -> None:
         """`compile_grammar` fills a cache that the engine reads, in a thread: a first compilation takes up to

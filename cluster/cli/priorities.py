@@ -16,20 +16,19 @@ import sys
 from collections.abc import Collection
 from pathlib import Path
 
-ON_THE_WAY = ("ProxyActor", ":gateway")
-"""Marks in command lines of what requests and answers pass through."""
-ON_THE_WAY_NICENESS = 10
-NICENESS = 19
-MANAGING = (
-    "ServeController",
-    "RegistryActor",
-    "gcs_server",
-    "DashboardAgent",
-    "dashboard/dashboard.py",
-    "log_monitor.py",
-    "autoscaler/_private/monitor.py",
-)
-"""Marks in command lines. Not the raylet, whose children inherit its priority, and not idle workers, which
+ON_THE_WAY, MANAGING = 10, 19
+NICENESS = {
+    "ProxyActor": ON_THE_WAY,
+    ":gateway": ON_THE_WAY,
+    "ServeController": MANAGING,
+    "RegistryActor": MANAGING,
+    "gcs_server": MANAGING,
+    "DashboardAgent": MANAGING,
+    "dashboard/dashboard.py": MANAGING,
+    "log_monitor.py": MANAGING,
+    "autoscaler/_private/monitor.py": MANAGING,
+}
+"""By marks in command lines. Not the raylet, whose children inherit its priority, and not idle workers, which
 may become targets."""
 
 
@@ -40,12 +39,11 @@ def give_way(processes: Collection[int]) -> set[int]:
     for pid in processes:
         with contextlib.suppress(OSError):
             command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            on_the_way = any(mark in command for mark in ON_THE_WAY)
-            if not on_the_way and not any(mark in command for mark in MANAGING):
+            niceness = next((value for mark, value in NICENESS.items() if mark in command), None)
+            if niceness is None:
                 continue
             for task in Path(f"/proc/{pid}/task").iterdir():
                 with contextlib.suppress(OSError):
-                    niceness = ON_THE_WAY_NICENESS if on_the_way else NICENESS
                     os.setpriority(os.PRIO_PROCESS, int(task.name), niceness)
                     if sys.platform == "linux":
                         os.sched_setscheduler(int(task.name), os.SCHED_BATCH, os.sched_param(0))

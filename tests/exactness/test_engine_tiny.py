@@ -248,6 +248,19 @@ def test_abort_frees_everything_at_once(engine: TorchEngine) -> None:
     assert not engine.has_work()
 
 
+def test_leviathan_as_the_default_gets_what_drafts_were_drawn_from(
+    folder: Path, runner: TorchLlamaRunner
+) -> None:
+    """A draft that is the target itself is nearly always accepted, if its distribution comes along."""
+    nested = NestedDrafter(torch_runner(folder), exits=(TINY_LAYERS,))
+    engine = make_engine(runner, [nested], verification="leviathan")
+    one = request("v", prompts(1)[0], forced(3, "nested", TINY_LAYERS), temperature=1.0, top_k=40, seed=8)
+    result = run(engine, [one])["v"]
+    engine.close()
+    assert result.drafted >= 20
+    assert result.accepted >= 0.9 * result.drafted
+
+
 def test_leviathan_is_reproducible_and_serves_every_drafter(engine: TorchEngine) -> None:
     for drafter, depth in DRAFTERS:
         speculation = dataclasses.replace(forced(3, drafter, depth), verification="leviathan")

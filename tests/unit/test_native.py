@@ -162,37 +162,6 @@ def test_products_of_the_vector_variants_have_the_same_bits() -> None:
     assert all(torch.equal(r, results[0]) for r in results)
 
 
-@pytest.mark.parametrize("isa", [isa for isa in ISAS if load_library(isa).packs])
-@pytest.mark.parametrize("shape", [(576, 960), (1100, 40), (33, 50), (1, 3), (7, 16)])
-def test_packed_weights_are_the_weights(isa: str, shape: tuple[int, int]) -> None:
-    """Inputs of one 1 among zeros give back every weight, those of rare magnitude too."""
-    k, n = shape
-    w = torch.randn(n, k, generator=torch.Generator().manual_seed(k)).bfloat16()
-    rare = torch.randperm(n * k, generator=torch.Generator().manual_seed(1))[: n * k // 1500]
-    w.view(-1)[rare] *= 1e-12
-    w[0, 0] = 0.0
-    product = NativeLinear(w, threads=2, isa=isa)
-    assert product.format == "packed"
-    assert torch.equal(product(torch.eye(k)), w.float().T)
-
-
-@pytest.mark.parametrize("isa", [isa for isa in ISAS if load_library(isa).packs])
-def test_weights_of_all_magnitudes_are_not_packed(isa: str, folders: Callable[[str], Path]) -> None:
-    w = (torch.randn(32, 64) * 2.0 ** torch.linspace(-100, 100, 64)).bfloat16()
-    x = torch.zeros(3, 64)
-    x[:, 7] = 1.5
-    product = NativeLinear(w, threads=2, isa=isa)
-    assert product.format == "bfloat16"
-    assert torch.equal(product(x)[2], w[:, 7].float() * 1.5)
-    weights, info = load_llama_weights(folders("grouped"), torch.bfloat16, torch.device("cpu"))
-    assert NativeLlamaRunner(weights, info, 24, threads=1, isa=isa).weight_format == "packed"
-    weights.layers[1].down[:, :] *= (2.0 ** torch.linspace(-60, 60, 176)).bfloat16()
-    runner = NativeLlamaRunner(weights, info, 24, threads=1, isa=isa)
-    assert runner.weight_format == "bfloat16"
-    ids = random_ids(20)
-    assert torch.equal(in_chunks(runner, ids, [20]), in_chunks(runner, ids, [3]))
-
-
 def single_layer(
     dtype: torch.dtype = torch.float32,
     *,
@@ -251,8 +220,9 @@ def test_attention_rotation_and_norm(
         .reshape(n, 64)
     )
     expected = product_inputs(expected, dtype, isa)
-    # a key (or an input of a product) on the edge of two bfloat16 values may round the other way
-    assert (got - expected).abs().max() < (2e-5 if dtype == torch.float32 else 4e-2)
+    # a key on the edge of two bfloat16 values may round the other way; so may an input of a packed product
+    rounded = 2e-2 * (1 + load_library(isa).packs)
+    assert (got - expected).abs().max() < (2e-5 if dtype == torch.float32 else rounded)
 
 
 def test_final_norm_and_head(library: NativeLibrary) -> None:

@@ -288,14 +288,12 @@ def test_unknown_ids_are_refused_by_name() -> None:
 def test_keys_and_what_drafters_are_told() -> None:
     subject = sampler(seed=-9, choice=2, temperature=0.7, top_k=5, top_p=0.9, min_p=0.1)
     assert subject.key == derive_key(-9, 2)
-    told = subject.draft_sampling()
+    told = subject.draft_sampling("coupled")
     assert (told.key, told.temperature, told.top_k, told.top_p, told.min_p, told.rule) == (
         derive_key(-9, 2), 0.7, 5, 0.9, 0.1, "coupled",
     )  # fmt: skip
     assert sampler(temperature=1e-6).draft_sampling("leviathan").temperature == 0.0
     assert sampler().draft_sampling("leviathan").rule == "leviathan"
-    pinned = sampler(speculation=SpeculationParams(verification="coupled"))
-    assert pinned.draft_sampling("leviathan").rule == "coupled"
 
 
 class TestGrammar:
