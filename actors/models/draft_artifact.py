@@ -21,7 +21,7 @@ from torch import Tensor
 
 from actors.files import complete_or_absent
 from actors.models.draft_card import METADATA_KEY, ArtifactError, DraftCard
-from actors.models.int8 import WEIGHT_LIMIT, quantize
+from actors.models.int8 import quantize
 from actors.models.llama_weights import LlamaLayerWeights
 from actors.models.source import PACKAGE_PREFIX
 
@@ -82,7 +82,7 @@ def save_artifact(path: Path, card: DraftCard, weights: DraftWeights) -> None:
         if name.rpartition(".")[2] not in _MATRICES:
             stored[name] = value.to(torch.int32 if name == "head_ids" else torch.float32).contiguous()
         elif card.dtype == "int8":
-            rounded, scale = quantize(value.float(), WEIGHT_LIMIT)
+            rounded, scale = quantize(value.float())
             stored[name] = rounded.to(torch.int8).contiguous()
             stored[f"{name}.scale"] = scale[:, 0].contiguous()
         else:

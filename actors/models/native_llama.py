@@ -2,9 +2,11 @@
 
 Row-invariant by construction: every sum has a fixed order, whatever else is in the batch (see
 actors/native/kernels.h). Weights are float32, bfloat16 or int8 (`ModelInfo.int8`: quantised here, the head
-too, with the inputs of every product quantised on the way); activations, the residual stream and the logits
-are float32 in all of them. The KV pool and the embedding have the type that the weights came in. Trees are
-exact too: a token of a tree gets the bits that the chain of its ancestors would give it.
+too, with the inputs of every product quantised on the way). Where the processor has products of bfloat16,
+bfloat16 weights are packed without loss (actors/native/packed.h) and the inputs of products rounded to
+bfloat16. The residual stream and the logits are float32 in all of them. The KV pool and the embedding have the
+type that the weights came in. Trees are exact too: a token of a tree gets the bits that the chain of its
+ancestors would give it.
 
 While it waits, a thread of the core spins for 60 microseconds and then sleeps. torch's own threads spin for
 milliseconds after every parallel operation unless the process runs with OMP_WAIT_POLICY=passive or
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from actors.models.llama_weights import LlamaWeights
 from actors.models.runner import BLOCK_SIZE, ModelInfo, RaggedBatch
-from actors.native.library import Batch, NativeLibrary, Shape, load_library, pointer
+from actors.native.library import FORMAT_CODES, Batch, NativeLibrary, Shape, load_library, pointer
 
 _QKV, _O, _GATE_UP, _DOWN, _HEAD = range(5)
 _INPUT_NORM, _POST_NORM, _QKV_BIAS, _Q_NORM, _K_NORM, _FINAL_NORM, _COS, _SIN = range(8)
@@ -38,12 +40,18 @@ _ERRORS = {
     6: "a slot is outside the pool",
     7: "the range of layers is outside the model",
 }
-_NO_MEMORY = 8
+_NO_MEMORY, _NOT_PACKABLE = 8, 9
+
+
+class _NotPackableError(Exception):
+    """Some weights of a model cannot be packed."""
 
 
 def _check(status: int) -> None:
     if status == _NO_MEMORY:
         raise MemoryError("the native core got no memory")
+    if status == _NOT_PACKABLE:
+        raise _NotPackableError
     if status != 0:
         raise ValueError(_ERRORS[status])
 
@@ -54,8 +62,8 @@ class NativeLlamaRunner:
     One thread at a time may use it: it has one set of scratch buffers.
 
     Args:
-        weights: read during construction; only an embedding that is not tied to the head, or that of int8
-            weights, is kept.
+        weights: read during construction; only an embedding that is not tied to the head, or that of int8 or
+            packed weights, is kept.
         info: describes the same model, on the CPU, in float32 or bfloat16.
         num_blocks: KV blocks of `BLOCK_SIZE` tokens.
         threads: threads of a pass, the caller's included; None takes all cores that the process may use.
@@ -86,21 +94,35 @@ class NativeLlamaRunner:
         self.threads = threads if threads is not None else len(os.sched_getaffinity(0))
         if self.threads < 1:
             raise ValueError(f"threads must be at least 1, not {self.threads}")
-        tied = weights.head.data_ptr() == weights.embed.data_ptr() and not info.int8
-        positions = info.max_model_len
+        stored = "bfloat16" if info.dtype == torch.bfloat16 else "float32"
+        wanted = ("int8",) if info.int8 else ("packed", stored) if self._packs else (stored,)
+        for self.weight_format in wanted:
+            self._create(weights, tied=self.weight_format == stored)
+            try:
+                self._fill(weights)
+                break
+            except _NotPackableError:
+                self.close()
+
+    @property
+    def _packs(self) -> bool:
+        return self._library.packs and self._info.dtype == torch.bfloat16
+
+    def _create(self, weights: LlamaWeights, tied: bool) -> None:
+        tied = tied and weights.head.data_ptr() == weights.embed.data_ptr()
         shape = Shape(
             layers=len(weights.layers),
-            hidden=info.hidden_size,
+            hidden=self._info.hidden_size,
             heads=weights.num_heads,
             kv_heads=weights.num_kv_heads,
             head_dim=weights.head_dim,
             intermediate=weights.layers[0].down.shape[1],
             vocab=weights.head.shape[0],
-            blocks=num_blocks,
-            max_position=positions,
-            bf16=info.dtype == torch.bfloat16,
+            blocks=self._num_blocks,
+            max_position=self._info.max_model_len,
+            bf16=self._info.dtype == torch.bfloat16,
             tied=tied,
-            int8=info.int8,
+            weights=FORMAT_CODES[self.weight_format],
             eps=weights.rms_norm_eps,
         )
         model = self._library.c.s2d_create(ctypes.byref(shape), self.threads, self._library.isa_code)
@@ -110,10 +132,10 @@ class NativeLlamaRunner:
         self._close = weakref.finalize(self, _destroy, self._library, model)
         self._table = None if tied else weights.embed.contiguous()
         if self._table is not None:
-            self._library.c.s2d_set_table(self._model, pointer(self._table, info.dtype))
-        self._fill(weights, positions)
+            self._library.c.s2d_set_table(self._model, pointer(self._table, self._info.dtype))
 
-    def _fill(self, weights: LlamaWeights, positions: int) -> None:
+    def _fill(self, weights: LlamaWeights) -> None:
+        positions = self._info.max_model_len
         for index, layer in enumerate(weights.layers):
             for which, matrix in (
                 (_QKV, layer.qkv),
@@ -258,8 +280,9 @@ def _destroy(library: NativeLibrary, model: int) -> None:
 
 def _is_all(batch: RaggedBatch) -> bool:
     """Whether logits of every token are wanted, in order."""
-    n = batch.num_tokens
-    return batch.logit_rows.numel() == n and torch.equal(batch.logit_rows, torch.arange(n))
+    return batch.logit_rows.numel() == batch.num_tokens and batch.logit_rows.tolist() == list(
+        range(batch.num_tokens)
+    )
 
 
 def _require_supported(weights: LlamaWeights, info: ModelInfo, num_blocks: int) -> None:

@@ -7,8 +7,14 @@ struct V {
     __m512 v;
 };
 
-constexpr int max_rows(Format) { return 6; }
-constexpr int max_groups(Format f, int rows) { return f == Format::int8 && rows > 4 ? 2 : 4; }
+constexpr int max_rows(Format f) { return f == Format::int8 || f == Format::packed ? 8 : 6; }
+constexpr int max_groups(Format f, int rows) {
+    switch (f) {
+        case Format::int8: return rows <= 2 ? 4 : rows <= 4 ? 2 : 1;
+        case Format::packed: return rows <= 4 ? 4 : 2;
+        default: return 4;
+    }
+}
 
 inline float madd(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline V zero() { return V{_mm512_setzero_ps()}; }
@@ -35,19 +41,20 @@ inline bool any_greater(V v, float x) {
     return _mm512_cmp_ps_mask(v.v, _mm512_set1_ps(x), _CMP_GT_OQ) != 0;
 }
 
-// 16 integers, and weights as 16 outputs times 2 inputs of 16 bits.
+// 16 integers, and weights as 16 outputs times 4 inputs.
 struct I {
     static constexpr int PARTS = 1;
     __m512i v;
 };
-typedef __m512i Pairs;
+typedef int8_t Input;
+typedef __m512i Quads;
 
-inline I integers() { return I{_mm512_setzero_si512()}; }
-inline Pairs low_pairs(const char* p, int) { return _mm512_srai_epi16(_mm512_slli_epi16(_mm512_loadu_si512(p), 8), 8); }
-inline Pairs high_pairs(const char* p, int) { return _mm512_srai_epi16(_mm512_loadu_si512(p), 8); }
-inline void dot(I& acc, int, const int16_t* x, Pairs w) {
-    int32_t two;
-    memcpy(&two, x, sizeof two);
-    acc.v = _mm512_dpwssd_epi32(acc.v, _mm512_set1_epi32(two), w);
+inline I integers(int32_t x) { return I{_mm512_set1_epi32(x)}; }
+inline void arrange(const Input* from, Input* to) { memcpy(to, from, PART); }
+inline Quads quads(const char* p, int) { return _mm512_loadu_si512(p); }
+inline void dot(I& acc, int, const Input* x, Quads w) {
+    int32_t four;
+    memcpy(&four, x, sizeof four);
+    acc.v = _mm512_dpbusd_epi32(acc.v, w, _mm512_set1_epi32(four));
 }
 inline V to_float(I sum) { return V{_mm512_cvtepi32_ps(sum.v)}; }

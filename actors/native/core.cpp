@@ -31,15 +31,17 @@ bool amx_permitted() {
 }
 #endif
 
-// isa: 0 the best that this machine has, 1 plain, 2 avx2, 3 avx512, 4 amx. Null where the machine lacks it.
+// isa: 0 the best that this machine has, 1 plain, 2 avx2, 3 avx512, 4 amx, 5 avx512_bf16. Null where the machine lacks it.
 const Kernels* choose(int32_t isa) {
 #if defined(__x86_64__)
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                         __builtin_cpu_supports("avx512vnni");
-    const bool amx = avx512 && (isa == 0 || isa == 4) && __builtin_cpu_supports("avx512bf16") && amx_permitted();
+    const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+    const bool amx = bf16 && (isa == 0 || isa == 4) && amx_permitted();
     if (isa == 4 || (isa == 0 && amx)) return amx ? &amx_kernels() : nullptr;
+    if (isa == 5 || (isa == 0 && bf16)) return bf16 ? &avx512_bf16_kernels() : nullptr;
     if (isa == 3 || (isa == 0 && avx512)) return avx512 ? &avx512_kernels() : nullptr;
     if (isa == 2 || (isa == 0 && avx2)) return avx2 ? &avx2_kernels() : nullptr;
 #else
@@ -60,11 +62,17 @@ int32_t guarded(Body&& body) {
 }  // namespace
 
 // Raised whenever a signature below changes.
-S2D_API int32_t s2d_abi_version() { return 3; }
+S2D_API int32_t s2d_abi_version() { return 4; }
 
 S2D_API const char* s2d_isa_name(int32_t isa) {
     const Kernels* kernels = choose(isa);
     return kernels ? kernels->name : nullptr;
+}
+
+// Whether it has products over packed weights.
+S2D_API int32_t s2d_packs(int32_t isa) {
+    const Kernels* kernels = choose(isa);
+    return kernels && kernels->packs;
 }
 
 S2D_API void* s2d_create(const Shape* shape, int32_t threads, int32_t isa) {
@@ -80,7 +88,7 @@ S2D_API void* s2d_create(const Shape* shape, int32_t threads, int32_t isa) {
 S2D_API void s2d_destroy(void* model) { delete static_cast<Model*>(model); }
 
 S2D_API int32_t s2d_set_matrix(void* model, int64_t layer, int64_t which, const void* rows) {
-    return guarded([&] { return static_cast<Model*>(model)->set_matrix(layer, which, rows), OK; });
+    return guarded([&] { return static_cast<Model*>(model)->set_matrix(layer, which, rows); });
 }
 
 S2D_API int32_t s2d_set_vector(void* model, int64_t layer, int64_t which, const float* values) {
@@ -110,13 +118,14 @@ S2D_API int64_t s2d_weight_bytes(void* model) { return static_cast<Model*>(model
 S2D_API float s2d_read_weights(void* model) { return static_cast<Model*>(model)->read_weights(); }
 
 // A matrix by itself: rows [n, k] of float32 or bfloat16 bits, kept in a format of kernels.h, and a bias [n] or null.
-// Null where there is no such instruction set or no memory.
+// Null where there is no such instruction set or no memory, or where the weights cannot be packed as asked.
 S2D_API void* s2d_linear_create(const void* rows, int32_t bf16, const float* bias, int64_t n, int64_t k, int32_t format,
                                 int32_t threads, int32_t isa) {
     const Kernels* kernels = choose(isa);
     if (!kernels) return nullptr;
     try {
-        return new Linear(rows, bf16 != 0, bias, n, k, static_cast<Format>(format), threads, *kernels);
+        auto linear = std::make_unique<Linear>(rows, bf16 != 0, bias, n, k, static_cast<Format>(format), threads, *kernels);
+        return linear->usable() ? linear.release() : nullptr;
     } catch (...) {
         return nullptr;
     }

@@ -1,29 +1,52 @@
 // Quantised inputs and their products with int8 weights (see kernels.h). Included by kernels_impl.h.
 
-float quantize(const float* x, int64_t k, int16_t* values) {
+// One part: returns its scale and the sum of its values through `sum`.
+inline float quantize_part(const float* x, Input* values, int32_t& sum) {
     int32_t top_bits = 0;  // of a magnitude: ordered like the values, infinity and NaN on top
-    for (int64_t i = 0; i < k; ++i) {
+    for (int64_t i = 0; i < PART; ++i) {
         int32_t bits;
         memcpy(&bits, x + i, sizeof bits);
         bits &= 0x7fffffff;
         top_bits = bits > top_bits ? bits : top_bits;
     }
-    for (int64_t i = k; i % 4; ++i) values[i] = 0;
     float top;
     memcpy(&top, &top_bits, sizeof top);
     const bool finite = top_bits < 0x7f800000;
+    sum = 0;
     if (!finite || top < TINY) {
-        memset(values, 0, static_cast<size_t>(k) * sizeof *values);
+        memset(values, 0, PART * sizeof *values);
         return finite ? 0.0f : NAN;
     }
-    const float factor = 32767.0f / top, magic = 12582912.0f;  // as in exponential(): rounds to nearest, ties to even
-    for (int64_t i = 0; i < k; ++i) {
+    const float factor = 127.0f / top, magic = 12582912.0f;  // as in exponential(): rounds to nearest, ties to even
+    Input rounded[PART];
+    for (int64_t i = 0; i < PART; ++i) {
         const float shifted = x[i] * factor + magic;
-        uint32_t bits;
+        int32_t bits;
         memcpy(&bits, &shifted, sizeof bits);
-        values[i] = static_cast<int16_t>(bits);
+        const int8_t value = static_cast<int8_t>(bits);
+        rounded[i] = value;
+        sum += value;
     }
-    return top / 32767.0f;
+    arrange(rounded, values);
+    return top / 127.0f;
+}
+
+void quantize(const float* x, int64_t k, char* row) {
+    const int64_t parts = units(k) * (UNIT / PART);
+    float* scales = reinterpret_cast<float*>(row);
+    int32_t* starts = reinterpret_cast<int32_t*>(row) + parts;
+    Input* values = reinterpret_cast<Input*>(row + values_at(k));
+    for (int64_t part = 0; part < parts; ++part, x += PART, k -= PART, values += PART) {
+        int32_t sum;
+        if (k >= PART) {
+            scales[part] = quantize_part(x, values, sum);
+        } else {
+            float rest[PART] = {};
+            for (int64_t i = 0; i < k; ++i) rest[i] = x[i];
+            scales[part] = quantize_part(rest, values, sum);
+        }
+        starts[part] = -128 * sum;
+    }
 }
 
 // Adds what the epilogue says to 16 sums (fewer in the last group) and stores them.
@@ -47,13 +70,13 @@ inline void finish(const Product& p, int64_t row, int64_t group, const float* su
     }
 }
 
-constexpr int WHOLE_ROWS = 4;  // rows whose sums of a whole group fit the registers where it has two parts
+constexpr int WHOLE_ROWS = 4;  // rows whose sums of a whole group fit the registers where it has two registers
 
-// Adds `count` quadruples of inputs to parts FIRST..LAST-1 of the sums.
+// Adds the inputs of one part to registers FIRST..LAST-1 of the sums.
 template <int ROWS, int GROUPS, int FIRST, int LAST>
-__attribute__((always_inline)) inline void add_span(I (&acc)[ROWS][GROUPS], const int16_t* x, int64_t ldx, const char* w,
-                                                    int64_t bytes, int64_t count, const char* next, int64_t step) {
-    for (int64_t i = 0; i < count; ++i, w += 64, x += 4, next += step) {
+__attribute__((always_inline)) inline void add_part(I (&acc)[ROWS][GROUPS], const Input* x, int64_t ldx, const char* w,
+                                                    int64_t bytes, const char* next, int64_t step) {
+    for (int64_t i = 0; i < PART / 4; ++i, w += 64, x += 4, next += step) {
         if constexpr (FIRST == 0) {
             S2D_UNROLL
             for (int g = 0; g < GROUPS; ++g) __builtin_prefetch(next + g * bytes, 0, 2);
@@ -62,15 +85,12 @@ __attribute__((always_inline)) inline void add_span(I (&acc)[ROWS][GROUPS], cons
         for (int g = 0; g < GROUPS; ++g) {
             S2D_UNROLL
             for (int part = FIRST; part < LAST; ++part) {
-                const Pairs first = low_pairs(w + g * bytes, part), second = high_pairs(w + g * bytes, part);
-                const int16_t* inputs = x;
-                // Read again for each part: kept in registers, GCC spills the sums instead.
-                if constexpr (ROWS > 2) asm("" : "+r"(inputs));
+                const Quads weights = quads(w + g * bytes, part);
+                const Input* inputs = x;
+                // Read again for each register: kept, GCC spills the sums instead.
+                if constexpr (ROWS > 2 && I::PARTS == 2) asm("" : "+r"(inputs));
                 S2D_UNROLL
-                for (int r = 0; r < ROWS; ++r) {
-                    dot(acc[r][g], part, inputs + r * ldx, first);
-                    dot(acc[r][g], part, inputs + r * ldx + 2, second);
-                }
+                for (int r = 0; r < ROWS; ++r) dot(acc[r][g], part, inputs + r * ldx, weights);
             }
         }
     }
@@ -79,42 +99,61 @@ __attribute__((always_inline)) inline void add_span(I (&acc)[ROWS][GROUPS], cons
 // ROWS rows times GROUPS output groups. `next` and `step` as for the other formats.
 template <int ROWS, int GROUPS>
 inline void tile_int8(const Product& p, int64_t row, int64_t group, const char* next, int64_t step) {
-    alignas(64) V total[ROWS][GROUPS];
+    alignas(64) V total[ROWS][GROUPS], sums[ROWS][GROUPS];
+    S2D_UNROLL
     for (int r = 0; r < ROWS; ++r) {
-        for (int g = 0; g < GROUPS; ++g) total[r][g] = zero();
+        S2D_UNROLL
+        for (int g = 0; g < GROUPS; ++g) total[r][g] = sums[r][g] = zero();
     }
-    const int64_t ldx = p.q.ld, bytes = p.group_bytes;
-    const int16_t* x = p.q.values + row * ldx;
+    const int64_t parts = units(p.k) * (UNIT / PART), bytes = p.group_bytes;
+    const int64_t ld = p.converted.bytes / 4, ldx = p.converted.bytes / static_cast<int64_t>(sizeof(Input));
+    const char* first = p.converted.rows + row * p.converted.bytes;
+    const float* scales = reinterpret_cast<const float*>(first);
+    const int32_t* starts = reinterpret_cast<const int32_t*>(first) + parts;
+    const Input* x = reinterpret_cast<const Input*>(first + values_at(p.k));
     const char* w = static_cast<const char*>(p.w) + group * bytes;
-    for (int64_t left = (p.k + 3) / 4; left > 0; left -= SPAN / 4) {
-        const int64_t count = left < SPAN / 4 ? left : SPAN / 4;
+    for (int64_t part = 0; part < parts; ++part, x += PART) {
         I acc[ROWS][GROUPS];
         S2D_UNROLL
         for (int r = 0; r < ROWS; ++r) {
             S2D_UNROLL
-            for (int g = 0; g < GROUPS; ++g) acc[r][g] = integers();
+            for (int g = 0; g < GROUPS; ++g) acc[r][g] = integers(starts[r * ld + part]);
         }
         if constexpr (ROWS > WHOLE_ROWS && I::PARTS == 2) {
-            add_span<ROWS, GROUPS, 0, 1>(acc, x, ldx, w, bytes, count, next, step);
-            add_span<ROWS, GROUPS, 1, 2>(acc, x, ldx, w, bytes, count, nullptr, 0);
+            add_part<ROWS, GROUPS, 0, 1>(acc, x, ldx, w, bytes, next, step);
+            add_part<ROWS, GROUPS, 1, 2>(acc, x, ldx, w, bytes, nullptr, 0);
         } else {
-            add_span<ROWS, GROUPS, 0, I::PARTS>(acc, x, ldx, w, bytes, count, next, step);
+            add_part<ROWS, GROUPS, 0, I::PARTS>(acc, x, ldx, w, bytes, next, step);
         }
-        x += 4 * count;
-        w += 64 * count;
-        next += step * count;
+        w += PART / 4 * 64;
+        next += PART / 4 * step;
+        const bool second = part % 2;
         S2D_UNROLL
         for (int r = 0; r < ROWS; ++r) {
+            const V scale = spread(scales[r * ld + part]);
             S2D_UNROLL
-            for (int g = 0; g < GROUPS; ++g) total[r][g] = add(total[r][g], to_float(acc[r][g]));
+            for (int g = 0; g < GROUPS; ++g) {
+                const V sum = mul(to_float(acc[r][g]), scale);
+                if (second) {
+                    const V weights = load(reinterpret_cast<const float*>(w + g * bytes));
+                    total[r][g] = add(total[r][g], mul(add(sums[r][g], sum), weights));
+                } else {
+                    sums[r][g] = sum;
+                }
+            }
+        }
+        if (second) {
+            S2D_UNROLL
+            for (int g = 0; g < GROUPS; ++g) __builtin_prefetch(next + g * bytes, 0, 2);
+            w += 64;
+            next += step;
         }
     }
-    alignas(64) float sums[LANES];
+    alignas(64) float out[LANES];
     for (int g = 0; g < GROUPS; ++g) {
-        const V scale = load(reinterpret_cast<const float*>(w + g * bytes));
         for (int r = 0; r < ROWS; ++r) {
-            store(sums, mul(total[r][g], mul(scale, spread(p.q.scales[(row + r) * p.q.stride]))));
-            finish(p, row + r, group + g, sums);
+            store(out, total[r][g]);
+            finish(p, row + r, group + g, out);
         }
     }
 }

@@ -4,13 +4,15 @@
 // or to a pair of inputs (bfloat16) are adjacent, 64 bytes, so that a weight is one sequential stream:
 //   float32   [group][k][16]
 //   bfloat16  [group][k / 2][16][2]      the even input in the low half of each 32-bit word
-//   int8      [group][k / 4][16][4]      in the order 0, 2, 1, 3; then the 16 outputs' scales in float32
+//   int8      [group][k / 64]: [16][16][4], a quadruple of inputs an output, stored plus 128; then 16 scales in float32
+//   packed    [group]: bfloat16 in 12 bits a value, see packed.h
 // A 32-bit word of bfloat16 expands to its even value by a shift and to its odd value by a mask.
 //
-// int8 weights are symmetric, -127..127 with one scale an output. Rows of inputs are quantised on the way, symmetric
-// in 16 bits with one scale a row (in 8 bits the outliers of a row drown the rest of it, and the multipliers of AVX2
-// take pairs of 16 bits anyway). The sum over SPAN inputs is an exact integer, so that its order does not matter;
-// spans are added in float32, first to last: every instruction set gives the same bits.
+// int8 values are symmetric, -127..127: weights with one scale for 64 inputs of an output (UNIT), rows of inputs, which
+// are quantised on the way, with one for 32 (PART). The products of a part add up to an exact integer, so that their
+// order does not matter; parts and units are added in float32, first to last, each product and each sum rounded by
+// itself: every instruction set gives the same bits. Weights plus 128 are unsigned bytes, as the byte products of VNNI
+// want them; sums begin at -128 times the sum of the part's inputs instead of zero.
 //
 // Every product sums over k = 0, 1, 2, ... into one float32 accumulator per output, whatever the number of rows:
 // the bits of an output row do not depend on the other rows, on the tile that computed it or on the thread.
@@ -25,25 +27,45 @@ constexpr int64_t BLOCK = 32;       // KV slots a block
 constexpr int64_t MAX_GROUP = 64;   // query heads a KV head
 constexpr int64_t MAX_TOP = 32;     // best entries a row that topk returns
 
-constexpr int64_t SPAN = 512;       // inputs whose products fit 32 bits: 512 * 127 * 32767 < 2^31
-constexpr float TINY = 1e-30f;      // a row (or weights of an output) of nothing greater quantises to zeros
+constexpr int64_t UNIT = 64;        // inputs that share a scale of int8 weights
+constexpr int64_t PART = 32;        // inputs of a row that share a scale, half a unit
+constexpr float TINY = 1e-30f;      // inputs or weights of one scale, none greater than this, quantise to zeros
 
-enum class Format : int32_t { float32, bf16, int8 };
+enum class Format : int32_t { float32, bf16, int8, packed };
+
+// Packed weights (see packed.h): chunks of 8 inputs, then the table of the group and its exceptions.
+constexpr int64_t CHUNK_BYTES = 192;
+constexpr int64_t chunks(int64_t k) { return (k + 7) / 8; }
+constexpr int64_t most_exceptions(int64_t k) { return (k + 1023) / 1024 * 16; }
+
+constexpr int64_t UNIT_BYTES = (UNIT / 4 + 1) * 64;  // of one output group
+constexpr int64_t units(int64_t k) { return (k + UNIT - 1) / UNIT; }
 
 // Bytes of one output group over k inputs.
 constexpr int64_t group_bytes(int64_t k, Format format) {
     switch (format) {
         case Format::bf16: return (k + 1) / 2 * 64;
-        case Format::int8: return ((k + 3) / 4 + 1) * 64;
+        case Format::int8: return units(k) * UNIT_BYTES;
+        case Format::packed: return chunks(k) * CHUNK_BYTES + (32 + most_exceptions(k) * 6 + 63) / 64 * 64;
         default: return k * 64;
     }
 }
-// Rows of quantised inputs.
-struct Quantized {
-    const int16_t* values;
-    int64_t ld;  // from a row to the next, at least k rounded up to a multiple of 4
-    const float* scales;
-    int64_t stride;  // from a row's scale to the next
+
+// Inputs that a product takes in another form than float32, a row after the other.
+//   int8      the scales of the row's parts, what their sums begin at (int32), then, on a cache line, the values, as
+//             bytes or 16 bits wide and in an order that suits the instruction set; whole units, zeros at the end
+//   packed    bfloat16, whole chunks, zeros at the end
+constexpr int64_t values_at(int64_t k) { return (units(k) * (UNIT / PART) * 8 + 63) / 64 * 64; }
+constexpr int64_t converted_bytes(int64_t k, Format format) {
+    switch (format) {
+        case Format::int8: return values_at(k) + units(k) * UNIT * 2;
+        case Format::packed: return (chunks(k) * 16 + 63) / 64 * 64;
+        default: return 0;
+    }
+}
+struct Converted {
+    const char* rows;
+    int64_t bytes;  // from a row to the next
 };
 
 enum class Epilogue { store, add, scale_add };
@@ -66,7 +88,7 @@ struct Product {
     const float* bias;
     const float* row_scale;
     Epilogue epilogue;
-    Quantized q = {};  // read instead of x where the weights are int8
+    Converted converted = {};  // read instead of x for the formats that have it
 };
 
 // Attention of the query heads of one KV head, one token: softmax(q K^T * scale) V over keys 0..keys-1, as an
@@ -88,10 +110,11 @@ struct Attention {
 
 struct Kernels {
     const char* name;
+    bool packs;  // whether it has products over packed weights
     void (*product)(const Product&);
-    // A row of k inputs for products with int8 weights, filled up with zeros to a multiple of 4. Returns its scale,
-    // NaN where the row holds an infinity or NaN.
-    float (*quantize)(const float* x, int64_t k, int16_t* values);
+    // A row of k inputs as `format` wants them (see Converted). In int8, parts that hold an infinity or NaN get the
+    // scale NaN.
+    void (*convert)(const float* x, int64_t k, Format format, char* row);
     void (*attention)(const Attention&);
     // out = x / sqrt(mean(x^2) + eps) * weight over n (a multiple of 16) values; out may be x.
     void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* out);
@@ -112,6 +135,7 @@ const Kernels& plain_kernels();
 #if defined(__x86_64__)
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
+const Kernels& avx512_bf16_kernels();
 const Kernels& amx_kernels();
 #endif
 

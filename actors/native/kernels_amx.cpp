@@ -1,4 +1,4 @@
-// The kernels for AMX: products of bfloat16 and int8 on tiles (tiles_impl.h), everything else as for AVX-512.
+// The kernels for AMX: bfloat16 on tiles (tiles_impl.h), everything else as for AVX-512.
 #if defined(__x86_64__)
 #include <immintrin.h>
 #include <math.h>
@@ -14,10 +14,10 @@
 #endif
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,amx-tile,amx-bf16,amx-int8,avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,amx-tile,amx-bf16,avx2,fma"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,amx-tile,amx-bf16,amx-int8,avx2,fma")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,amx-tile,amx-bf16,avx2,fma")
 #endif
 
 namespace s2d {

@@ -64,21 +64,33 @@ inline bool any_greater(V v, float x) {
                                            _mm256_cmp_ps(v.b, limit, _CMP_GT_OQ))) != 0;
 }
 
-// 16 integers, and weights as 8 outputs times 2 inputs of 16 bits.
+// 16 integers, and weights as 8 outputs times inputs 0 and 2, 1 and 3, in 16 bits.
 struct I {
     static constexpr int PARTS = 2;
     __m256i part[PARTS];
 };
-typedef __m256i Pairs;
+typedef int16_t Input;
+struct Quads {
+    __m256i even, odd;
+};
 
-inline I integers() { return I{{_mm256_setzero_si256(), _mm256_setzero_si256()}}; }
-inline Pairs low_pairs(const char* p, int part) {
-    return _mm256_srai_epi16(_mm256_slli_epi16(words(p + 32 * part), 8), 8);
+inline I integers(int32_t x) { return I{{_mm256_set1_epi32(x), _mm256_set1_epi32(x)}}; }
+inline void arrange(const Input* from, Input* to) {
+    for (int i = 0; i < PART; i += 4) {
+        to[i] = from[i];
+        to[i + 1] = from[i + 2];
+        to[i + 2] = from[i + 1];
+        to[i + 3] = from[i + 3];
+    }
 }
-inline Pairs high_pairs(const char* p, int part) { return _mm256_srai_epi16(words(p + 32 * part), 8); }
-inline void dot(I& acc, int part, const int16_t* x, Pairs w) {
-    const __m256i two = _mm256_castps_si256(_mm256_broadcast_ss(reinterpret_cast<const float*>(x)));
-    acc.part[part] = _mm256_add_epi32(acc.part[part], _mm256_madd_epi16(two, w));
+inline Quads quads(const char* p, int part) {
+    const __m256i w = words(p + 32 * part);
+    return Quads{_mm256_and_si256(w, _mm256_set1_epi16(255)), _mm256_srli_epi16(w, 8)};
+}
+inline __m256i two(const Input* x) { return _mm256_castps_si256(_mm256_broadcast_ss(reinterpret_cast<const float*>(x))); }
+inline void dot(I& acc, int part, const Input* x, Quads w) {
+    const __m256i even = _mm256_madd_epi16(two(x), w.even), odd = _mm256_madd_epi16(two(x + 2), w.odd);
+    acc.part[part] = _mm256_add_epi32(_mm256_add_epi32(acc.part[part], even), odd);
 }
 inline V to_float(I sum) { return V{_mm256_cvtepi32_ps(sum.part[0]), _mm256_cvtepi32_ps(sum.part[1])}; }
 

@@ -96,20 +96,26 @@ struct I {
     static constexpr int PARTS = 1;
     int32_t lane[16];
 };
-struct Pairs {
-    int16_t value[32];
+typedef int16_t Input;
+struct Quads {
+    int16_t value[64];
 };
 
-inline I integers() { return I{}; }
-inline Pairs pairs(const char* p) {
-    Pairs w;
-    for (int i = 0; i < 32; ++i) w.value[i] = static_cast<signed char>(p[2 * i]);
+inline I integers(int32_t x) {
+    I sum;
+    for (int i = 0; i < 16; ++i) sum.lane[i] = x;
+    return sum;
+}
+inline void arrange(const Input* from, Input* to) { memcpy(to, from, PART * sizeof *to); }
+inline Quads quads(const char* p, int) {
+    Quads w;
+    for (int i = 0; i < 64; ++i) w.value[i] = static_cast<unsigned char>(p[i]);
     return w;
 }
-inline Pairs low_pairs(const char* p, int) { return pairs(p); }
-inline Pairs high_pairs(const char* p, int) { return pairs(p + 1); }
-inline void dot(I& acc, int, const int16_t* x, const Pairs& w) {
-    for (int i = 0; i < 16; ++i) acc.lane[i] += x[0] * w.value[2 * i] + x[1] * w.value[2 * i + 1];
+inline void dot(I& acc, int, const Input* x, const Quads& w) {
+    for (int i = 0; i < 16; ++i) {
+        for (int j = 0; j < 4; ++j) acc.lane[i] += x[j] * w.value[4 * i + j];
+    }
 }
 inline V to_float(const I& sum) {
     float values[16];

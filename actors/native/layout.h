@@ -78,8 +78,6 @@ private:
 
 inline int64_t groups_of(int64_t n) { return (n + LANES - 1) / LANES; }
 inline int64_t matrix_bytes(int64_t n, int64_t k, Format format) { return groups_of(n) * group_bytes(k, format); }
-// Bytes of a row of k quantised inputs, whole cache lines.
-inline int64_t quantized_bytes(int64_t k) { return (k + 31) / 32 * 64; }
 
 // The part of `count` things that a thread of a team works on.
 inline void share(int64_t count, int thread, int threads, int64_t& begin, int64_t& end) {
@@ -115,34 +113,23 @@ inline void convert(float x, uint16_t& to) { to = to_bf16(x); }
 inline float widen(float x) { return x; }
 inline float widen(uint16_t x) { return from_bf16(x); }
 
-// The same for int8: values rounded to the nearest multiple of their output's scale.
+// The same for int8: values rounded to the nearest multiple of the scale of their unit and output.
 template <typename T>
 void quantize_group(const T* rows, int64_t n, int64_t k, int64_t first_row, char* out) {
-    float* scales = reinterpret_cast<float*>(out + group_bytes(k, Format::int8) - 64);
     for (int64_t lane = 0; lane < LANES && first_row + lane < n; ++lane) {
-        const T* row = rows + (first_row + lane) * k;
-        float top = 0.0f;
-        for (int64_t i = 0; i < k; ++i) top = fmaxf(top, fabsf(widen(row[i])));
-        if (!(top >= TINY)) continue;  // zeros
-        scales[lane] = top / 127.0f;
-        const float factor = 127.0f / top;
-        for (int64_t i = 0; i < k; ++i) {
-            const int64_t at = i % 4 == 1 ? 2 : i % 4 == 2 ? 1 : i % 4;
-            out[(i / 4 * LANES + lane) * 4 + at] = static_cast<char>(lrintf(widen(row[i]) * factor));
+        for (int64_t first = 0; first < k; first += UNIT) {
+            const T* row = rows + (first_row + lane) * k + first;
+            const int64_t count = k - first < UNIT ? k - first : UNIT;
+            char* unit = out + first / UNIT * UNIT_BYTES;
+            float top = 0.0f;
+            for (int64_t i = 0; i < count; ++i) top = fmaxf(top, fabsf(widen(row[i])));
+            if (!(top >= TINY)) continue;  // the scale stays zero
+            reinterpret_cast<float*>(unit + UNIT_BYTES - 64)[lane] = top / 127.0f;
+            const float factor = 127.0f / top;
+            for (int64_t i = 0; i < count; ++i) {
+                unit[(i / 4 * LANES + lane) * 4 + i % 4] = static_cast<char>(lrintf(widen(row[i]) * factor) + 128);
+            }
         }
-    }
-}
-
-// Writes one group of a blocked matrix in any format, from rows of float32 or bfloat16 bits (those are kept as
-// they are, or quantised).
-inline void put_group(const void* rows, bool bf16, int64_t n, int64_t k, int64_t first_row, Format format, char* out) {
-    if (format == Format::int8) {
-        if (bf16) quantize_group(static_cast<const uint16_t*>(rows), n, k, first_row, out);
-        else quantize_group(static_cast<const float*>(rows), n, k, first_row, out);
-    } else if (bf16) {
-        block_group(static_cast<const uint16_t*>(rows), n, k, first_row, reinterpret_cast<uint16_t*>(out));
-    } else {
-        block_group(static_cast<const float*>(rows), n, k, first_row, reinterpret_cast<float*>(out));
     }
 }
 

@@ -1,8 +1,8 @@
 """Loading the native CPU core: a shared library with a plain C interface, called through ctypes.
 
 ctypes releases the interpreter lock during a call. Building the core is optional; `unavailable_reason` says
-why it is not there. The environment variable S2D_NATIVE_ISA (plain, avx2, avx512 or amx) forces an
-instruction set, which is otherwise the widest that the machine has.
+why it is not there. The environment variable S2D_NATIVE_ISA (plain, avx2, avx512, avx512_bf16 or amx) forces
+an instruction set, which is otherwise the widest that the machine has.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 ISA_VARIABLE = "S2D_NATIVE_ISA"
-ISA_CODES = {"auto": 0, "plain": 1, "avx2": 2, "avx512": 3, "amx": 4}
+FORMAT_CODES = {"float32": 0, "bfloat16": 1, "int8": 2, "packed": 3}
+"""How weights are kept (`Format` in kernels.h); packed is bfloat16 in fewer bytes."""
+ISA_CODES = {"auto": 0, "plain": 1, "avx2": 2, "avx512": 3, "amx": 4, "avx512_bf16": 5}
 MAX_TOP = 32
 """Most entries a row that `NativeLibrary.topk` returns."""
 
@@ -49,7 +51,7 @@ class Shape(ctypes.Structure):
         ),
         ("bf16", c_int32),
         ("tied", c_int32),
-        ("int8", c_int32),
+        ("weights", c_int32),
         ("eps", c_float),
     )
 
@@ -72,6 +74,7 @@ class Batch(ctypes.Structure):
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "s2d_abi_version": (c_int32, ()),
     "s2d_isa_name": (c_char_p, (c_int32,)),
+    "s2d_packs": (c_int32, (c_int32,)),
     "s2d_create": (c_void_p, (POINTER(Shape), c_int32, c_int32)),
     "s2d_destroy": (None, (c_void_p,)),
     "s2d_set_matrix": (c_int32, (c_void_p, c_int64, c_int64, c_void_p)),
@@ -127,6 +130,8 @@ class NativeLibrary:
         if name is None:
             raise NativeUnavailableError(f"this machine has no {isa}")
         self.isa: str = name.decode()
+        self.packs = bool(self.c.s2d_packs(self.isa_code))
+        """Whether it has products over packed bfloat16 weights (actors/native/packed.h)."""
 
     def gumbel(self, key: int, position: int, stream: int, ids: Tensor | None, out: Tensor) -> None:
         """Position-keyed Gumbel noise of `actors.sampling.noise` into `out` (float32, any shape): of tokens

@@ -27,13 +27,15 @@ Linear::Linear(const void* rows, bool bf16, const float* bias, int64_t n, int64_
       k_(k),
       weights_(static_cast<size_t>(matrix_bytes(n, k, format)) + Arena::round(static_cast<size_t>(n) * sizeof(float))),
       matrix_(weights_.take<char>(static_cast<size_t>(matrix_bytes(n, k, format)))) {
+    std::atomic<bool> fits{format != Format::packed || (bf16 && kernels.packs)};
     pool_->parallel([&](int thread, int threads_) {
         int64_t begin, end;
         share(groups_of(n), thread, threads_, begin, end);
-        for (int64_t g = begin; g < end; ++g) {
-            put_group(rows, bf16, n, k, g * LANES, format, matrix_ + g * group_bytes(k, format));
+        for (int64_t g = begin; g < end && fits; ++g) {
+            if (!put_group(rows, bf16, n, k, g * LANES, format, matrix_ + g * group_bytes(k, format))) fits = false;
         }
     });
+    usable_ = fits;
     if (bias) {
         bias_ = weights_.take<float>(static_cast<size_t>(n) * sizeof(float));
         std::copy(bias, bias + n, bias_);
@@ -42,24 +44,19 @@ Linear::Linear(const void* rows, bool bf16, const float* bias, int64_t n, int64_
 
 void Linear::run(const float* x, int64_t rows, float* y) const {
     if (rows == 0) return;
-    const int64_t ld = quantized_bytes(k_) / 2;
+    const int64_t bytes = converted_bytes(k_, format_);
     Scratch buffer;
-    int16_t* values = nullptr;
-    float* scales = nullptr;
-    if (format_ == Format::int8) {
-        scales = buffer.reserve(rows * (1 + ld / 2));
-        values = reinterpret_cast<int16_t*>(scales + rows);
-    }
+    char* const converted = bytes ? reinterpret_cast<char*>(buffer.reserve(rows * bytes / 4)) : nullptr;
     pool_->parallel([&](int thread, int threads) {
         int64_t begin, end;
-        if (format_ == Format::int8) {
+        if (converted) {
             share(rows, thread, threads, begin, end);
-            for (int64_t r = begin; r < end; ++r) scales[r] = kernels_.quantize(x + r * k_, k_, values + r * ld);
+            for (int64_t r = begin; r < end; ++r) kernels_.convert(x + r * k_, k_, format_, converted + r * bytes);
             pool_->barrier();
         }
         share(groups_of(n_), thread, threads, begin, end);
         kernels_.product({x, k_, rows, matrix_, group_bytes(k_, format_), format_, k_, n_, begin, end, y, n_, bias_,
-                          nullptr, Epilogue::store, {values, ld, scales, 1}});
+                          nullptr, Epilogue::store, {converted, bytes}});
     });
 }
 

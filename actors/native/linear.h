@@ -5,7 +5,7 @@
 #include <memory>
 #include <mutex>
 
-#include "layout.h"
+#include "packed.h"
 #include "pool.h"
 
 namespace s2d {
@@ -15,6 +15,8 @@ public:
     Linear(const void* rows, bool bf16, const float* bias, int64_t n, int64_t k, Format format, int threads,
            const Kernels& kernels);
 
+    // false where the weights cannot be packed as asked; the matrix is then of no use
+    bool usable() const { return usable_; }
     void run(const float* x, int64_t rows, float* y) const;
 
 private:
@@ -25,6 +27,7 @@ private:
     Arena weights_;
     char* matrix_;
     float* bias_ = nullptr;
+    bool usable_ = true;
 };
 
 }  // namespace s2d

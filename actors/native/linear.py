@@ -11,19 +11,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from actors.native.library import NativeLibrary, load_library, pointer
+from actors.native.library import FORMAT_CODES, NativeLibrary, load_library, pointer
 
-LinearFormat = Literal["float32", "bfloat16", "int8"]
-_FORMATS: dict[LinearFormat, int] = {"float32": 0, "bfloat16": 1, "int8": 2}
+LinearFormat = Literal["float32", "bfloat16", "int8", "packed"]
 
 
 class NativeLinear:
-    """y = x W^T + b over a weight in the core's blocked layout.
+    """y = x W^T + b over a weight in the core's blocked layout, bfloat16 packed where that
+    is possible (see packed.h).
 
     Args:
         weight: [N, K], float32 or bfloat16; copied.
         bias: [N] or None; copied.
-        int8: quantise the weight (one scale an output) and the inputs (see kernels.h) to int8.
+        int8: quantise the weight and the inputs (see kernels.h) to int8.
         threads: of a product; None takes as many as torch uses now. Linears of one thread count share a team.
         isa: instruction set (see `load_library`).
 
@@ -48,22 +48,27 @@ class NativeLinear:
         if weight.dtype not in (torch.float32, torch.bfloat16) or weight.dim() != 2:
             raise ValueError(f"a weight must be float32 or bfloat16 [N, K], not {weight.dtype}")
         self._outputs, self._inputs = weight.shape
-        self.format: LinearFormat = (
-            "int8" if int8 else "bfloat16" if weight.dtype == torch.bfloat16 else "float32"
-        )
+        stored: LinearFormat = "bfloat16" if weight.dtype == torch.bfloat16 else "float32"
+        wanted: tuple[LinearFormat, ...] = ("int8",) if int8 else (stored,)
+        if wanted == ("bfloat16",) and self._library.packs:
+            wanted = ("packed", "bfloat16")
         weight = weight.detach().contiguous()
         bias = None if bias is None else bias.detach().float().contiguous()
-        handle = self._library.c.s2d_linear_create(
-            pointer(weight, weight.dtype),
-            weight.dtype == torch.bfloat16,
-            None if bias is None else pointer(bias, torch.float32),
-            self._outputs,
-            self._inputs,
-            _FORMATS[self.format],
-            torch.get_num_threads() if threads is None else threads,
-            self._library.isa_code,
-        )
-        if not handle:
+        self.format: LinearFormat
+        for self.format in wanted:
+            handle = self._library.c.s2d_linear_create(
+                pointer(weight, weight.dtype),
+                weight.dtype == torch.bfloat16,
+                None if bias is None else pointer(bias, torch.float32),
+                self._outputs,
+                self._inputs,
+                FORMAT_CODES[self.format],
+                torch.get_num_threads() if threads is None else threads,
+                self._library.isa_code,
+            )
+            if handle:
+                break
+        else:
             raise MemoryError("no memory for a blocked weight, or no thread could be started")
         self._handle: int = handle
         weakref.finalize(self, _destroy, self._library, handle)
@@ -78,7 +83,7 @@ class NativeLinear:
             self._handle, pointer(x, torch.float32), x.shape[0], out.data_ptr()
         )
         if status != 0:
-            raise MemoryError("no memory for quantised inputs")
+            raise MemoryError("no memory for converted inputs")
         return out
 
 

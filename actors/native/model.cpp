@@ -10,29 +10,26 @@ namespace {
 constexpr int64_t CHUNK = 512;  // rows worked on at a time: bounds the scratch memory
 constexpr int64_t FEW = 8;      // rows up to which repeating a norm on each thread costs less than a barrier
 
-// A row of quantised inputs: its scale in a cache line, then the values, with room for the widest of the model.
-constexpr int64_t VALUES_AT = 16;
-int64_t quantized_floats(const Shape& s) { return VALUES_AT + quantized_bytes(s.widest()) / 4; }
+int64_t converted_floats(const Shape& s) { return converted_bytes(s.widest(), s.format()) / 4; }  // of the widest inputs
 
 }  // namespace
 
-// Rows begin..end-1 of x, where the weights are int8.
-void Model::quantize(const float* x, int64_t k, int64_t begin, int64_t end, float* to) const {
-    if (!shape_.int8) return;
-    const int64_t ld = quantized_floats(shape_);
+// Rows begin..end-1 of x, in the form that the weights' format takes.
+void Model::convert(const float* x, int64_t k, int64_t begin, int64_t end, float* to) const {
+    if (!shape_.converts()) return;
+    const int64_t ld = converted_floats(shape_);
     for (int64_t r = begin; r < end; ++r) {
-        float* row = to + r * ld;
-        *row = kernels_.quantize(x + r * k, k, reinterpret_cast<int16_t*>(row + VALUES_AT));
+        kernels_.convert(x + r * k, k, shape_.format(), reinterpret_cast<char*>(to + r * ld));
     }
 }
 
-// Contiguous x [rows, k] or its quantised rows, times groups begin..end-1 of w, into y [rows, n].
-void Model::multiply(const float* x, int64_t rows, const float* quantized, const char* w, int64_t n, int64_t k,
+// Contiguous x [rows, k] or its converted rows, times groups begin..end-1 of w, into y [rows, n].
+void Model::multiply(const float* x, int64_t rows, const float* converted, const char* w, int64_t n, int64_t k,
                      int64_t begin, int64_t end, float* y, const float* bias, Epilogue epilogue) const {
     const Format format = shape_.format();
-    const int64_t ld = quantized_floats(shape_);
+    const int64_t bytes = converted_floats(shape_) * 4;
     kernels_.product({x, k, rows, w, group_bytes(k, format), format, k, n, begin, end, y, n, bias, nullptr, epilogue,
-                      {reinterpret_cast<const int16_t*>(quantized + VALUES_AT), ld * 2, quantized, ld}});
+                      {reinterpret_cast<const char*>(converted), bytes}});
 }
 
 template <typename T>
@@ -43,7 +40,7 @@ void Model::embed_rows(const int64_t* ids, int64_t begin, int64_t end, float* ou
         const int64_t id = ids[r];
         float* to = out + r * hidden;
         if (shape_.tied) {
-            const T* group = reinterpret_cast<const T*>(head_ + id / LANES * group_bytes(hidden, shape_.stored()));
+            const T* group = reinterpret_cast<const T*>(head_ + id / LANES * group_bytes(hidden, shape_.format()));
             for (int64_t i = 0; i < hidden; ++i) {
                 to[i] = widen(group[(i / PER_WORD * LANES + id % LANES) * PER_WORD + i % PER_WORD]);
             }
@@ -78,17 +75,17 @@ Status Model::logits(const float* hidden, int64_t rows, float* out) {
     const Shape& s = shape_;
     if (rows == 0) return OK;
     float* normed = work_.normed.reserve(rows * s.hidden);
-    float* quantized = s.int8 ? work_.quantized.reserve(rows * quantized_floats(s)) : normed;
+    float* converted = s.converts() ? work_.converted.reserve(rows * converted_floats(s)) : normed;
     pool_.parallel([&](int thread, int threads) {
         int64_t begin, end;
         share(rows, thread, threads, begin, end);
         for (int64_t r = begin; r < end; ++r) {
             kernels_.rms_norm(hidden + r * s.hidden, final_norm_, s.eps, s.hidden, normed + r * s.hidden);
         }
-        quantize(normed, s.hidden, begin, end, quantized);
+        convert(normed, s.hidden, begin, end, converted);
         pool_.barrier();
         share(groups_of(s.vocab), thread, threads, begin, end);
-        multiply(normed, rows, quantized, head_, s.vocab, s.hidden, begin, end, out, nullptr, Epilogue::store);
+        multiply(normed, rows, converted, head_, s.vocab, s.hidden, begin, end, out, nullptr, Epilogue::store);
     });
     return OK;
 }
@@ -130,9 +127,9 @@ Status Model::run_layers(float* hidden, int64_t first, int64_t last, const Batch
     const int64_t rows = std::min(batch.tokens, CHUNK);
     work_.normed.reserve(rows * s.hidden);
     for (Scratch& own : own_normed_) own.reserve(FEW * s.hidden);
-    if (s.int8) {
-        work_.quantized.reserve(rows * quantized_floats(s));
-        for (Scratch& own : own_quantized_) own.reserve(FEW * quantized_floats(s));
+    if (s.converts()) {
+        work_.converted.reserve(rows * converted_floats(s));
+        for (Scratch& own : own_converted_) own.reserve(FEW * converted_floats(s));
     }
     work_.qkv.reserve(rows * s.qkv());
     work_.attended.reserve(rows * s.heads * s.head_dim);
@@ -159,37 +156,39 @@ void Model::run_chunk(float* hidden, int64_t first, int64_t last, int64_t at, in
     float *gate_up = work_.gate_up.data(), *active = work_.active.data();
     pool_.parallel([&](int thread, int threads) {
         const bool few = rows <= FEW;
-        const bool by_head = few && (rows == 1 || s.kv_heads >= threads);
+        const bool by_head = few && (rows == 1 || s.kv_heads % threads == 0);
         int64_t row0 = 0, row1 = rows, begin, end;
         float* normed = few ? own_normed_[static_cast<size_t>(thread)].data() : work_.normed.data();
-        Scratch& held = few ? own_quantized_[static_cast<size_t>(thread)] : work_.quantized;
-        float* quantized = s.int8 ? held.data() : normed;
+        Scratch& held = few ? own_converted_[static_cast<size_t>(thread)] : work_.converted;
+        float* converted = s.converts() ? held.data() : normed;
         if (!few) share(rows, thread, threads, row0, row1);
         const auto norm = [&](const float* weight) {
             for (int64_t r = row0; r < row1; ++r) {
                 kernels_.rms_norm(hidden + r * s.hidden, weight, s.eps, s.hidden, normed + r * s.hidden);
             }
-            quantize(normed, s.hidden, row0, row1, quantized);
+            convert(normed, s.hidden, row0, row1, converted);
             if (!few) pool_.barrier();
         };
         const auto read = [&](const float* x, int64_t k) {  // what another thread may have written
-            quantize(x, k, row0, row1, quantized);
-            if (s.int8 && !few) pool_.barrier();
+            convert(x, k, row0, row1, converted);
+            if (s.converts() && !few) pool_.barrier();
         };
-        const auto each_head = [&](auto&& body) {  // all rows of a head on one thread, or rows and heads in turn
+        const auto each_head = [&](auto&& body) {  // all rows of a head on one thread, or every so many of each head
             if (by_head) {
                 for (int64_t head = thread; head < s.kv_heads; head += threads) {
                     for (int64_t row = 0; row < rows; ++row) body(row, head);
                 }
             } else {
-                for (int64_t u = thread; u < rows * s.kv_heads; u += threads) body(u / s.kv_heads, u % s.kv_heads);
+                for (int64_t head = 0; head < s.kv_heads; ++head) {
+                    for (int64_t row = (thread + head) % threads; row < rows; row += threads) body(row, head);
+                }
             }
         };
         for (int64_t l = first; l < last; ++l) {
             const Layer& w = layers_[static_cast<size_t>(l)];
             norm(w.input_norm);
             share(groups_of(s.qkv()), thread, threads, begin, end);
-            multiply(normed, rows, quantized, w.qkv, s.qkv(), s.hidden, begin, end, qkv, w.bias, Epilogue::store);
+            multiply(normed, rows, converted, w.qkv, s.qkv(), s.hidden, begin, end, qkv, w.bias, Epilogue::store);
             pool_.barrier();
             each_head([&](int64_t row, int64_t head) {
                 write_kv(l, row, head, tokens_[static_cast<size_t>(at + row)]);
@@ -199,11 +198,11 @@ void Model::run_chunk(float* hidden, int64_t first, int64_t last, int64_t at, in
             pool_.barrier();
             read(attended, query);
             share(groups_of(s.hidden), thread, threads, begin, end);
-            multiply(attended, rows, quantized, w.o, s.hidden, query, begin, end, hidden, nullptr, Epilogue::add);
+            multiply(attended, rows, converted, w.o, s.hidden, query, begin, end, hidden, nullptr, Epilogue::add);
             pool_.barrier();
             norm(w.post_norm);
             share(inner / LANES, thread, threads, begin, end);
-            multiply(normed, rows, quantized, w.gate_up, 2 * inner, s.hidden, 2 * begin, 2 * end, gate_up, nullptr,
+            multiply(normed, rows, converted, w.gate_up, 2 * inner, s.hidden, 2 * begin, 2 * end, gate_up, nullptr,
                      Epilogue::store);
             for (int64_t r = 0; r < rows; ++r) {
                 kernels_.silu_mul(gate_up + r * 2 * inner + 2 * begin * LANES, (end - begin) * LANES,
@@ -212,7 +211,7 @@ void Model::run_chunk(float* hidden, int64_t first, int64_t last, int64_t at, in
             pool_.barrier();
             read(active, inner);
             share(groups_of(s.hidden), thread, threads, begin, end);
-            multiply(active, rows, quantized, w.down, s.hidden, inner, begin, end, hidden, nullptr, Epilogue::add);
+            multiply(active, rows, converted, w.down, s.hidden, inner, begin, end, hidden, nullptr, Epilogue::add);
             pool_.barrier();
         }
     });

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "layout.h"
+#include "packed.h"
 #include "pool.h"
 
 namespace s2d {
@@ -19,16 +19,17 @@ enum Status : int32_t {
     BAD_SLOT = 6,
     BAD_RANGE = 7,
     NO_MEMORY = 8,
+    NOT_PACKABLE = 9,
 };
 
 struct Shape {
     int64_t layers, hidden, heads, kv_heads, head_dim, intermediate, vocab, blocks, max_position;
     int32_t bf16, tied;  // bf16: KV pool and embedding table, and what weights come in
-    int32_t int8;        // weights of all products, the head's included; the embedding is then not tied
+    int32_t weights;     // a Format: of all products, the head's included; tied only in the form they come in
     float eps;
 
-    Format format() const { return int8 ? Format::int8 : stored(); }
-    Format stored() const { return bf16 ? Format::bf16 : Format::float32; }
+    Format format() const { return static_cast<Format>(weights); }
+    bool converts() const { return converted_bytes(1, format()) > 0; }
     int64_t widest() const { return std::max({hidden, heads * head_dim, intermediate}); }  // input of a product
     int64_t qkv() const { return (heads + 2 * kv_heads) * head_dim; }
 };
@@ -58,7 +59,7 @@ class Model {
 public:
     Model(const Shape& shape, int threads, const Kernels& kernels);
 
-    void set_matrix(int64_t layer, int64_t which, const void* rows);
+    Status set_matrix(int64_t layer, int64_t which, const void* rows);
     void set_vector(int64_t layer, int64_t which, const float* values);
     void set_table(const void* rows) { table_ = rows; }
 
@@ -71,7 +72,7 @@ public:
 
 private:
     struct Work {
-        Scratch normed, qkv, attended, gate_up, active, quantized;
+        Scratch normed, qkv, attended, gate_up, active, converted;
     };
 
     Status prepare(const Batch& batch);
@@ -79,8 +80,8 @@ private:
     void write_kv(int64_t layer, int64_t row, int64_t head, const Token& token);
     void attend(int64_t layer, int64_t row, int64_t head, int64_t at, int thread, const Batch& batch);
     const char* assemble(const Token& token, int64_t packed, char* pool, int thread, const Batch& batch);
-    void quantize(const float* x, int64_t k, int64_t begin, int64_t end, float* to) const;
-    void multiply(const float* x, int64_t rows, const float* quantized, const char* w, int64_t n, int64_t k,
+    void convert(const float* x, int64_t k, int64_t begin, int64_t end, float* to) const;
+    void multiply(const float* x, int64_t rows, const float* converted, const char* w, int64_t n, int64_t k,
                   int64_t begin, int64_t end, float* y, const float* bias, Epilogue epilogue) const;
     template <typename T>
     void embed_rows(const int64_t* ids, int64_t begin, int64_t end, float* out) const;
@@ -101,7 +102,7 @@ private:
     Work work_;
     std::vector<Token> tokens_;
     std::vector<std::vector<int64_t>> paths_;  // a thread's list of the entries of this pass a token sees
-    std::vector<Scratch> tails_, own_normed_, own_quantized_;  // of a thread
+    std::vector<Scratch> tails_, own_normed_, own_converted_;  // of a thread
 };
 
 }  // namespace s2d

@@ -31,29 +31,32 @@ Model::Model(const Shape& shape, int threads, const Kernels& kernels)
       paths_(static_cast<size_t>(pool_.threads())),
       tails_(static_cast<size_t>(pool_.threads())),
       own_normed_(static_cast<size_t>(pool_.threads())),
-      own_quantized_(static_cast<size_t>(pool_.threads())) {}
+      own_converted_(static_cast<size_t>(pool_.threads())) {}
 
 // which: 0 qkv, 1 o, 2 gate_up, 3 down, 4 head.
-void Model::set_matrix(int64_t layer, int64_t which, const void* rows) {
+Status Model::set_matrix(int64_t layer, int64_t which, const void* rows) {
     const Shape& s = shape_;
     const int64_t n = which == 0 ? s.qkv() : which == 2 ? 2 * s.intermediate : which == 4 ? s.vocab : s.hidden;
     const int64_t k = which == 1 ? s.heads * s.head_dim : which == 3 ? s.intermediate : s.hidden;
     char* out = weights_.take<char>(static_cast<size_t>(matrix_bytes(n, k, s.format())));
+    std::atomic<bool> fits{s.format() != Format::packed || (s.bf16 && kernels_.packs)};
     pool_.parallel([&](int thread, int threads) {
         int64_t begin, end;
         share(groups_of(n), thread, threads, begin, end);
-        for (int64_t g = begin; g < end; ++g) {
+        for (int64_t g = begin; g < end && fits; ++g) {
             // gate and up groups in turn, so that one thread holds both halves of what it activates
             const int64_t row = (which == 2 ? g % 2 * (n / 2 / LANES) + g / 2 : g) * LANES;
-            put_group(rows, s.bf16 != 0, n, k, row, s.format(), out + g * group_bytes(k, s.format()));
+            if (!put_group(rows, s.bf16 != 0, n, k, row, s.format(), out + g * group_bytes(k, s.format()))) fits = false;
         }
     });
+    if (!fits) return NOT_PACKABLE;
     if (which == 4) {
         head_ = out;
     } else {
         Layer& l = layers_[static_cast<size_t>(layer)];
         (which == 0 ? l.qkv : which == 1 ? l.o : which == 2 ? l.gate_up : l.down) = out;
     }
+    return OK;
 }
 
 // which: 0 input_norm, 1 post_norm, 2 qkv bias, 3 q_norm, 4 k_norm, 5 final_norm, 6 cos table, 7 sin table.

@@ -8,6 +8,9 @@ constexpr int64_t FEW_TILES = 4;
 template <Format F, int ROWS, int GROUPS>
 __attribute__((noinline)) void tile(const Product& p, int64_t row, int64_t group, const char* next, int64_t step) {
     if constexpr (F == Format::int8) return tile_int8<ROWS, GROUPS>(p, row, group, next, step);
+#if defined(S2D_PACKED)
+    if constexpr (F == Format::packed) return tile_packed<ROWS, GROUPS>(p, row, group, next, step);
+#endif
     constexpr bool BF16 = F == Format::bf16;
     V acc[ROWS][GROUPS];
     S2D_UNROLL
@@ -85,7 +88,7 @@ inline void tile_rows(const Product& p, int64_t height, int64_t row, int64_t gro
 template <Format F>
 void product_of(const Product& p) {
 #if defined(S2D_TILES)
-    if (tiled<F>(p.k)) return product_on_tiles<F>(p);
+    if (tiled<F>(p.k)) return product_on_tiles(p);
 #endif
     constexpr int64_t MOST_ROWS = max_rows(F);
     const int64_t tiles = (p.rows + MOST_ROWS - 1) / MOST_ROWS;
@@ -120,6 +123,9 @@ void product(const Product& p) {
         case Format::float32: return product_of<Format::float32>(p);
         case Format::bf16: return product_of<Format::bf16>(p);
         case Format::int8: return product_of<Format::int8>(p);
+        case Format::packed:
+            if constexpr (PACKS) product_of<Format::packed>(p);  // nobody packs for kernels that cannot
+            return;
     }
 }
 

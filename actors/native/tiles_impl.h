@@ -1,10 +1,10 @@
-// Products on the tile registers of AMX: 16 rows of inputs times 16 outputs at once. Blocked weights (see kernels.h)
-// already lie as tiles do: 16 lines of 64 bytes are 16 outputs times 32 inputs in bfloat16, 64 in int8.
+// bfloat16 products on the tile registers of AMX: 16 rows of inputs times 16 outputs at once. Blocked weights (see
+// kernels.h) already lie as tiles do: 16 lines of 64 bytes are 16 outputs times 32 inputs.
 //
-// Inputs keep the precision that the other instruction sets give them, as two tiles each:
-//   bfloat16  x = high + low, both bfloat16: 16 bits of a float32's 24. Each output sums high and low of inputs 0..31,
-//             then 32..63, ... into one float32 accumulator, whatever the number of rows.
-//   int8      q = 256 high + low, high signed, low not: exact, so that the bits are those of the other sets.
+// Inputs are two tiles, high + low, both bfloat16: 16 bits of a float32's 24. Each output sums high and low of inputs
+// 0..31, then 32..63, ... into one float32 accumulator, whatever the number of rows.
+//
+// int8 stays with the byte products of VNNI: a tile would leave its sums to be scaled after every part of 32 inputs.
 //
 // Included by kernels_impl.h after int8_impl.h, where S2D_TILES is defined.
 
@@ -65,31 +65,16 @@ inline void pack_bf16(const float* x, char* high, char* low) {
     _mm512_store_si512(low, to_bf16_pair(_mm512_sub_ps(a, low_floats(rounded)), _mm512_sub_ps(b, high_floats(rounded))));
 }
 
-// 64 quantised inputs of one row, quadruples in the weights' order 0, 2, 1, 3.
-inline void pack_int8(const int16_t* q, char* high, char* low) {
-    const __m256i order = _mm256_set_epi8(15, 13, 14, 12, 11, 9, 10, 8, 7, 5, 6, 4, 3, 1, 2, 0, 15, 13, 14, 12, 11, 9, 10, 8, 7,
-                                          5, 6, 4, 3, 1, 2, 0);
-    for (int part = 0; part < 2; ++part) {
-        const __m512i values = _mm512_loadu_si512(q + 32 * part);
-        const __m256i highs = _mm512_cvtepi16_epi8(_mm512_srai_epi16(values, 8)), lows = _mm512_cvtepi16_epi8(values);
-        _mm256_store_si256(reinterpret_cast<__m256i*>(high + 32 * part), _mm256_shuffle_epi8(highs, order));
-        _mm256_store_si256(reinterpret_cast<__m256i*>(low + 32 * part), _mm256_shuffle_epi8(lows, order));
-    }
-}
+constexpr int64_t CHUNK_INPUTS = 32;
 
-template <Format F>
-constexpr int64_t chunk_inputs() { return F == Format::int8 ? 64 : 32; }
-
-template <Format F>
 char* pack_panel(const Product& p, int64_t first, int64_t rows) {
-    const int64_t chunks = p.k / chunk_inputs<F>();
+    const int64_t chunks = p.k / CHUNK_INPUTS;
     char* const data = packed_rows.reserve((rows + TILE_ROWS - 1) / TILE_ROWS * chunks * 2 * TILE_BYTES);
     if (!data) return nullptr;
     for (int64_t r = 0; r < rows; ++r) {
         char* to = data + r / TILE_ROWS * chunks * 2 * TILE_BYTES + r % TILE_ROWS * 64;
         for (int64_t c = 0; c < chunks; ++c, to += 2 * TILE_BYTES) {
-            if constexpr (F == Format::int8) pack_int8(p.q.values + (first + r) * p.q.ld + c * 64, to, to + TILE_BYTES);
-            else pack_bf16(p.x + (first + r) * p.ldx + c * 32, to, to + TILE_BYTES);
+            pack_bf16(p.x + (first + r) * p.ldx + c * CHUNK_INPUTS, to, to + TILE_BYTES);
         }
     }
     return data;
@@ -105,10 +90,10 @@ char* pack_panel(const Product& p, int64_t first, int64_t rows) {
         }                                                                       \
     } while (0)
 
-// Up to 16 rows times GROUPS output groups in bfloat16.
+// Up to 16 rows times GROUPS output groups.
 template <int GROUPS>
 inline void tiles_bf16(const Product& p, const char* x, int64_t row, int64_t rows, int64_t group, int64_t ahead) {
-    const int64_t bytes = p.group_bytes, chunks = p.k / 32;
+    const int64_t bytes = p.group_bytes, chunks = p.k / CHUNK_INPUTS;
     const char* w = static_cast<const char*>(p.w) + group * bytes;
     _tile_zero(0);
     if constexpr (GROUPS > 1) _tile_zero(1);
@@ -146,89 +131,28 @@ inline void tiles_bf16(const Product& p, const char* x, int64_t row, int64_t row
     }
 }
 
-// The same in int8: sums of high in tiles 0 and 2, of low in 1 and 3.
-template <int GROUPS>
-inline void tiles_int8(const Product& p, const char* x, int64_t row, int64_t rows, int64_t group, int64_t ahead) {
-    static_assert(GROUPS <= 2);
-    constexpr int64_t CHUNKS = SPAN / 64;
-    const int64_t bytes = p.group_bytes;
-    const char* w = static_cast<const char*>(p.w) + group * bytes;
-    alignas(64) float total[GROUPS][TILE_ROWS * LANES];
-    alignas(64) int32_t high[GROUPS][TILE_ROWS * LANES], low[GROUPS][TILE_ROWS * LANES];
-    for (int64_t left = p.k / 64, span = 0; left > 0; left -= CHUNKS, ++span) {
-        _tile_zero(0);
-        _tile_zero(1);
-        if constexpr (GROUPS > 1) {
-            _tile_zero(2);
-            _tile_zero(3);
-        }
-        for (int64_t c = 0; c < CHUNKS && c < left; ++c, x += 2 * TILE_BYTES, w += TILE_BYTES) {
-            _tile_loadd(4, x, 64);
-            _tile_loadd(5, x + TILE_BYTES, 64);
-            S2D_LOAD_WEIGHTS(6, w, ahead);
-            _tile_dpbssd(0, 4, 6);
-            _tile_dpbusd(1, 5, 6);
-            if constexpr (GROUPS > 1) {
-                S2D_LOAD_WEIGHTS(7, w + bytes, ahead);
-                _tile_dpbssd(2, 4, 7);
-                _tile_dpbusd(3, 5, 7);
-            }
-        }
-        _tile_stored(0, high[0], 64);
-        _tile_stored(1, low[0], 64);
-        if constexpr (GROUPS > 1) {
-            _tile_stored(2, high[1], 64);
-            _tile_stored(3, low[1], 64);
-        }
-        for (int g = 0; g < GROUPS; ++g) {
-            for (int64_t r = 0; r < rows; ++r) {
-                const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(_mm512_load_si512(high[g] + r * LANES), 8),
-                                                     _mm512_load_si512(low[g] + r * LANES));
-                const V value = V{_mm512_cvtepi32_ps(sum)};
-                float* to = total[g] + r * LANES;
-                store(to, add(span ? load(to) : zero(), value));
-            }
-        }
-    }
-    alignas(64) float sums[LANES];
-    for (int g = 0; g < GROUPS; ++g) {
-        const V scale = load(reinterpret_cast<const float*>(w + g * bytes));
-        for (int64_t r = 0; r < rows; ++r) {
-            store(sums, mul(load(total[g] + r * LANES), mul(scale, spread(p.q.scales[(row + r) * p.q.stride]))));
-            finish(p, row + r, group + g, sums);
-        }
-    }
-}
-
-template <Format F>
 inline void tiles_of(const Product& p, const char* x, int64_t row, int64_t rows, int64_t group, int64_t groups,
                      int64_t ahead) {
-    if constexpr (F == Format::int8) {
-        if (groups == 2) return tiles_int8<2>(p, x, row, rows, group, ahead);
-        return tiles_int8<1>(p, x, row, rows, group, ahead);
-    } else {
-        switch (groups) {
-            case 4: return tiles_bf16<4>(p, x, row, rows, group, ahead);
-            case 3: return tiles_bf16<3>(p, x, row, rows, group, ahead);
-            case 2: return tiles_bf16<2>(p, x, row, rows, group, ahead);
-            default: return tiles_bf16<1>(p, x, row, rows, group, ahead);
-        }
+    switch (groups) {
+        case 4: return tiles_bf16<4>(p, x, row, rows, group, ahead);
+        case 3: return tiles_bf16<3>(p, x, row, rows, group, ahead);
+        case 2: return tiles_bf16<2>(p, x, row, rows, group, ahead);
+        default: return tiles_bf16<1>(p, x, row, rows, group, ahead);
     }
 }
 
 // Whether a product runs on tiles depends on the matrix alone, never on the rows: whole chunks of inputs do.
 template <Format F>
 constexpr bool tiled(int64_t k) {
-    return F != Format::float32 && k > 0 && k % chunk_inputs<F>() == 0;
+    return F == Format::bf16 && k > 0 && k % CHUNK_INPUTS == 0;
 }
 
-template <Format F>
 __attribute__((noinline)) void product_on_tiles(const Product& p) {
-    constexpr int64_t WIDTH = F == Format::int8 ? 2 : 4;
-    const int64_t strip = p.k / chunk_inputs<F>() * 2 * TILE_BYTES;
+    constexpr int64_t WIDTH = 4;
+    const int64_t strip = p.k / CHUNK_INPUTS * 2 * TILE_BYTES;
     for (int64_t first = 0; first < p.rows; first += PANEL) {
         const int64_t panel = p.rows - first < PANEL ? p.rows - first : PANEL;
-        const char* x = pack_panel<F>(p, first, panel);
+        const char* x = pack_panel(p, first, panel);
         if (!x) abort();
         int64_t configured = 0;
         for (int64_t group = p.group_begin; group < p.group_end; group += WIDTH) {
@@ -236,7 +160,7 @@ __attribute__((noinline)) void product_on_tiles(const Product& p) {
             for (int64_t r = 0; r < panel; r += TILE_ROWS) {
                 const int64_t rows = panel - r < TILE_ROWS ? panel - r : TILE_ROWS;
                 if (rows != configured) configure_tiles(configured = rows);
-                tiles_of<F>(p, x + r / TILE_ROWS * strip, first + r, rows, group, groups, r ? 0 : groups * p.group_bytes);
+                tiles_of(p, x + r / TILE_ROWS * strip, first + r, rows, group, groups, r ? 0 : groups * p.group_bytes);
             }
         }
     }

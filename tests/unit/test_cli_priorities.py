@@ -23,7 +23,7 @@ time.sleep(60)
 
 @pytest.fixture
 def processes() -> Iterator[dict[str, int]]:
-    names = ("ServeReplica:s2d:gateway", "ServeReplica:s2d:target-m", "ray::IDLE", "ray::ProxyActor")
+    names = ("s2d:gateway", "s2d:target-m", "ray::IDLE", "ray::ProxyActor", "ray::ServeController")
     command = [sys.executable, "-c", SLEEPER]
     running = {name: subprocess.Popen([*command, name], stdout=subprocess.PIPE) for name in names}
     for process in running.values():
@@ -38,14 +38,17 @@ def processes() -> Iterator[dict[str, int]]:
 def test_every_thread_of_managing_processes_gives_way(processes: dict[str, int]) -> None:
     before = os.getpriority(os.PRIO_PROCESS, 0)
     gone = 2**22 - 1
-    lowered = give_way([*processes.values(), gone], niceness=19)
-    assert lowered == {processes["ServeReplica:s2d:gateway"], processes["ray::ProxyActor"]}
+    expected = {
+        processes["s2d:gateway"]: (5, os.SCHED_OTHER),
+        processes["ray::ProxyActor"]: (5, os.SCHED_OTHER),
+        processes["ray::ServeController"]: (19, os.SCHED_BATCH),
+    }
+    assert give_way([*processes.values(), gone]) == set(expected)
     for pid in processes.values():
         tasks = [int(t.name) for t in Path(f"/proc/{pid}/task").iterdir()]
         assert len(tasks) == 2
-        expected = 19 if pid in lowered else before
-        assert {os.getpriority(os.PRIO_PROCESS, task) for task in tasks} == {expected}
-        policy = os.SCHED_BATCH if pid in lowered else os.SCHED_OTHER
+        niceness, policy = expected.get(pid, (before, os.SCHED_OTHER))
+        assert {os.getpriority(os.PRIO_PROCESS, task) for task in tasks} == {niceness}
         assert {os.sched_getscheduler(task) for task in tasks} == {policy}
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from actors.models.int8 import INPUT_LIMIT, SPAN, WEIGHT_LIMIT, Int8Product, quantize
+from actors.models.int8 import PART, UNIT, Int8Product, quantize_by
 from actors.models.llama_load import load_llama_weights
 from actors.models.native_llama import NativeLlamaRunner
 from actors.native.linear import NativeLinear
@@ -38,9 +38,11 @@ def native(weight: Tensor, isa: str, bias: Tensor | None = None, threads: int = 
 
 def exact_product(x: Tensor, w: Tensor) -> Tensor:
     """What quantised operands give without rounding in between: float64."""
-    rows, row_scale = quantize(x, INPUT_LIMIT)
-    values, scale = quantize(w.float(), WEIGHT_LIMIT)
-    return (rows.double() @ values.double().T) * row_scale.double() * scale.double().T
+    rows, weights = (
+        (values.double() * scales.double()).flatten(1)
+        for values, scales in (quantize_by(x, PART), quantize_by(w.float(), UNIT))
+    )
+    return rows @ weights.T
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -55,7 +57,7 @@ def test_product(isa: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
     expected = exact_product(x, w) + bias
     size = x.abs().double() @ w.abs().double().T + bias.abs()
     assert ((full.double() - expected).abs() <= 2e-6 * size).all()
-    assert ((full.double() - x.double() @ w.double().T - bias).abs() <= 0.01 * size).all()
+    assert ((full.double() - x.double() @ w.double().T - bias).abs() <= 0.02 * size).all()
     assert torch.equal(full, Int8Product(w, bias)(x))
     for m in ROW_COUNTS:
         assert torch.equal(product(x[:m]), full[:m]), m
@@ -63,21 +65,27 @@ def test_product(isa: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("k", [3 * SPAN + 8, 3 * SPAN + 64])
+@pytest.mark.parametrize("k", [3 * UNIT + 8, 3 * UNIT + PART, 24 * UNIT])
 def test_integer_sums_are_exact_at_the_extremes(isa: str, k: int) -> None:
-    """Nothing but the greatest magnitudes, whose sums over a span fill 31 bits: what saturates shows."""
+    """Nothing but the greatest magnitudes: what saturates, or takes the sign of a byte for a value, shows."""
     signs = torch.randint(0, 2, (24, k), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
     w = torch.cat([torch.ones(1, k), -torch.ones(1, k), signs]) * 127
-    x = torch.cat([torch.ones(1, k), -torch.ones(1, k), signs[:7]]) * 32767
-    spans = [
-        (a.double() @ b.double().T).float() for a, b in zip(x.split(SPAN, 1), w.split(SPAN, 1), strict=True)
-    ]
-    assert torch.equal(native(w, isa)(x), spans[0] + spans[1] + spans[2] + spans[3])
+    x = torch.cat([torch.ones(1, k), -torch.ones(1, k), signs[:7]]) * 127
+    assert torch.equal(native(w, isa)(x), (x.double() @ w.double().T).float())
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_an_outlier_takes_the_precision_of_its_own_part_only(isa: str) -> None:
+    x, w = torch.ones(1, 2 * UNIT), torch.zeros(16, 2 * UNIT)
+    x[0, 3], x[0, PART:] = 1e4, 0.5
+    w[:, PART : PART + 8] = 1.0  # the outlier's unit, another part
+    w[:, UNIT + 5] = -1.0
+    assert torch.allclose(native(w, isa)(x), torch.tensor(3.5), rtol=1e-6)
 
 
 @settings(max_examples=40, deadline=None)
 @given(
-    k=st.integers(1, 1100), n=st.integers(1, 40), m=st.integers(1, 9), exponent=st.integers(-40, 37),
+    k=st.integers(1, 1100), n=st.integers(1, 40), m=st.integers(1, 9), exponent=st.integers(-40, 30),
     seed=st.integers(0, 2**31),
 )  # fmt: skip
 def test_all_instruction_sets_and_torch_give_the_same_bits(
@@ -97,12 +105,12 @@ def test_all_instruction_sets_and_torch_give_the_same_bits(
 def test_values_that_no_integer_holds(isa: str) -> None:
     x, k = torch.zeros(6, 70), 70
     x[1] = 1e-38
-    x[2] = 3.0e38
+    x[2] = 3.0e31  # times an integer sum it still is a float32
     x[3, 5], x[4, 69] = torch.inf, torch.nan
     x[5] = 1.0
     out = native(torch.full((20, k), 1e-3), isa)(x)
     assert (out[:2] == 0).all()  # a row of 1e-38 counts as zeros
-    assert (out[2] / (k * 3.0e35) - 1).abs().max() < 1e-5
+    assert (out[2] / (k * 3.0e28) - 1).abs().max() < 1e-5
     assert out[3:5].isnan().all()
     assert (out[5] / (k * 1e-3) - 1).abs().max() < 1e-5
 
@@ -128,7 +136,7 @@ def test_forward_is_near_transformers(
     expected = reference(folders(name), ids, dtype)
     runner = make_runner(folders(name), dtype)
     got = in_chunks(runner, ids, [80])
-    assert (got - expected).square().mean().sqrt() < 0.05 * expected.std()
+    assert (got - expected).square().mean().sqrt() < 0.08 * expected.std()
     weights, _ = load_llama_weights(folders(name), dtype, torch.device("cpu"))
     assert torch.equal(runner.embed(torch.arange(VOCAB)), weights.embed.float())
     assert runner.info.dtype_name == "int8"
