@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -246,3 +246,214 @@ def test_ids_past_the_logits_are_never_proposed(tables) -> None:  # type: ignore
     (the,) = target.encode(" the")
     assert the >= size
     assert aligned(pair, target.encode("a")).same_text(pair.draft_encoder.encode(" the")) == []
+
+
+# The drafter
+
+
+class Oracle:
+    """A drafter in the draft's vocabulary that knows the whole text: proposes how its tokens go on."""
+
+    name = "nested"
+    learns = False
+    exits = (1,)
+    kv_blocks_used = kv_blocks_free = 0
+
+    def __init__(self, pair: VocabularyPair) -> None:
+        self.pair = pair
+        self.text = ""
+        self.tokens: dict[int, list[int]] = {}
+        self.queries: list[DraftQuery] = []
+        self.sampling: dict[int, DraftSampling] = {}
+        self.refuses = False
+
+    def open(self, session: SessionOpen) -> None:
+        if self.refuses:
+            raise DrafterError("capacity", "full")
+        assert session.token_ids
+        self.tokens[session.session_id] = list(session.token_ids)
+        self.sampling[session.session_id] = session.sampling
+
+    def commit(self, session_id: int, new_tokens: Sequence[int], candidates: object = ()) -> None:
+        self.tokens[session_id].extend(new_tokens)
+
+    def rewind(self, session_id: int, num_tokens: int) -> None:
+        assert 1 <= num_tokens < len(self.tokens[session_id])
+        del self.tokens[session_id][num_tokens:]
+
+    def propose(self, queries: Sequence[DraftQuery]) -> list[SessionDraft]:
+        self.queries = list(queries)
+        answers = []
+        for query in queries:
+            known = self.pair.draft.table.decode(self.tokens[query.session_id])
+            rest = self.text[len(known) :] if self.text.startswith(known) else ""
+            ids = self.pair.draft_encoder.encode(rest[:60])[: query.budget]
+            answers.append(
+                SessionDraft(
+                    query.session_id,
+                    query.epoch,
+                    tuple(ids),
+                    drafter="nested",
+                    exit_depth=1,
+                    confidence=(0.5,) * len(ids),
+                )
+            )
+        return answers
+
+    def close(self, session_id: int) -> None:
+        self.tokens.pop(session_id, None)
+
+    def reset(self) -> None: ...
+
+    def work(self) -> bool:
+        return False
+
+
+class Rig:
+    def __init__(self, pair: VocabularyPair) -> None:
+        self.foreign: ForeignTarget = foreign_target(pair)
+        self.pair, self.oracle = pair, Oracle(pair)
+        self.drafter = RetokenisedDrafter(self.oracle, pair.draft.size)
+        self.epoch = 0
+
+    def open(self, ids: Sequence[int], sampling: DraftSampling | None = None, sid: int = 1) -> None:
+        sampling = sampling or DraftSampling(key=3)
+        self.drafter.open(SessionOpen(sid, tuple(ids), len(ids), sampling, foreign=self.foreign))
+
+    def ask(self, budget: int = 4, sid: int = 1) -> SessionDraft:
+        self.epoch += 1
+        (draft,) = self.drafter.propose([DraftQuery(sid, self.epoch, budget)])
+        assert (draft.session_id, draft.epoch) == (sid, self.epoch)
+        return draft
+
+
+@pytest.fixture
+def rig(pairs) -> Callable[[str, str], Rig]:  # type: ignore[no-untyped-def]
+    return lambda draft, target: Rig(pairs[draft, target])
+
+
+@pytest.mark.parametrize("names", [("toy", "pieces"), ("pieces", "bytes"), ("bytes", "toy")], ids="-".join)
+@given(text=any_text, seed=st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_the_inner_drafter_holds_the_text_after_every_round(pairs, tables, names, text, seed) -> None:  # type: ignore[no-untyped-def]
+    """Rounds of any length, right and wrong: the context equals that of the whole sequence told at once."""
+    rng, rig, target = random.Random(seed), Rig(pairs[names]), tables[names[1]]
+    ids = target.encode("a" + text, add_special_tokens=False)
+    rig.oracle.text = "a" + text
+    told = ids[:1]
+    rig.open(told)
+    while len(told) < len(ids):
+        rig.ask(rng.randint(1, 6))
+        expected = aligned(rig.pair, told).draft_ids
+        assert rig.oracle.tokens.get(1, []) == expected
+        new = ids[len(told) : len(told) + rng.randint(1, 5)]
+        if rng.random() < 0.3:  # the target goes its own way
+            new = new[:-1] + [rng.randrange(3, target.vocab_size)]
+            ids = told + new + ids[len(told) + len(new) :]
+        rig.drafter.commit(1, new)
+        told = told + new
+
+
+@pytest.mark.parametrize("names", [("toy", "pieces"), ("toy", "bytes"), ("bytes", "toy"), ("pieces", "toy")])
+def test_a_draft_that_knows_the_text_is_accepted(pairs, tables, names) -> None:  # type: ignore[no-untyped-def]
+    rig, target = Rig(pairs[names]), tables[names[1]]
+    rig.oracle.text = (TEXTS[0] + " ") * 4
+    ids = target.encode(rig.oracle.text, add_special_tokens=False)
+    rig.open(ids[:3])
+    at = 3
+    accepted = proposed = 0
+    while at < len(ids) - 8:
+        draft = rig.ask(4)
+        right = 0
+        while right < len(draft.token_ids) and draft.token_ids[right] == ids[at + right]:
+            right += 1
+        accepted, proposed = accepted + right, proposed + len(draft.token_ids)
+        rig.drafter.commit(1, ids[at : at + right + 1])
+        at += right + 1
+    # Wrong are only last tokens, where the draft stops inside a token of the target.
+    assert accepted > 0.6 * proposed > 0
+
+
+def test_sampling_targets_are_followed_by_their_own_noise(rig, tables) -> None:  # type: ignore[no-untyped-def]
+    made, target = rig("toy", "bytes"), tables["bytes"]
+    sampling = DraftSampling(key=9, temperature=0.8, top_k=7, rule="leviathan")
+    made.oracle.text = "ok the €!"
+    ids = target.encode("ok the", add_special_tokens=False)
+    made.open(ids, sampling)
+    draft = made.ask(2)
+    (query,) = made.oracle.queries
+    assert query.coupling is not None
+    assert (query.coupling.sampling, query.coupling.position) == (sampling, len(ids))
+    assert query.coupling.shared is made.foreign.shared
+    spelled = made.pair.draft_encoder.encode(" €!")[:2]
+    assert draft.token_ids == tuple(made.pair.target_of[i] for i in spelled)
+    assert draft.confidence == (0.5, 0.5)
+    assert made.oracle.sampling[1] == DraftSampling(key=9, rule="leviathan"), "greedy but for its couplings"
+    # In the middle of a character the sequences do not align: drafted greedily, and the text mapped.
+    euro = target.encode("€", add_special_tokens=False)
+    made.drafter.commit(1, [*target.encode(" "), euro[0]])
+    draft = made.ask(4)
+    assert made.oracle.queries[0].coupling is None
+    assert draft.token_ids[:2] == (euro[1], *target.encode("!"))
+
+
+def test_confidence_belongs_to_the_token_that_holds_the_first_byte(rig, tables) -> None:  # type: ignore[no-untyped-def]
+    made, target = rig("bytes", "toy"), tables["toy"]
+    made.oracle.text = "a the dog"
+    made.open(target.encode("a"))
+    draft = made.ask(9)
+    assert draft.token_ids == tuple(target.encode(" the dog"))
+    drafted = made.pair.draft_encoder.encode(" the dog")
+    product = 1.0
+    for value in draft.confidence:
+        product *= value
+    assert len(draft.confidence) == len(draft.token_ids) < len(drafted)
+    assert product == pytest.approx(0.5 ** len(drafted))
+    assert draft.exit_depth == 1
+    assert len(made.ask(1).token_ids) == 1
+
+
+def test_a_long_prompt_is_absorbed_in_the_background(rig, tables) -> None:  # type: ignore[no-untyped-def]
+    made, target = rig("toy", "pieces"), tables["pieces"]
+    text = TEXTS[0] * 40
+    ids = target.encode(text, add_special_tokens=False)
+    made.open(ids)
+    assert not made.drafter.work(), "nobody has asked yet"
+    assert made.pair.draft_encoder.chars - (before := made.pair.draft_encoder.chars) == 0
+    assert made.ask().token_ids == ()
+    steps = 0
+    while made.drafter.work():
+        spent = made.pair.draft_encoder.chars - before
+        before += spent
+        assert spent <= CHUNK * 8 + HARD_CHARS
+        steps += 1
+    assert steps == -(-len(ids) // CHUNK)
+    made.oracle.text = text + "ok then"
+    assert made.ask().token_ids != ()
+    assert made.pair.draft_encoder.chars - before <= HARD_CHARS + 60
+
+
+def test_sessions_without_room_say_so_and_are_opened_later(rig, tables) -> None:  # type: ignore[no-untyped-def]
+    made, target = rig("toy", "pieces"), tables["pieces"]
+    made.oracle.text, made.oracle.refuses = "the end", True
+    made.open(target.encode("the"))
+    assert (made.ask().error, made.ask().error) == ("capacity", "capacity")
+    made.oracle.refuses = False
+    assert made.ask().token_ids != ()
+    made.drafter.close(1)
+    assert made.oracle.tokens == {}
+
+
+def test_own_sessions_pass_unchanged_and_ids_of_padding_are_refused(rig) -> None:  # type: ignore[no-untyped-def]
+    made = rig("toy", "pieces")
+    size = made.pair.draft.size
+    made.oracle.text = "the end"
+    own = tuple(made.pair.draft_encoder.encode("the"))
+    made.drafter.open(SessionOpen(5, own, len(own), DraftSampling(key=1)))
+    assert made.oracle.tokens[5] == list(own)
+    assert made.ask(2, sid=5).token_ids == tuple(made.pair.draft_encoder.encode(" end")[:2])
+    assert made.oracle.queries[0].coupling is None
+    with pytest.raises(DrafterError, match=rf"{size} is past the draft's {size}"):
+        made.drafter.open(SessionOpen(6, (1, size), 2, DraftSampling(key=1)))
+    with pytest.raises(DrafterError, match="past"):
+        made.drafter.commit(5, [size + 7])
