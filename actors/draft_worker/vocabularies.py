@@ -21,8 +21,8 @@ MAX_TARGETS = 16
 
 @dataclass(frozen=True, slots=True)
 class DraftVocabulary:
-    """What a drafter with a model of its own speaks. `tokenizer_hash` is empty when unknown; without `tokenizer`
-    nothing can be drafted for targets of another vocabulary."""
+    """What a drafter with a model of its own speaks. `tokenizer_hash` is empty when unknown; without
+    `tokenizer` nothing can be drafted for targets of another vocabulary."""
 
     vocab_size: int
     tokenizer_hash: str = ""
@@ -82,7 +82,8 @@ class TargetVocabularies:
         """
         own = self._own
         if own is None or own.tokenizer is None:
-            raise VocabularyRefusedError(f"{self._sizes(vocab_size, file.vocab_hash)}: this worker re-tokenises for nobody")
+            sizes = self._sizes(vocab_size, file.vocab_hash)
+            raise VocabularyRefusedError(f"{sizes}: this worker re-tokenises for nobody")
         key = (file.vocab_hash, vocab_size)
         async with self._building:
             found = self._known.get(key)

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class SharedTokens:
-    """Tokens that a draft and a target have in common. `draft_ids`, `target_ids`: int64 [S], one to one, draft
-    ids ascending. `size`: the target's vocabulary."""
+    """Tokens that a draft and a target have in common. `draft_ids`, `target_ids`: int64 [S], one to one,
+    draft ids ascending. `size`: the target's vocabulary."""
 
     draft_ids: Tensor
     target_ids: Tensor

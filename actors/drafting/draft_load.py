@@ -32,8 +32,8 @@ from actors.text.tokenizer import TextTokenizer
 
 @dataclass(frozen=True, slots=True)
 class LoadedDraft:
-    """A target shares `vocab_size` and the hash of `tokenizer`, or is re-tokenised for. `card` is None without
-    an artifact."""
+    """A target shares the hash of `tokenizer`, or is re-tokenised for. `vocab_size` includes padding. `card`
+    is None without an artifact."""
 
     runner: LayeredRunner
     exits: tuple[int, ...]

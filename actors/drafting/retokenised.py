@@ -138,7 +138,8 @@ class RetokenisedDrafter:
                 answers[place] = SessionDraft(
                     query.session_id, query.epoch, error=error.code, error_message=error.message
                 )
-        for (place, query), draft in zip(asked.items(), self._inner.propose([*asked.values()]), strict=True):
+        drafts = self._inner.propose([*asked.values()])
+        for (place, query), draft in zip(asked.items(), drafts, strict=True):
             session = self._foreign.get(query.session_id)
             answers[place] = draft if session is None else _mapped(session, query, draft)
         return [answers[place] for place in range(len(queries))]
@@ -151,7 +152,7 @@ class RetokenisedDrafter:
         self._inner.reset()
 
     def work(self) -> bool:
-        """One piece of re-tokenising, and one of the inner drafter's own work; False when there was neither."""
+        """One piece of re-tokenising and one of the inner drafter's own work; False when there was neither."""
         behind = next((s for s in self._foreign.values() if s.asked and s.alignment.waiting), None)
         if behind is not None:
             behind.alignment.advance(CHUNK)
@@ -165,7 +166,8 @@ class RetokenisedDrafter:
     def _check(self, token_ids: Sequence[int]) -> None:
         highest = max(token_ids, default=0)
         if highest >= self._vocab_size:
-            raise DrafterError("unsupported", f"token {highest} is past the draft's {self._vocab_size} tokens")
+            message = f"token {highest} is past the draft's {self._vocab_size} tokens"
+            raise DrafterError("unsupported", message)
 
     def _prepare(self, session: _Session) -> bool:
         """Bring the inner drafter up to date; False when it cannot draft now."""

@@ -61,7 +61,7 @@ class Alignment:
         self.target_len += len(target_ids)
 
     def advance(self, limit: int) -> None:
-        """Bring `draft_ids` forward by at most `limit` target tokens. Encodes their text and the open piece."""
+        """Bring `draft_ids` forward by at most `limit` target tokens; encodes their text and the open piece."""
         batch = self._waiting[self._taken : self._taken + limit]
         self._taken += len(batch)
         if not self.waiting:
@@ -109,11 +109,12 @@ class Alignment:
 
     def _put_ids(self, ids: Sequence[int]) -> None:
         common = 0
-        old = self.draft_ids
-        while self._closed + common < len(old) and common < len(ids) and old[self._closed + common] == ids[common]:
+        for held, token_id in zip(self.draft_ids[self._closed :], ids, strict=False):
+            if held != token_id:
+                break
             common += 1
         self._unchanged = min(self._unchanged, self._closed + common)
-        old[self._closed + common :] = ids[common:]
+        self.draft_ids[self._closed + common :] = ids[common:]
 
     def same_tokens(self, drafted: Sequence[int]) -> list[int]:
         """Token-level intersection: the target's ids of drafted tokens, up to the first that it lacks."""

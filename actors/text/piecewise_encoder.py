@@ -6,8 +6,8 @@ pieces never change, however the text comes in, and only the open piece at the e
 
 A piece ends before a space that follows something else, once it is `SOFT_CHARS` long. Byte-level
 pre-tokenizers (GPT-2, Llama 3, Qwen, SmolLM2) split there anyway and SentencePiece tokens begin with the
-space, so the ids are those of the whole text. A piece without such a space ends at `HARD_CHARS`, which may cut
-through a token.
+space, so the ids are those of the whole text. A piece without such a space ends at `HARD_CHARS`, which may
+cut through a token.
 """
 
 from __future__ import annotations

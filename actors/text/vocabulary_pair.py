@@ -45,7 +45,7 @@ class Vocabulary:
 
 
 class VocabularyPair:
-    """What a draft and a target have in common. Immutable but for the encoders' counters; used from one thread.
+    """What a draft and a target have in common. Used from one thread: the encoders count.
 
     Tokens are the same when they add the same bytes to a text. Special tokens are the same when they are
     spelled alike; ids that end an output are the draft's first such id, and the target's first. Other special
@@ -63,8 +63,8 @@ class VocabularyPair:
         """Draft id -> target id of the shared tokens, one to one, special ones included."""
         if not self.target_of:
             raise IncompatibleVocabulariesError(
-                f"the target's vocabulary of {target.size} tokens and the draft's of {draft.size} have no token "
-                "in common"
+                f"the target's vocabulary of {target.size} tokens and the draft's of {draft.size} have no "
+                "token in common"
             )
         named = target.specials()
         special = {ours: named[name] for name, ours in draft.specials().items() if name in named}

@@ -45,16 +45,10 @@ class ForeignSource(LocalDraftSource):
         super().open(dataclasses.replace(session, foreign=self._target))
 
 
-def foreign_engine(
-    target: Path, draft: Path, pair: VocabularyPair, exits: tuple[int, ...], **options: object
-) -> TorchEngine:
+def foreign_engine(target: Path, draft: Path, pair: VocabularyPair, exits: tuple[int, ...]) -> TorchEngine:
     nested = RetokenisedDrafter(NestedDrafter(torch_runner(draft), exits), pair.draft.size)
     pool = DrafterPool([nested, PromptLookupDrafter()])
-    return make_engine(
-        torch_runner(target),
-        source=ForeignSource(pool, foreign_target(pair)),
-        **options,  # type: ignore[arg-type]
-    )
+    return make_engine(torch_runner(target), source=ForeignSource(pool, foreign_target(pair)))
 
 
 def forced(length: int) -> SpeculationParams:
@@ -142,10 +136,11 @@ def test_a_shuffled_twin_is_always_right(
     twin: tuple[Path, Path, VocabularyPair], rule: str, sampling: dict[str, object]
 ) -> None:
     target, draft, pair = twin
-    engine = foreign_engine(target, draft, pair, (4,), verification=rule)
+    engine = foreign_engine(target, draft, pair, (4,))
     try:
         prompt = tuple(random.Random(2).randrange(len(LETTERS)) for _ in range(100))
         one = request("twin", prompt, 5, **{"max_tokens": 150, **sampling})
+        one = dataclasses.replace(one, speculation=dataclasses.replace(forced(5), verification=rule))
         result = run(engine, [one])["twin"]
         assert len(result.token_ids) == 150
         assert result.drafted > 80

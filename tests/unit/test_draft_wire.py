@@ -833,6 +833,7 @@ async def test_tokenizers_that_cannot_be_used_are_refused(worker: Worker, tmp_pa
     stranger = pack(TokenTable(greek))
     worker.run(build_draft_server(nested_pool(draft), "worker"))
     packed = pack(target).packed
+    huge = [pb.TokenizerChunk(data=b"\0" * (17 << 20))] * 2
     async with grpc.aio.insecure_channel(worker.address) as channel:
         stub = pb_grpc.DraftServiceStub(channel)
         for sent, code, words in (
@@ -840,7 +841,7 @@ async def test_tokenizers_that_cannot_be_used_are_refused(worker: Worker, tmp_pa
             (chunks(target, data=packed[:-9]), grpc.StatusCode.INVALID_ARGUMENT, ("cut short",)),
             (chunks(target, data=b"nonsense"), grpc.StatusCode.INVALID_ARGUMENT, ("unpacked",)),
             ([], grpc.StatusCode.INVALID_ARGUMENT, ("no tokenizer",)),
-            ([pb.TokenizerChunk(data=b"\0" * (17 << 20))] * 2, grpc.StatusCode.INVALID_ARGUMENT, ("more than",)),
+            (huge, grpc.StatusCode.INVALID_ARGUMENT, ("more than",)),
             (
                 [pb.TokenizerChunk(tokenizer_hash=stranger.vocab_hash, vocab_size=7, data=stranger.packed)],
                 grpc.StatusCode.FAILED_PRECONDITION,
