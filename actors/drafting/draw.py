@@ -54,7 +54,7 @@ def draw_tokens(
         positions: absolute index of each token drawn.
         vocabulary: what the columns stand for; None: column v is token v.
         shared: one a row, or empty: where given, a row that samples draws from the tokens shared with a
-            target of another vocabulary, by that target's noise. Its token is the draft's, its q the target's.
+            target of another vocabulary, by that target's noise. The token is the draft's, q the target's.
 
     Returns:
         Draws in the target's token ids.

@@ -152,7 +152,7 @@ class RetokenisedDrafter:
         self._inner.reset()
 
     def work(self) -> bool:
-        """One piece of re-tokenising and one of the inner drafter's own work; False when there was neither."""
+        """One piece of re-tokenising and one of the inner drafter's work; False when there was neither."""
         behind = next((s for s in self._foreign.values() if s.asked and s.alignment.waiting), None)
         if behind is not None:
             behind.alignment.advance(CHUNK)

@@ -61,7 +61,7 @@ class Alignment:
         self.target_len += len(target_ids)
 
     def advance(self, limit: int) -> None:
-        """Bring `draft_ids` forward by at most `limit` target tokens; encodes their text and the open piece."""
+        """Take in at most `limit` target tokens that wait; encodes their text and the open piece."""
         batch = self._waiting[self._taken : self._taken + limit]
         self._taken += len(batch)
         if not self.waiting:

@@ -794,14 +794,20 @@ def test_a_target_of_another_tokenizer_sends_it_and_is_drafted_for(  # type: ign
     for sid, sampling in ((1, DraftSampling(key=5)), (2, DraftSampling(key=5, temperature=1.0))):
         prompt = target.encode("the end of the day " * 20)
         source.open(SessionOpen(sid, tuple(prompt), len(prompt), sampling))
+        # A draft with random weights often guesses bytes that are no text: then there is no draft.
         epochs = iter(range(1, 1000))
-        until(lambda: drafted(source, wish(sid, next(epochs))).drafter == "nested")  # noqa: B023
-        proposals = [drafted(source, wish(sid, next(epochs), prompt[:n], budget=6)) for n in (1, 2, 3)]
+        proposals: list[SessionDraft] = []
+
+        def nested() -> bool:
+            update = wish(sid, next(epochs), prompt[:1], budget=6)  # noqa: B023
+            proposals.append(drafted(source, update))  # noqa: B023
+            return sum(p.drafter == "nested" for p in proposals) >= 3  # noqa: B023
+
+        until(nested)
         assert all(p.error is None for p in proposals)
-        ids = [i for p in proposals for i in p.token_ids]
-        assert ids
+        ids = {i for p in proposals for i in p.token_ids}
         assert max(ids) < target.vocab_size
-        assert not set(ids) & target.special_ids - set(target.eos_token_ids)
+        assert not ids & target.special_ids - set(target.eos_token_ids)
 
 
 def test_a_target_padded_beyond_the_draft_is_served(  # type: ignore[no-untyped-def]
