@@ -15,7 +15,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from actors.draft_worker.batcher import BatcherState, DraftBatcher
-from actors.draft_worker.service import DraftService, DraftVocabulary
+from actors.draft_worker.service import DraftService
+from actors.draft_worker.vocabularies import DraftVocabulary
 from actors.drafting.interface import Drafter
 from actors.drafting.prompt_lookup import PromptLookupDrafter
 from actors.drafting.remote_link import MAX_MESSAGE_BYTES, TLSFiles
@@ -132,7 +133,7 @@ class DraftServer:
         port_range: the first free port is taken, both ends included; (0, 0) takes any.
         token: shared secret that every call but health checks must present.
         tls: with it, targets must present a certificate that its authority signed.
-        vocabulary: what targets must share; None when the drafters take any.
+        vocabulary: of the nested drafter, which targets share or are re-tokenised for; None without one.
         max_queued: rounds that wait for the drafting thread, at most.
     """
 
@@ -246,7 +247,7 @@ def _reachable(host: str) -> str:
 
 
 def build_pool(config: PoolConfig) -> tuple[DrafterPool, DraftVocabulary | None]:
-    """The configured drafters, loaded; and the vocabulary that targets must share, if any."""
+    """The configured drafters, loaded; and the nested drafter's vocabulary, if there is one."""
     drafters: list[Drafter] = []
     vocabulary: DraftVocabulary | None = None
     for name in config.drafters:
@@ -281,6 +282,7 @@ def _load_nested(config: NestedConfig, max_sessions: int, threads: int) -> tuple
     from actors.drafting.draft_load import load_draft
     from actors.drafting.early_stop import EarlyStop
     from actors.drafting.nested import NestedDrafter
+    from actors.drafting.retokenised import RetokenisedDrafter
 
     loaded = load_draft(
         config.source,
@@ -290,7 +292,7 @@ def _load_nested(config: NestedConfig, max_sessions: int, threads: int) -> tuple
         kv_blocks=config.kv_blocks,
         threads=threads,
     )
-    drafter = NestedDrafter(
+    nested = NestedDrafter(
         loaded.runner,
         loaded.exits,
         max_sessions=max_sessions,
@@ -298,4 +300,6 @@ def _load_nested(config: NestedConfig, max_sessions: int, threads: int) -> tuple
         window=loaded.window,
         early_stop=EarlyStop(loaded.calibration, config.stop_threshold),
     )
-    return drafter, DraftVocabulary(loaded.vocab_size, loaded.tokenizer_hash)
+    tokenizer = loaded.tokenizer
+    vocabulary = DraftVocabulary(loaded.vocab_size, tokenizer.vocab_hash, tokenizer)
+    return RetokenisedDrafter(nested, loaded.vocab_size), vocabulary

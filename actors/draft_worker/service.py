@@ -6,30 +6,31 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
 from actors.draft_worker.batcher import DraftBatcher, Round
+from actors.draft_worker.vocabularies import (
+    DraftVocabulary,
+    TargetVocabularies,
+    TokenizerWantedError,
+    VocabularyRefusedError,
+)
 from actors.drafting import codec
-from actors.drafting.interface import SessionDraft
+from actors.drafting.interface import SessionDraft, SessionOpen
 from protos.s2d.v1 import drafting_pb2 as pb
 from protos.s2d.v1 import drafting_pb2_grpc as pb_grpc
+
+if TYPE_CHECKING:
+    from actors.drafting.foreign import ForeignTarget
 
 logger = logging.getLogger(__name__)
 
 HELLO_TIMEOUT_S = 10.0
 MAX_UNANSWERED = 64
 """Rounds of one stream that may wait for their replies to be taken; then the stream is no longer read."""
-
-
-@dataclass(frozen=True, slots=True)
-class DraftVocabulary:
-    """What a drafter with a model of its own speaks. `tokenizer_hash` is empty when unknown."""
-
-    vocab_size: int
-    tokenizer_hash: str = ""
 
 
 class DraftService(pb_grpc.DraftServiceServicer):
@@ -48,7 +49,7 @@ class DraftService(pb_grpc.DraftServiceServicer):
         self._batcher = batcher
         self._worker_id = worker_id
         self._incarnation = incarnation
-        self._vocabulary = vocabulary
+        self._vocabularies = TargetVocabularies(vocabulary)
 
     async def Draft(
         self, request_iterator: AsyncIterator[pb.DraftRound], context: grpc.aio.ServicerContext[Any, Any]
@@ -60,8 +61,8 @@ class DraftService(pb_grpc.DraftServiceServicer):
             await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "no hello came")
         if first is None or not first.HasField("hello"):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first round of a stream carries hello")
-        await self._check(first.hello, context)
-        stream = _Stream(self._batcher, self._incarnation)
+        foreign = await self._find(first.hello, context)
+        stream = _Stream(self._batcher, self._incarnation, foreign)
         logger.info("target worker %s (%s) connected", first.hello.target_id, first.hello.model)
         reader = asyncio.create_task(stream.read(first, request_iterator))
         try:
@@ -97,26 +98,51 @@ class DraftService(pb_grpc.DraftServiceServicer):
             drafted_tokens=state.drafted_tokens,
         )
 
-    async def _check(self, hello: pb.Hello, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-        """Refuse targets whose token ids mean something else here."""
-        ours = self._vocabulary
-        if ours is None:
-            return
-        problem = ""
-        if hello.vocab_size != ours.vocab_size:
-            problem = f"the target has {hello.vocab_size} tokens, the nested drafter {ours.vocab_size}"
-        elif ours.tokenizer_hash and hello.tokenizer_hash and hello.tokenizer_hash != ours.tokenizer_hash:
-            problem = f"the target's tokenizer is {hello.tokenizer_hash}, the drafter's {ours.tokenizer_hash}"
-        if problem:
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, problem)
+    async def SendTokenizer(
+        self, request_iterator: AsyncIterator[pb.TokenizerChunk], context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.TokenizerReceipt:
+        from actors.text.tokenizer_file import MAX_PACKED_BYTES, TokenizerFile
+
+        first: pb.TokenizerChunk | None = None
+        packed = bytearray()
+        async for chunk in request_iterator:
+            first = first or chunk
+            packed += chunk.data
+            if len(packed) > MAX_PACKED_BYTES:
+                problem = f"the tokenizer takes more than {MAX_PACKED_BYTES} bytes"
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, problem)
+        if first is None:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "no tokenizer came")
+        file = TokenizerFile(
+            first.tokenizer_hash, bytes(packed), tuple(first.special_token_ids), tuple(first.eos_token_ids)
+        )
+        try:
+            shared = await self._vocabularies.add(first.vocab_size, file)
+        except VocabularyRefusedError as error:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        except ValueError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        return pb.TokenizerReceipt(shared_tokens=shared, draft_vocab_size=self._vocabularies.draft_size)
+
+    async def _find(
+        self, hello: pb.Hello, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> ForeignTarget | None:
+        """How to read the target's tokens; refuses those that mean nothing here."""
+        try:
+            return self._vocabularies.find(hello.vocab_size, hello.tokenizer_hash)
+        except VocabularyRefusedError as error:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        except TokenizerWantedError as error:
+            await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
 
 
 class _Stream:
     """Moves rounds from the loop to the drafting thread, and replies back."""
 
-    def __init__(self, batcher: DraftBatcher, incarnation: str) -> None:
+    def __init__(self, batcher: DraftBatcher, incarnation: str, foreign: ForeignTarget | None) -> None:
         self._batcher = batcher
         self._incarnation = incarnation
+        self._foreign = foreign
         self._id = batcher.attach()
         self._scope = self._id << codec.SCOPE_SHIFT
         self._loop = asyncio.get_running_loop()
@@ -170,10 +196,14 @@ class _Stream:
             Round(
                 stream_id=self._id,
                 reply=reply,
-                opens=tuple(codec.open_from_proto(session, self._scope) for session in message.opens),
+                opens=tuple(self._open(session) for session in message.opens),
                 closes=tuple(self._scope + session_id for session_id in message.closes),
                 updates=tuple(codec.update_from_proto(update, self._scope) for update in message.updates),
                 reset=message.reset_shared_state,
                 deadline=deadline,
             )
         )
+
+    def _open(self, message: pb.SessionOpen) -> SessionOpen:
+        session = codec.open_from_proto(message, self._scope)
+        return session if self._foreign is None else replace(session, foreign=self._foreign)

@@ -32,13 +32,14 @@ from actors.text.tokenizer import TextTokenizer
 
 @dataclass(frozen=True, slots=True)
 class LoadedDraft:
-    """`vocab_size` and `tokenizer_hash` are what a target must share. `card` is None without an artifact."""
+    """A target shares the hash of `tokenizer`, or is re-tokenised for. `vocab_size` includes padding. `card`
+    is None without an artifact."""
 
     runner: LayeredRunner
     exits: tuple[int, ...]
     heads: ExitHeads
     vocab_size: int
-    tokenizer_hash: str
+    tokenizer: TextTokenizer
     card: DraftCard | None
 
     @property
@@ -111,9 +112,7 @@ def load_draft(
         # num_layers is served by the runners that can run layers in ranges only.
         runner = cast("LayeredRunner", loaded.runner)
         tokenizer = TextTokenizer(loaded.tokenizer_folder)
-        return LoadedDraft(
-            runner, tuple(exits), ExitHeads(), loaded.info.vocab_size, tokenizer.vocab_hash, None
-        )
+        return LoadedDraft(runner, tuple(exits), ExitHeads(), loaded.info.vocab_size, tokenizer, None)
     path = resolve_artifact(artifact)
     folder = model_folder(resolve_source(source))
     return _load_trained(path, folder, exits, dtype, kv_blocks, threads, choose_device(device))
@@ -131,8 +130,8 @@ def _load_trained(
     kept = torch.float32 if dtype == "float32" else torch.bfloat16
     card, draft = load_artifact(path, kept, exits)
     base, info = load_llama_weights(folder, kept, device, num_layers=1, int8=dtype == "int8")
-    tokenizer_hash = TextTokenizer(folder).vocab_hash
-    check_base(path, card, base, info.name, load_config(folder).num_hidden_layers, tokenizer_hash)
+    tokenizer = TextTokenizer(folder)
+    check_base(path, card, base, info.name, load_config(folder).num_hidden_layers, tokenizer.vocab_hash)
     runner = _build_runner(card, draft, base, info, kv_blocks, threads or physical_cores())
     heads = ExitHeads(
         token_ids=draft.head_ids.to(device),
@@ -142,7 +141,7 @@ def _load_trained(
         eps=base.rms_norm_eps,
     )
     return LoadedDraft(
-        BorrowedEmbedding(runner, base.embed), card.exits, heads, card.vocab_size, tokenizer_hash, card
+        BorrowedEmbedding(runner, base.embed), card.exits, heads, card.vocab_size, tokenizer, card
     )
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from actors.drafting.coupling import SharedColumns
 from actors.drafting.interface import DraftSampling
 from actors.sampling.noise import DRAFT
 from actors.sampling.params import GREEDY_TEMPERATURE
@@ -43,6 +44,7 @@ def draw_tokens(
     samplings: Sequence[DraftSampling],
     positions: Sequence[int],
     vocabulary: CutVocabulary | None = None,
+    shared: Sequence[SharedColumns | None] = (),
 ) -> list[Draw]:
     """Draw one token a row.
 
@@ -51,6 +53,8 @@ def draw_tokens(
         samplings: one a row.
         positions: absolute index of each token drawn.
         vocabulary: what the columns stand for; None: column v is token v.
+        shared: one a row, or empty: where given, a row that samples draws from the tokens shared with a
+            target of another vocabulary, by that target's noise. The token is the draft's, q the target's.
 
     Returns:
         Draws in the target's token ids.
@@ -61,12 +65,16 @@ def draw_tokens(
         best = vocabulary.ids[torch.tensor(best, dtype=torch.int64, device=vocabulary.ids.device)].tolist()
     draws: list[Draw] = []
     for row, sampling in enumerate(samplings):
-        if sampling.temperature < GREEDY_TEMPERATURE:
+        common = shared[row] if shared else None
+        if sampling.temperature < GREEDY_TEMPERATURE or (common is not None and not common.draft_of):
             draws.append(Draw(best[row], confidence[row]))
-        elif sampling.rule == "leviathan":
-            draws.append(_with_q(logits[row], sampling, positions[row], vocabulary))
+            continue
+        draw = _with_q if sampling.rule == "leviathan" else _coupled
+        if common is None:
+            draws.append(draw(logits[row], sampling, positions[row], vocabulary))
         else:
-            draws.append(_coupled(logits[row], sampling, positions[row], vocabulary))
+            drawn = draw(logits[row][common.columns], sampling, positions[row], common.vocabulary)
+            draws.append(replace(drawn, token_id=common.draft_of[drawn.token_id]))
     return draws
 
 

@@ -7,9 +7,14 @@ longer than told. Drafts are advice: nothing here can change what a target emits
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    from actors.drafting.coupling import Coupling
+    from actors.drafting.foreign import ForeignTarget
+    from actors.text.tokenizer_file import TokenizerFile
 
 MAX_HELD_CANDIDATES = 256
 """Verified rows of a session that a source keeps for learning drafters until it tells them; older ones are
@@ -37,13 +42,15 @@ class DraftSampling:
 @dataclass(frozen=True, slots=True)
 class SessionOpen:
     """A session is one request on one target worker. `token_ids` is the prompt, or the prompt and what has
-    been emitted when a worker is told again; `prompt_len` marks the boundary."""
+    been emitted when a worker is told again; `prompt_len` marks the boundary. `foreign` says, inside a draft
+    worker, whose tokens these are when they are not the nested drafter's own."""
 
     session_id: int
     token_ids: tuple[int, ...]
     prompt_len: int
     sampling: DraftSampling
     epoch: int = 0
+    foreign: ForeignTarget | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +103,14 @@ class SessionDraft:
 
 @dataclass(frozen=True, slots=True)
 class DraftQuery:
-    """Ask a drafter for up to `budget` tokens after what it knows of the session."""
+    """Ask a drafter for up to `budget` tokens after what it knows of the session. `coupling` replaces the
+    session's sampling, for a drafter with a model."""
 
     session_id: int
     epoch: int
     budget: int
     exit_depth: int | None = None
+    coupling: Coupling | None = None
 
 
 class Drafter(Protocol):
@@ -140,12 +149,14 @@ class Drafter(Protocol):
 @dataclass(frozen=True, slots=True)
 class TargetIdentity:
     """What drafters must know of the target worker that they draft for. `vocab_size` is the number of logits;
-    `tokenizer_hash` is equal for two models exactly when drafts may cross unchanged."""
+    `tokenizer_hash` is equal for two models exactly when drafts may cross unchanged; `tokenizer` gives the
+    tokenizer to a draft worker whose own is another."""
 
     target_id: str
     model: str
     vocab_size: int
     tokenizer_hash: str = ""
+    tokenizer: Callable[[], TokenizerFile] | None = field(default=None, compare=False, repr=False)
 
 
 class DraftSource(Protocol):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from actors.drafting.coupling import SharedColumns, SharedTokens, shared_columns
 from actors.drafting.deferred_kv import DeferredKv, DeferredSequence
 from actors.drafting.draw import CutVocabulary, Draw, draw_tokens
 from actors.drafting.early_stop import EarlyStop
@@ -54,6 +56,17 @@ class _Proposal:
     acceptance: list[float] = field(default_factory=list)
     survival: float = 1.0
     deepest: int = 0
+
+    @property
+    def sampling(self) -> DraftSampling:
+        coupling = self.query.coupling
+        return self.session.sampling if coupling is None else coupling.sampling
+
+    @property
+    def position(self) -> int:
+        """Absolute index, in the target's sequence, of the token drawn next."""
+        coupling = self.query.coupling
+        return len(self.session.seq.tokens) if coupling is None else coupling.position + len(self.draws)
 
 
 class NestedDrafter:
@@ -122,6 +135,7 @@ class NestedDrafter:
         self._catch_up = catch_up
         self._keep_rounds = keep_rounds
         self._sessions: dict[int, _Session] = {}
+        self._shared: WeakKeyDictionary[SharedTokens, SharedColumns] = WeakKeyDictionary()
         self._clock = 0
 
     @property
@@ -162,6 +176,19 @@ class NestedDrafter:
         session.seq.rollback(session.committed + kept)
         session.seq.tokens[session.committed :] = new_tokens
         session.committed += len(new_tokens)
+
+    def rewind(self, session_id: int, num_tokens: int) -> None:
+        """Forget the committed tokens after the first `num_tokens`, at least one of which must stay."""
+        session = self._get(session_id)
+        if not 1 <= num_tokens <= session.committed:
+            raise ValueError(f"cannot keep {num_tokens} of {session.committed} tokens")
+        del session.seq.tokens[num_tokens:]
+        session.committed = num_tokens
+        if num_tokens <= session.seq.first:  # what the window has dropped: absorbed again when asked for
+            self._kv.release(session.seq)
+            session.parked = True
+        else:
+            session.seq.rollback(num_tokens)
 
     def close(self, session_id: int) -> None:
         session = self._sessions.pop(session_id, None)
@@ -327,17 +354,27 @@ class NestedDrafter:
         return logits[keep], [rows[i] for i in keep]
 
     def _draw(self, logits: Tensor, proposals: Sequence[_Proposal], block: int) -> None:
-        samplings = [p.session.sampling for p in proposals]
-        positions = [len(p.session.seq.tokens) for p in proposals]
-        drawn = draw_tokens(logits, samplings, positions, self._vocabulary)
+        samplings = [p.sampling for p in proposals]
+        positions = [p.position for p in proposals]
+        shared = [self._columns(p, logits.device) for p in proposals]
+        drawn = draw_tokens(logits, samplings, positions, self._vocabulary, shared)
         for proposal, draw in zip(proposals, drawn, strict=True):
             proposal.draws.append(draw)
-            greedy = proposal.session.sampling.temperature < GREEDY_TEMPERATURE
+            greedy = proposal.sampling.temperature < GREEDY_TEMPERATURE
             likely = self._early_stop.acceptance(block, draw.confidence, greedy=greedy)
             proposal.acceptance.append(likely)
             proposal.survival *= likely
             proposal.deepest = max(proposal.deepest, block)
             proposal.session.seq.tokens.append(draw.token_id)
+
+    def _columns(self, proposal: _Proposal, device: torch.device) -> SharedColumns | None:
+        coupling = proposal.query.coupling
+        if coupling is None:
+            return None
+        found = self._shared.get(coupling.shared)
+        if found is None:
+            found = self._shared[coupling.shared] = shared_columns(coupling.shared, self._vocabulary, device)
+        return found
 
     def _finish(self, proposal: _Proposal) -> SessionDraft:
         draws = proposal.draws

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import grpc
 
@@ -22,9 +22,15 @@ from actors.drafting.interface import TargetIdentity
 from protos.s2d.v1 import drafting_pb2 as pb
 from protos.s2d.v1 import drafting_pb2_grpc as pb_grpc
 
+if TYPE_CHECKING:
+    from actors.text.tokenizer_file import TokenizerFile
+
 logger = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+TOKENIZER_CHUNK_BYTES = 1 << 20
+TOKENIZER_TIMEOUT_S = 60.0
+"""For sending a tokenizer and for the worker to take it in."""
 Lease = Mapping[str, object]
 """What a draft worker publishes: id, incarnation, address ("host:port") and load (a number, optional)."""
 LeaseProvider = Callable[[], Sequence[Lease]]
@@ -100,6 +106,8 @@ class Connection:
         self.up = threading.Event()
         self.down = threading.Event()
         self.refused = False
+        self.wants_tokenizer = False
+        """The stream was ended because the worker does not know our tokenizer."""
         self._events = events
         self._outgoing: queue.Queue[pb.DraftRound | None] = queue.Queue(options.send_queue)
         self._sent: dict[int, float] = {}
@@ -111,9 +119,10 @@ class Connection:
             tokenizer_hash=identity.tokenizer_hash,
         )
         self._channel = _open_channel(self.address, options)
-        metadata = (("authorization", f"Bearer {options.token}"),) if options.token else None
+        self._identity = identity
+        self._metadata = (("authorization", f"Bearer {options.token}"),) if options.token else None
         self._call = pb_grpc.DraftServiceStub(self._channel).Draft(  # type: ignore[no-untyped-call]
-            self._requests(pb.DraftRound(round_id=1, hello=hello)), metadata=metadata
+            self._requests(pb.DraftRound(round_id=1, hello=hello)), metadata=self._metadata
         )
         self._reader = threading.Thread(target=self._read, name="s2d-draft-reader", daemon=True)
         self._reader.start()
@@ -144,6 +153,30 @@ class Connection:
     def cancel(self) -> None:
         """End the stream; `link_down` follows from the reader."""
         self._call.cancel()
+
+    def send_tokenizer(self) -> bool:
+        """Tell the worker our tokenizer, seconds; False when it cannot be had or was not taken."""
+        if self._identity.tokenizer is None:
+            return False
+        try:
+            receipt = pb_grpc.DraftServiceStub(self._channel).SendTokenizer(  # type: ignore[no-untyped-call]
+                _tokenizer_chunks(self._identity.vocab_size, self._identity.tokenizer()),
+                metadata=self._metadata,
+                timeout=TOKENIZER_TIMEOUT_S,
+            )
+        except grpc.RpcError as error:
+            reason = f"{error.code().name}: {error.details()}"
+            logger.warning("draft worker %s does not take our tokenizer: %s", self.address, reason)
+            self._events.link_down(self, reason)
+            return False
+        logger.info(
+            "draft worker %s re-tokenises for us: %d tokens are shared, its vocabulary has %d, ours %d",
+            self.address,
+            receipt.shared_tokens,
+            receipt.draft_vocab_size,
+            self._identity.vocab_size,
+        )
+        return True
 
     def close(self, timeout_s: float = 2.0) -> None:
         self._call.cancel()
@@ -176,6 +209,7 @@ class Connection:
         except grpc.RpcError as error:
             code = error.code()
             self.refused = code in _REFUSALS
+            self.wants_tokenizer = code == grpc.StatusCode.NOT_FOUND
             reason = f"{code.name}: {error.details()}"
         except Exception as error:  # A reply that cannot be read must not leave the engine waiting.
             logger.exception("reading from draft worker %s failed", self.address)
@@ -222,8 +256,9 @@ class RemoteLink:
                 if connection.up.is_set() and not connection.down.is_set():
                     backoff = self._options.backoff_s
                     self._watch(connection)
+                sent = connection.wants_tokenizer and connection.send_tokenizer()
                 connection.close()
-                if connection.refused:
+                if connection.refused or (connection.wants_tokenizer and not sent):
                     backoff = self._options.max_backoff_s
             # Full jitter would let a fleet of targets reconnect at once now and then; half keeps a floor.
             self._stop.wait(backoff * random.uniform(0.5, 1.0))
@@ -261,6 +296,17 @@ class RemoteLink:
             if replaced or missed >= self._options.vanished_polls:
                 logger.info("the lease of draft worker %s is gone; reconnecting", connection.worker_id)
                 return
+
+
+def _tokenizer_chunks(vocab_size: int, file: TokenizerFile) -> Iterator[pb.TokenizerChunk]:
+    yield pb.TokenizerChunk(
+        tokenizer_hash=file.vocab_hash,
+        vocab_size=vocab_size,
+        special_token_ids=file.special_ids,
+        eos_token_ids=file.eos_token_ids,
+    )
+    for begin in range(0, len(file.packed), TOKENIZER_CHUNK_BYTES):
+        yield pb.TokenizerChunk(data=file.packed[begin : begin + TOKENIZER_CHUNK_BYTES])
 
 
 def _load(lease: Lease) -> float:

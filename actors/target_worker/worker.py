@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from actors.drafting.interface import DraftSource, TargetIdentity
@@ -25,6 +26,7 @@ from actors.target_worker.prepare import ModelLimits
 from actors.target_worker.startup import StartupClock
 from actors.text.chat_template import render_async
 from actors.text.tokenizer import INLINE_CHARS, TextTokenizer
+from actors.text.tokenizer_file import pack
 
 if TYPE_CHECKING:
     from cluster.config import ModelConfig
@@ -90,7 +92,13 @@ class TargetWorker:
         self._replica_id = replica_id
         self._tokenizer = TextTokenizer(loaded.tokenizer_folder)
         source = build_draft_source(
-            TargetIdentity(replica_id, config.name, model.vocab_size, self._tokenizer.vocab_hash)
+            TargetIdentity(
+                replica_id,
+                config.name,
+                model.vocab_size,
+                self._tokenizer.vocab_hash,
+                partial(pack, self._tokenizer),
+            )
         )
         compiler = GrammarCompiler(self._tokenizer.hf, model.vocab_size, self._tokenizer.eos_token_ids)
         self._limits = ModelLimits(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterable, Sequence
 
-from actors.text.tokenizer import TextTokenizer
+from actors.text.token_table import TokenTable
 
 _TAIL = 16
 """Ids before a text that are looked at: more than the bytes of one character, special tokens included."""
@@ -24,7 +24,7 @@ class IncrementalDetokenizer:
     incomplete. Without them the result equals the tokenizer's own `decode`.
     """
 
-    def __init__(self, tokenizer: TextTokenizer, after: Sequence[int] = ()) -> None:
+    def __init__(self, tokenizer: TokenTable, after: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._first = not after
@@ -38,6 +38,17 @@ class IncrementalDetokenizer:
     def feed(self, ids: Iterable[int]) -> str:
         """Text that `ids` add; may be empty while a character is incomplete."""
         text = "".join(map(self._one, ids))
+        self.chars += len(text)
+        return text
+
+    @property
+    def incomplete(self) -> bytes:
+        """Bytes of a character that has begun and not ended."""
+        return self._utf8.getstate()[0]
+
+    def flush(self) -> str:
+        """The text ends here: U+FFFD for bytes left incomplete. What is fed afterwards starts afresh."""
+        text = self._utf8.decode(b"", final=True)
         self.chars += len(text)
         return text
 

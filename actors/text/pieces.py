@@ -39,9 +39,14 @@ def _byte_level() -> Callable[[str], bytes]:
     return convert
 
 
+def is_byte_piece(piece: str) -> bool:
+    """Whether a piece is spelled like a byte token, `<0xE2>`."""
+    return len(piece) == _BYTE_TOKEN_LENGTH and piece.startswith("<0x") and piece.endswith(">")
+
+
 def _byte_fallback(piece: str) -> bytes:
     """`<0xE2>` is one byte, everything else is text."""
-    if len(piece) == _BYTE_TOKEN_LENGTH and piece.startswith("<0x") and piece.endswith(">"):
+    if is_byte_piece(piece):
         try:
             return bytes([int(piece[3:5], 16)])
         except ValueError:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,6 +40,7 @@ from actors.models.native_llama import NativeLlamaRunner
 from actors.sampling.grammar import GrammarCompiler
 from actors.sampling.params import SamplingParams, SpeculationParams
 from actors.text.tokenizer import TextTokenizer
+from actors.text.tokenizer_file import pack
 from cluster.bench.draft_process import draft_process
 from cluster.bench.environment import cpu_name, read_floor_seconds
 from cluster.bench.plot import plot_ratios
@@ -270,7 +272,9 @@ def main(
         for p in PROMPTS
     ]
     compiler = GrammarCompiler(tokenizer.hf, loaded.info.vocab_size, tokenizer.eos_token_ids)
-    identity = TargetIdentity("bench", "bench", loaded.info.vocab_size, tokenizer.vocab_hash)
+    identity = TargetIdentity(
+        "bench", "bench", loaded.info.vocab_size, tokenizer.vocab_hash, partial(pack, tokenizer)
+    )
     with ExitStack() as stack:
         engines = {
             name: stack.enter_context(drafting_engine(loaded, identity, pool, compiler))

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 from typing import get_args
@@ -24,10 +25,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from tokenizers import Tokenizer, decoders, models
 
 from actors.draft_worker.batcher import DraftBatcher, Round
 from actors.draft_worker.server import DraftServer, build_draft_server
-from actors.draft_worker.service import DraftVocabulary
+from actors.draft_worker.vocabularies import DraftVocabulary
 from actors.drafting import codec
 from actors.drafting.interface import (
     DraftErrorCode,
@@ -44,12 +46,14 @@ from actors.drafting.remote_source import RemoteDraftSource
 from actors.drafting.selector import DrafterPool
 from actors.drafting.session_ledger import RETRY_S, SessionLedger
 from actors.drafting.token_recycling import TokenRecyclingDrafter
+from actors.text.token_table import TokenTable
 from actors.text.tokenizer import TextTokenizer
+from actors.text.tokenizer_file import pack
 from cluster.config import DraftPoolConfig
 from protos.s2d.v1 import drafting_pb2 as pb
 from protos.s2d.v1 import drafting_pb2_grpc as pb_grpc
 from tests.exactness.harness import tiny_llama
-from tests.toy_tokenizers import byte_level_folder
+from tests.toy_tokenizers import byte_fallback_folder, byte_level_folder
 
 SAMPLING = DraftSampling(key=2**64 - 5, temperature=0.7, top_k=3, top_p=0.9, min_p=0.1)
 WAIT_S = 10.0
@@ -167,12 +171,19 @@ def sources() -> Iterator[Callable[..., RemoteDraftSource]]:
         connect: bool = True,
         vocab_size: int = 100,
         tokenizer_hash: str = "hash",
+        tokenizer: TextTokenizer | None = None,
         **options: object,
     ):
         where = address.address if isinstance(address, Worker) else address
         source = RemoteDraftSource(
             lambda: [{"id": "worker", "address": where}],
-            TargetIdentity(f"target-{len(made)}", "model", vocab_size, tokenizer_hash),
+            TargetIdentity(
+                f"target-{len(made)}",
+                "model",
+                vocab_size,
+                tokenizer.vocab_hash if tokenizer else tokenizer_hash,
+                partial(pack, tokenizer) if tokenizer else None,
+            ),
             LinkOptions(backoff_s=0.05, max_backoff_s=0.2, **options),  # type: ignore[arg-type]
             flush_tokens=4,
         )
@@ -611,11 +622,13 @@ async def test_unknown_sessions_and_stale_epochs_are_reported(worker: Worker) ->
 
 
 async def test_other_vocabularies_are_refused(worker: Worker, sources) -> None:  # type: ignore[no-untyped-def]
+    """A drafter whose own tokenizer is not known can serve nobody but its like, padding aside."""
     worker.start(model_free(), vocabulary=DraftVocabulary(100, "hash"))
     assert sources(worker).connected
+    assert sources(worker, vocab_size=128).connected
     for hello, words in (
-        (pb.Hello(vocab_size=99, tokenizer_hash="hash"), ("99", "100")),
-        (pb.Hello(vocab_size=100, tokenizer_hash="other"), ("other", "hash")),
+        (pb.Hello(vocab_size=99), ("99", "100")),
+        (pb.Hello(vocab_size=100, tokenizer_hash="other"), ("other", "hash", "100")),
     ):
         async with grpc.aio.insecure_channel(worker.address) as channel:
             call = pb_grpc.DraftServiceStub(channel).Draft()
@@ -623,7 +636,7 @@ async def test_other_vocabularies_are_refused(worker: Worker, sources) -> None: 
             assert await call.code() == grpc.StatusCode.FAILED_PRECONDITION
             details = await call.details()
             assert all(word in details for word in words)
-    refused = sources(worker, connect=False, vocab_size=7)
+    refused = sources(worker, connect=False, vocab_size=7, tokenizer_hash="")
     until(lambda: "FAILED_PRECONDITION" in str(refused.stats()["last_error"]))
     assert not refused.connected
 
@@ -738,6 +751,7 @@ def test_a_configured_nested_drafter_drafts_over_the_wire(  # type: ignore[no-un
     worker.run(build_draft_server(config, "worker"))
     refused = sources(worker, connect=False)
     until(lambda: "320" in str(refused.stats()["last_error"]))
+    assert "100" in str(refused.stats()["last_error"])
     source = sources(worker, vocab_size=320, tokenizer_hash=TextTokenizer(folder).vocab_hash)
     source.open(session(1, [i * 7 % 320 for i in range(200)]))
     epochs = iter(range(1, 1000))
@@ -752,6 +766,104 @@ def test_a_configured_nested_drafter_drafts_over_the_wire(  # type: ignore[no-un
     assert worker.server.state.kv_blocks_used == 7
     source.close_session(1)
     until(lambda: worker.server is not None and worker.server.state.kv_blocks_used == 0)
+
+
+def nested_pool(folder: Path) -> DraftPoolConfig:
+    return DraftPoolConfig.model_validate(
+        {
+            "drafters": ["nested"],
+            "nested": {"source": str(folder), "exits": [1, 3], "dtype": "float32", "kv_blocks": 64},
+            "port_range": [0, 0],
+        }
+    )
+
+
+def test_a_target_of_another_tokenizer_sends_it_and_is_drafted_for(  # type: ignore[no-untyped-def]
+    worker: Worker, sources, tmp_path: Path
+) -> None:
+    draft = byte_level_folder(tiny_llama(tmp_path / "draft"))
+    target = TextTokenizer(byte_fallback_folder(tmp_path / "target"))
+    worker.run(build_draft_server(nested_pool(draft), "worker"))
+    unknown = sources(worker, connect=False, vocab_size=299, tokenizer_hash=target.vocab_hash)
+    until(lambda: "NOT_FOUND" in str(unknown.stats()["last_error"]))
+    assert all(size in str(unknown.stats()["last_error"]) for size in ("299", "320"))
+
+    source = sources(worker, vocab_size=target.vocab_size, tokenizer=target)
+    again = sources(worker, vocab_size=target.vocab_size, tokenizer_hash=target.vocab_hash)
+    assert again.connected, "the worker keeps the tokenizer"
+    for sid, sampling in ((1, DraftSampling(key=5)), (2, DraftSampling(key=5, temperature=1.0))):
+        prompt = target.encode("the end of the day " * 20)
+        source.open(SessionOpen(sid, tuple(prompt), len(prompt), sampling))
+        # A draft with random weights often guesses bytes that are no text: then there is no draft.
+        epochs = iter(range(1, 1000))
+        proposals: list[SessionDraft] = []
+
+        def nested() -> bool:
+            update = wish(sid, next(epochs), prompt[:1], budget=6)  # noqa: B023
+            proposals.append(drafted(source, update))  # noqa: B023
+            return sum(p.drafter == "nested" for p in proposals) >= 3  # noqa: B023
+
+        until(nested)
+        assert all(p.error is None for p in proposals)
+        ids = {i for p in proposals for i in p.token_ids}
+        assert max(ids) < target.vocab_size
+        assert not ids & target.special_ids - set(target.eos_token_ids)
+
+
+def test_a_target_padded_beyond_the_draft_is_served(  # type: ignore[no-untyped-def]
+    worker: Worker, sources, tmp_path: Path
+) -> None:
+    folder = byte_level_folder(tiny_llama(tmp_path))
+    worker.run(build_draft_server(nested_pool(folder), "worker"))
+    source = sources(worker, vocab_size=512, tokenizer_hash=TextTokenizer(folder).vocab_hash)
+    source.open(session(1, [5, 6, 7]))
+    assert len(drafted(source, wish(1, 1)).token_ids) == 2
+    source.open(session(2, [5, 400]))
+    refused = drafted(source, wish(2, 1))
+    assert (refused.error, refused.token_ids) == ("unsupported", ())
+    assert "400" in refused.error_message
+    assert "320" in refused.error_message
+
+
+def chunks(tokenizer: TextTokenizer, **changes: object) -> list[pb.TokenizerChunk]:
+    file = pack(tokenizer)
+    fields = {"tokenizer_hash": file.vocab_hash, "vocab_size": tokenizer.vocab_size, "data": file.packed}
+    return [pb.TokenizerChunk(**{**fields, **changes})]  # type: ignore[arg-type]
+
+
+async def test_tokenizers_that_cannot_be_used_are_refused(worker: Worker, tmp_path: Path) -> None:
+    draft = byte_level_folder(tiny_llama(tmp_path / "draft"))
+    target = TextTokenizer(byte_fallback_folder(tmp_path / "target"))
+    greek = Tokenizer(models.BPE(vocab={"αβγ": 0, "δεζ": 1}, merges=[]))
+    greek.decoder = decoders.Fuse()
+    stranger = pack(TokenTable(greek))
+    worker.run(build_draft_server(nested_pool(draft), "worker"))
+    packed = pack(target).packed
+    huge = [pb.TokenizerChunk(data=b"\0" * (17 << 20))] * 2
+    async with grpc.aio.insecure_channel(worker.address) as channel:
+        stub = pb_grpc.DraftServiceStub(channel)
+        for sent, code, words in (
+            (chunks(target, tokenizer_hash="0" * 64), grpc.StatusCode.INVALID_ARGUMENT, ("0" * 12,)),
+            (chunks(target, data=packed[:-9]), grpc.StatusCode.INVALID_ARGUMENT, ("cut short",)),
+            (chunks(target, data=b"nonsense"), grpc.StatusCode.INVALID_ARGUMENT, ("unpacked",)),
+            ([], grpc.StatusCode.INVALID_ARGUMENT, ("no tokenizer",)),
+            (huge, grpc.StatusCode.INVALID_ARGUMENT, ("more than",)),
+            (
+                [pb.TokenizerChunk(tokenizer_hash=stranger.vocab_hash, vocab_size=7, data=stranger.packed)],
+                grpc.StatusCode.FAILED_PRECONDITION,
+                ("7 tokens", "320"),
+            ),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.SendTokenizer(iter(sent))
+            assert caught.value.code() == code
+            assert all(word in str(caught.value.details()) for word in words)
+        call = stub.Draft()  # the refusal is remembered
+        await call.write(pb.DraftRound(hello=pb.Hello(vocab_size=7, tokenizer_hash=stranger.vocab_hash)))
+        assert await call.code() == grpc.StatusCode.FAILED_PRECONDITION
+        receipt = await stub.SendTokenizer(iter(chunks(target)))
+        assert receipt.draft_vocab_size == 320
+        assert 256 <= receipt.shared_tokens <= target.vocab_size
 
 
 _PROCESS = """

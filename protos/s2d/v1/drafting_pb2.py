@@ -24,13 +24,17 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cprotos/s2d/v1/drafting.proto\x12\x06s2d.v1\"U\n\x05Hello\x12\x11\n\ttarget_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x16\n\x0etokenizer_hash\x18\x04 \x01(\t\"l\n\rDraftSampling\x12\x0b\n\x03key\x18\x01 \x01(\x06\x12\x13\n\x0btemperature\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05top_p\x18\x04 \x01(\x01\x12\r\n\x05min_p\x18\x05 \x01(\x01\x12\x0c\n\x04rule\x18\x06 \x01(\t\"\x84\x01\n\x0bSessionOpen\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\x15\n\ttoken_ids\x18\x02 \x03(\rB\x02\x10\x01\x12\x12\n\nprompt_len\x18\x03 \x01(\r\x12\'\n\x08sampling\x18\x04 \x01(\x0b\x32\x15.s2d.v1.DraftSampling\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\"4\n\nCandidates\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x14\n\x08next_ids\x18\x02 \x03(\rB\x02\x10\x01\"\xcd\x01\n\rSessionUpdate\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x19\n\rnew_token_ids\x18\x03 \x03(\rB\x02\x10\x01\x12\x0f\n\x07\x64rafted\x18\x04 \x01(\r\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x05 \x01(\r\x12&\n\ncandidates\x18\x06 \x03(\x0b\x32\x12.s2d.v1.Candidates\x12\x0e\n\x06\x62udget\x18\x07 \x01(\r\x12\x0f\n\x07\x64rafter\x18\x08 \x01(\t\x12\x12\n\nexit_depth\x18\t \x01(\r\"\xcd\x01\n\nDraftRound\x12\x10\n\x08round_id\x18\x01 \x01(\x04\x12\x1c\n\x05hello\x18\x02 \x01(\x0b\x32\r.s2d.v1.Hello\x12\"\n\x05opens\x18\x03 \x03(\x0b\x32\x13.s2d.v1.SessionOpen\x12\x12\n\x06\x63loses\x18\x04 \x03(\x04\x42\x02\x10\x01\x12&\n\x07updates\x18\x05 \x03(\x0b\x32\x15.s2d.v1.SessionUpdate\x12\x13\n\x0b\x64\x65\x61\x64line_us\x18\x06 \x01(\x04\x12\x1a\n\x12reset_shared_state\x18\x07 \x01(\x08\"E\n\x11\x44raftDistribution\x12\x15\n\ttoken_ids\x18\x01 \x03(\rB\x02\x10\x01\x12\x19\n\rprobabilities\x18\x02 \x03(\x02\x42\x02\x10\x01\"\xfa\x01\n\x0cSessionDraft\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x15\n\ttoken_ids\x18\x03 \x03(\rB\x02\x10\x01\x12\x13\n\x07parents\x18\x04 \x03(\x11\x42\x02\x10\x01\x12\x0f\n\x07\x64rafter\x18\x05 \x01(\t\x12\x12\n\nexit_depth\x18\x06 \x01(\r\x12\x16\n\nconfidence\x18\x07 \x03(\x02\x42\x02\x10\x01\x12$\n\x01q\x18\x08 \x03(\x0b\x32\x19.s2d.v1.DraftDistribution\x12!\n\x05\x65rror\x18\t \x01(\x0e\x32\x12.s2d.v1.DraftError\x12\x15\n\rerror_message\x18\n \x01(\t\"\x9a\x01\n\nDraftReply\x12\x10\n\x08round_id\x18\x01 \x01(\x04\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12$\n\x06\x64rafts\x18\x03 \x03(\x0b\x32\x14.s2d.v1.SessionDraft\x12\x19\n\x11\x63\x61ndidates_wanted\x18\x04 \x01(\r\x12\x10\n\x08\x64rafters\x18\x05 \x03(\t\x12\x12\n\nservice_us\x18\x06 \x01(\x04\"\x1c\n\x1aGetDraftWorkerStateRequest\"\xf1\x01\n\x10\x44raftWorkerState\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x10\n\x08sessions\x18\x03 \x01(\r\x12\x0f\n\x07streams\x18\x04 \x01(\r\x12\x15\n\rqueued_rounds\x18\x05 \x01(\r\x12\x16\n\x0ekv_blocks_used\x18\x06 \x01(\r\x12\x16\n\x0ekv_blocks_free\x18\x07 \x01(\r\x12\x10\n\x08\x64rafters\x18\x08 \x03(\t\x12\x11\n\x05\x65xits\x18\t \x03(\rB\x02\x10\x01\x12\x0e\n\x06rounds\x18\n \x01(\x04\x12\x16\n\x0e\x64rafted_tokens\x18\x0b \x01(\x04*\xb8\x01\n\nDraftError\x12\x1b\n\x17\x44RAFT_ERROR_UNSPECIFIED\x10\x00\x12\x1f\n\x1b\x44RAFT_ERROR_UNKNOWN_SESSION\x10\x01\x12\x1b\n\x17\x44RAFT_ERROR_STALE_EPOCH\x10\x02\x12\x18\n\x14\x44RAFT_ERROR_CAPACITY\x10\x03\x12\x1b\n\x17\x44RAFT_ERROR_UNSUPPORTED\x10\x04\x12\x18\n\x14\x44RAFT_ERROR_INTERNAL\x10\x05\x32\x98\x01\n\x0c\x44raftService\x12\x33\n\x05\x44raft\x12\x12.s2d.v1.DraftRound\x1a\x12.s2d.v1.DraftReply(\x01\x30\x01\x12S\n\x13GetDraftWorkerState\x12\".s2d.v1.GetDraftWorkerStateRequest\x1a\x18.s2d.v1.DraftWorkerStateb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cprotos/s2d/v1/drafting.proto\x12\x06s2d.v1\"U\n\x05Hello\x12\x11\n\ttarget_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x16\n\x0etokenizer_hash\x18\x04 \x01(\t\"\x84\x01\n\x0eTokenizerChunk\x12\x16\n\x0etokenizer_hash\x18\x01 \x01(\t\x12\x12\n\nvocab_size\x18\x02 \x01(\r\x12\x1d\n\x11special_token_ids\x18\x03 \x03(\rB\x02\x10\x01\x12\x19\n\reos_token_ids\x18\x04 \x03(\rB\x02\x10\x01\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\"C\n\x10TokenizerReceipt\x12\x15\n\rshared_tokens\x18\x01 \x01(\r\x12\x18\n\x10\x64raft_vocab_size\x18\x02 \x01(\r\"l\n\rDraftSampling\x12\x0b\n\x03key\x18\x01 \x01(\x06\x12\x13\n\x0btemperature\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05top_p\x18\x04 \x01(\x01\x12\r\n\x05min_p\x18\x05 \x01(\x01\x12\x0c\n\x04rule\x18\x06 \x01(\t\"\x84\x01\n\x0bSessionOpen\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\x15\n\ttoken_ids\x18\x02 \x03(\rB\x02\x10\x01\x12\x12\n\nprompt_len\x18\x03 \x01(\r\x12\'\n\x08sampling\x18\x04 \x01(\x0b\x32\x15.s2d.v1.DraftSampling\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\"4\n\nCandidates\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x14\n\x08next_ids\x18\x02 \x03(\rB\x02\x10\x01\"\xcd\x01\n\rSessionUpdate\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x19\n\rnew_token_ids\x18\x03 \x03(\rB\x02\x10\x01\x12\x0f\n\x07\x64rafted\x18\x04 \x01(\r\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x05 \x01(\r\x12&\n\ncandidates\x18\x06 \x03(\x0b\x32\x12.s2d.v1.Candidates\x12\x0e\n\x06\x62udget\x18\x07 \x01(\r\x12\x0f\n\x07\x64rafter\x18\x08 \x01(\t\x12\x12\n\nexit_depth\x18\t \x01(\r\"\xcd\x01\n\nDraftRound\x12\x10\n\x08round_id\x18\x01 \x01(\x04\x12\x1c\n\x05hello\x18\x02 \x01(\x0b\x32\r.s2d.v1.Hello\x12\"\n\x05opens\x18\x03 \x03(\x0b\x32\x13.s2d.v1.SessionOpen\x12\x12\n\x06\x63loses\x18\x04 \x03(\x04\x42\x02\x10\x01\x12&\n\x07updates\x18\x05 \x03(\x0b\x32\x15.s2d.v1.SessionUpdate\x12\x13\n\x0b\x64\x65\x61\x64line_us\x18\x06 \x01(\x04\x12\x1a\n\x12reset_shared_state\x18\x07 \x01(\x08\"E\n\x11\x44raftDistribution\x12\x15\n\ttoken_ids\x18\x01 \x03(\rB\x02\x10\x01\x12\x19\n\rprobabilities\x18\x02 \x03(\x02\x42\x02\x10\x01\"\xfa\x01\n\x0cSessionDraft\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x15\n\ttoken_ids\x18\x03 \x03(\rB\x02\x10\x01\x12\x13\n\x07parents\x18\x04 \x03(\x11\x42\x02\x10\x01\x12\x0f\n\x07\x64rafter\x18\x05 \x01(\t\x12\x12\n\nexit_depth\x18\x06 \x01(\r\x12\x16\n\nconfidence\x18\x07 \x03(\x02\x42\x02\x10\x01\x12$\n\x01q\x18\x08 \x03(\x0b\x32\x19.s2d.v1.DraftDistribution\x12!\n\x05\x65rror\x18\t \x01(\x0e\x32\x12.s2d.v1.DraftError\x12\x15\n\rerror_message\x18\n \x01(\t\"\x9a\x01\n\nDraftReply\x12\x10\n\x08round_id\x18\x01 \x01(\x04\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12$\n\x06\x64rafts\x18\x03 \x03(\x0b\x32\x14.s2d.v1.SessionDraft\x12\x19\n\x11\x63\x61ndidates_wanted\x18\x04 \x01(\r\x12\x10\n\x08\x64rafters\x18\x05 \x03(\t\x12\x12\n\nservice_us\x18\x06 \x01(\x04\"\x1c\n\x1aGetDraftWorkerStateRequest\"\xf1\x01\n\x10\x44raftWorkerState\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x10\n\x08sessions\x18\x03 \x01(\r\x12\x0f\n\x07streams\x18\x04 \x01(\r\x12\x15\n\rqueued_rounds\x18\x05 \x01(\r\x12\x16\n\x0ekv_blocks_used\x18\x06 \x01(\r\x12\x16\n\x0ekv_blocks_free\x18\x07 \x01(\r\x12\x10\n\x08\x64rafters\x18\x08 \x03(\t\x12\x11\n\x05\x65xits\x18\t \x03(\rB\x02\x10\x01\x12\x0e\n\x06rounds\x18\n \x01(\x04\x12\x16\n\x0e\x64rafted_tokens\x18\x0b \x01(\x04*\xb8\x01\n\nDraftError\x12\x1b\n\x17\x44RAFT_ERROR_UNSPECIFIED\x10\x00\x12\x1f\n\x1b\x44RAFT_ERROR_UNKNOWN_SESSION\x10\x01\x12\x1b\n\x17\x44RAFT_ERROR_STALE_EPOCH\x10\x02\x12\x18\n\x14\x44RAFT_ERROR_CAPACITY\x10\x03\x12\x1b\n\x17\x44RAFT_ERROR_UNSUPPORTED\x10\x04\x12\x18\n\x14\x44RAFT_ERROR_INTERNAL\x10\x05\x32\xdd\x01\n\x0c\x44raftService\x12\x33\n\x05\x44raft\x12\x12.s2d.v1.DraftRound\x1a\x12.s2d.v1.DraftReply(\x01\x30\x01\x12\x43\n\rSendTokenizer\x12\x16.s2d.v1.TokenizerChunk\x1a\x18.s2d.v1.TokenizerReceipt(\x01\x12S\n\x13GetDraftWorkerState\x12\".s2d.v1.GetDraftWorkerStateRequest\x1a\x18.s2d.v1.DraftWorkerStateb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.s2d.v1.drafting_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_TOKENIZERCHUNK'].fields_by_name['special_token_ids']._loaded_options = None
+  _globals['_TOKENIZERCHUNK'].fields_by_name['special_token_ids']._serialized_options = b'\020\001'
+  _globals['_TOKENIZERCHUNK'].fields_by_name['eos_token_ids']._loaded_options = None
+  _globals['_TOKENIZERCHUNK'].fields_by_name['eos_token_ids']._serialized_options = b'\020\001'
   _globals['_SESSIONOPEN'].fields_by_name['token_ids']._loaded_options = None
   _globals['_SESSIONOPEN'].fields_by_name['token_ids']._serialized_options = b'\020\001'
   _globals['_CANDIDATES'].fields_by_name['next_ids']._loaded_options = None
@@ -51,30 +55,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SESSIONDRAFT'].fields_by_name['confidence']._serialized_options = b'\020\001'
   _globals['_DRAFTWORKERSTATE'].fields_by_name['exits']._loaded_options = None
   _globals['_DRAFTWORKERSTATE'].fields_by_name['exits']._serialized_options = b'\020\001'
-  _globals['_DRAFTERROR']._serialized_start=1598
-  _globals['_DRAFTERROR']._serialized_end=1782
+  _globals['_DRAFTERROR']._serialized_start=1802
+  _globals['_DRAFTERROR']._serialized_end=1986
   _globals['_HELLO']._serialized_start=40
   _globals['_HELLO']._serialized_end=125
-  _globals['_DRAFTSAMPLING']._serialized_start=127
-  _globals['_DRAFTSAMPLING']._serialized_end=235
-  _globals['_SESSIONOPEN']._serialized_start=238
-  _globals['_SESSIONOPEN']._serialized_end=370
-  _globals['_CANDIDATES']._serialized_start=372
-  _globals['_CANDIDATES']._serialized_end=424
-  _globals['_SESSIONUPDATE']._serialized_start=427
-  _globals['_SESSIONUPDATE']._serialized_end=632
-  _globals['_DRAFTROUND']._serialized_start=635
-  _globals['_DRAFTROUND']._serialized_end=840
-  _globals['_DRAFTDISTRIBUTION']._serialized_start=842
-  _globals['_DRAFTDISTRIBUTION']._serialized_end=911
-  _globals['_SESSIONDRAFT']._serialized_start=914
-  _globals['_SESSIONDRAFT']._serialized_end=1164
-  _globals['_DRAFTREPLY']._serialized_start=1167
-  _globals['_DRAFTREPLY']._serialized_end=1321
-  _globals['_GETDRAFTWORKERSTATEREQUEST']._serialized_start=1323
-  _globals['_GETDRAFTWORKERSTATEREQUEST']._serialized_end=1351
-  _globals['_DRAFTWORKERSTATE']._serialized_start=1354
-  _globals['_DRAFTWORKERSTATE']._serialized_end=1595
-  _globals['_DRAFTSERVICE']._serialized_start=1785
-  _globals['_DRAFTSERVICE']._serialized_end=1937
+  _globals['_TOKENIZERCHUNK']._serialized_start=128
+  _globals['_TOKENIZERCHUNK']._serialized_end=260
+  _globals['_TOKENIZERRECEIPT']._serialized_start=262
+  _globals['_TOKENIZERRECEIPT']._serialized_end=329
+  _globals['_DRAFTSAMPLING']._serialized_start=331
+  _globals['_DRAFTSAMPLING']._serialized_end=439
+  _globals['_SESSIONOPEN']._serialized_start=442
+  _globals['_SESSIONOPEN']._serialized_end=574
+  _globals['_CANDIDATES']._serialized_start=576
+  _globals['_CANDIDATES']._serialized_end=628
+  _globals['_SESSIONUPDATE']._serialized_start=631
+  _globals['_SESSIONUPDATE']._serialized_end=836
+  _globals['_DRAFTROUND']._serialized_start=839
+  _globals['_DRAFTROUND']._serialized_end=1044
+  _globals['_DRAFTDISTRIBUTION']._serialized_start=1046
+  _globals['_DRAFTDISTRIBUTION']._serialized_end=1115
+  _globals['_SESSIONDRAFT']._serialized_start=1118
+  _globals['_SESSIONDRAFT']._serialized_end=1368
+  _globals['_DRAFTREPLY']._serialized_start=1371
+  _globals['_DRAFTREPLY']._serialized_end=1525
+  _globals['_GETDRAFTWORKERSTATEREQUEST']._serialized_start=1527
+  _globals['_GETDRAFTWORKERSTATEREQUEST']._serialized_end=1555
+  _globals['_DRAFTWORKERSTATE']._serialized_start=1558
+  _globals['_DRAFTWORKERSTATE']._serialized_end=1799
+  _globals['_DRAFTSERVICE']._serialized_start=1989
+  _globals['_DRAFTSERVICE']._serialized_end=2210
 # @@protoc_insertion_point(module_scope)

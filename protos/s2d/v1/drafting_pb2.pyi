@@ -34,6 +34,28 @@ class Hello(_message.Message):
     tokenizer_hash: str
     def __init__(self, target_id: _Optional[str] = ..., model: _Optional[str] = ..., vocab_size: _Optional[int] = ..., tokenizer_hash: _Optional[str] = ...) -> None: ...
 
+class TokenizerChunk(_message.Message):
+    __slots__ = ("tokenizer_hash", "vocab_size", "special_token_ids", "eos_token_ids", "data")
+    TOKENIZER_HASH_FIELD_NUMBER: _ClassVar[int]
+    VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
+    SPECIAL_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    tokenizer_hash: str
+    vocab_size: int
+    special_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    data: bytes
+    def __init__(self, tokenizer_hash: _Optional[str] = ..., vocab_size: _Optional[int] = ..., special_token_ids: _Optional[_Iterable[int]] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class TokenizerReceipt(_message.Message):
+    __slots__ = ("shared_tokens", "draft_vocab_size")
+    SHARED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
+    shared_tokens: int
+    draft_vocab_size: int
+    def __init__(self, shared_tokens: _Optional[int] = ..., draft_vocab_size: _Optional[int] = ...) -> None: ...
+
 class DraftSampling(_message.Message):
     __slots__ = ("key", "temperature", "top_k", "top_p", "min_p", "rule")
     KEY_FIELD_NUMBER: _ClassVar[int]

@@ -39,6 +39,11 @@ class DraftServiceStub:
                 request_serializer=protos_dot_s2d_dot_v1_dot_drafting__pb2.DraftRound.SerializeToString,
                 response_deserializer=protos_dot_s2d_dot_v1_dot_drafting__pb2.DraftReply.FromString,
                 _registered_method=True)
+        self.SendTokenizer = channel.stream_unary(
+                '/s2d.v1.DraftService/SendTokenizer',
+                request_serializer=protos_dot_s2d_dot_v1_dot_drafting__pb2.TokenizerChunk.SerializeToString,
+                response_deserializer=protos_dot_s2d_dot_v1_dot_drafting__pb2.TokenizerReceipt.FromString,
+                _registered_method=True)
         self.GetDraftWorkerState = channel.unary_unary(
                 '/s2d.v1.DraftService/GetDraftWorkerState',
                 request_serializer=protos_dot_s2d_dot_v1_dot_drafting__pb2.GetDraftWorkerStateRequest.SerializeToString,
@@ -51,6 +56,16 @@ class DraftServiceServicer:
 
     def Draft(self, request_iterator, context):
         """The first DraftRound of a stream carries `hello`. Sessions live as long as their stream.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SendTokenizer(self, request_iterator, context):
+        """Tells the worker the tokenizer of a target whose `hello` was answered with NOT_FOUND: its vocabulary is
+        not the nested drafter's. One stream a tokenizer; afterwards Draft is called again. The worker keeps the
+        tokenizers used last. INVALID_ARGUMENT when it cannot be read or is not what was announced,
+        FAILED_PRECONDITION, naming both sizes, when it cannot work with the draft.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -70,6 +85,11 @@ def add_DraftServiceServicer_to_server(servicer, server):
                     servicer.Draft,
                     request_deserializer=protos_dot_s2d_dot_v1_dot_drafting__pb2.DraftRound.FromString,
                     response_serializer=protos_dot_s2d_dot_v1_dot_drafting__pb2.DraftReply.SerializeToString,
+            ),
+            'SendTokenizer': grpc.stream_unary_rpc_method_handler(
+                    servicer.SendTokenizer,
+                    request_deserializer=protos_dot_s2d_dot_v1_dot_drafting__pb2.TokenizerChunk.FromString,
+                    response_serializer=protos_dot_s2d_dot_v1_dot_drafting__pb2.TokenizerReceipt.SerializeToString,
             ),
             'GetDraftWorkerState': grpc.unary_unary_rpc_method_handler(
                     servicer.GetDraftWorkerState,
@@ -104,6 +124,33 @@ class DraftService:
             '/s2d.v1.DraftService/Draft',
             protos_dot_s2d_dot_v1_dot_drafting__pb2.DraftRound.SerializeToString,
             protos_dot_s2d_dot_v1_dot_drafting__pb2.DraftReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SendTokenizer(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/s2d.v1.DraftService/SendTokenizer',
+            protos_dot_s2d_dot_v1_dot_drafting__pb2.TokenizerChunk.SerializeToString,
+            protos_dot_s2d_dot_v1_dot_drafting__pb2.TokenizerReceipt.FromString,
             options,
             channel_credentials,
             insecure,
