@@ -1,14 +1,14 @@
 """An overloaded worker gives up depth first, then length, before anybody queues.
 
-Depth: the next shallower exit that still pays, for the cheapest target at its depth, so that the order stays
-sorted without touching others. Only when no target of the worker has such an exit are lengths cut, one token at a
+Depth: the next shallower exit that still pays, for the worker's cheapest target at its depth; cheaper targets of
+other workers that are as deep follow, so that the order stays sorted. Only when no target of the worker has such an exit are lengths cut, one token at a
 time, down to none. Among possible steps the one that loses least value for the load it frees is taken.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.router.goodput import OFF, Choice
@@ -56,30 +56,54 @@ def _shed_depth(
     given_up: Shed,
 ) -> float:
     while load > stop_at:
-        steps: list[tuple[float, str, Choice]] = []
-        floor = 0  # depth of the nearest cheaper target that drafts
-        for c in order:
-            now = plan[c.target_id]
-            if now.length == 0:
-                continue
-            if c.worker_id == worker:
-                down = _shallower(c, now, 0 if c.exempt else floor, min_gain)
-                if down is not None:
-                    price = (now.value - down.value) / (now.load - down.load)
-                    steps.append((price, c.target_id, down))
-            if not c.exempt:
-                floor = now.exit
+        steps = list(_depth_steps(order, worker, plan, min_gain))
         if not steps:
             return load
-        _, target_id, down = min(steps, key=lambda s: s[:2])
-        load -= plan[target_id].load - down.load
-        plan[target_id] = down
-        given_up.depth.add(target_id)
+        _, _, moves = min(steps, key=lambda s: s[:2])
+        for c, down in moves:
+            if c.worker_id == worker:
+                load -= plan[c.target_id].load - down.load
+            plan[c.target_id] = down
+            given_up.depth.add(c.target_id)
     return load
 
 
-def _shallower(c: Contender, now: Choice, floor: int, min_gain: float) -> Choice | None:
-    for depth in sorted((d for d in c.table if floor <= d < now.exit), reverse=True):
+def _depth_steps(
+    order: Sequence[Contender], worker: str, plan: Plan, min_gain: float
+) -> Iterator[tuple[float, str, list[tuple[Contender, Choice]]]]:
+    """(value lost per load freed, target, moves): one for each depth that targets of the worker have, and one
+    for each exempt target."""
+    drafting = [c for c in order if plan[c.target_id].length > 0]
+    bound = [c for c in drafting if not c.exempt]
+    seen: set[int] = set()
+    for place, c in [*enumerate(bound), *((0, c) for c in drafting if c.exempt)]:
+        now = plan[c.target_id]
+        if c.worker_id != worker or (not c.exempt and now.exit in seen):
+            continue
+        if not c.exempt:
+            seen.add(now.exit)
+        down = _shallower(c, now, min_gain)
+        if down is None:
+            continue
+        moves = [(c, down)]
+        # Cheaper targets of other workers may be as deep: they follow, so that the order stays sorted.
+        for other in () if c.exempt else bound[:place]:
+            theirs = plan[other.target_id]
+            if theirs.exit > down.exit:
+                follow = _shallower(other, theirs, min_gain, deepest=down.exit)
+                if follow is None:
+                    break
+                moves.append((other, follow))
+        else:
+            lost = sum(plan[x.target_id].value - choice.value for x, choice in moves)
+            yield lost / (now.load - down.load), c.target_id, moves
+
+
+def _shallower(c: Contender, now: Choice, min_gain: float, deepest: int | None = None) -> Choice | None:
+    """The deepest choice below the present one that pays and frees load. A follower (with `deepest`) could be
+    left in front of cheaper ones that are deeper than its new depth, so it goes exactly that deep."""
+    depths = (d for d in c.table if d < now.exit and deepest in (None, d))
+    for depth in sorted(depths, reverse=True):
         down = c.best(depth, min_gain, longest=now.length)
         if down is not None and down.load < now.load - _ENOUGH:
             return down

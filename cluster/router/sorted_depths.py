@@ -17,9 +17,7 @@ _HOLD = 1e6
 """Value that keeps a choice which may not change, unless the order cannot be kept with it."""
 
 
-def sorted_plan(
-    order: Sequence[Contender], min_gain: float, change_cost: float, hold: bool = False
-) -> Plan:
+def sorted_plan(order: Sequence[Contender], min_gain: float, change_cost: float, hold: bool = False) -> Plan:
     """Ignores capacity.
 
     Args:
