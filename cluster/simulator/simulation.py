@@ -1,0 +1,168 @@
+"""One run: targets, pool and a policy on one clock; what it gave, and what the router did."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from cluster.router.reports import Assignment, DraftReport, TargetReport
+from cluster.router.router import Router
+from cluster.simulator.draft_pool import SimulatedDraftWorker
+from cluster.simulator.events import Clock
+from cluster.simulator.profile import CostProfile
+from cluster.simulator.scenario import Scenario
+from cluster.simulator.target import Session, SimulatedTarget
+
+STEP_S = 1.0
+
+
+class Policy(Protocol):
+    """Decides once a second. `workers(profile, scenario)`: (id, slowness) of the draft workers it wants."""
+
+    name: str
+
+    def workers(self, profile: CostProfile, scenario: Scenario) -> list[tuple[str, float]]: ...
+
+    def step(
+        self, now: float, targets: Sequence[TargetReport], drafts: Sequence[DraftReport]
+    ) -> dict[str, Assignment]: ...
+
+
+@dataclass(slots=True)
+class RunResult:
+    """tokens_per_s: all targets, after the warm-up. speed: geometric mean over targets of tokens a second of
+    busy time. utilisation: of the pool. highest_plan: greatest predicted load of a worker. unsorted: pairs out
+    of order, over all steps."""
+
+    policy: str
+    tokens_per_s: float
+    speed: float
+    utilisation: float
+    highest_plan: float = 0.0
+    unsorted: int = 0
+    changes_per_target_minute: float = 0.0
+    speed_by_model: dict[str, float] = field(default_factory=dict)
+
+
+def simulate(
+    profile: CostProfile,
+    scenario: Scenario,
+    policy: Policy,
+    progress: Callable[[float], None] = lambda now: None,
+) -> RunResult:
+    """The same arrivals for every policy; equal inputs give equal results."""
+    clock = Clock()
+    pool = {
+        worker_id: SimulatedDraftWorker(clock, profile.draft_s, slowness)
+        for worker_id, slowness in policy.workers(profile, scenario)
+    }
+    models = list(profile.models)
+    targets = [
+        SimulatedTarget(
+            f"t{i:03}", models[i % len(models)], profile, clock,
+            random.Random(f"{scenario.seed}/{i}"), pool, scenario.max_running, scenario.max_draft,
+            scenario.noise,
+        )
+        for i in range(scenario.targets)
+    ]  # fmt: skip
+    _arrivals(clock, scenario, profile, targets)
+    result = RunResult(policy.name, 0.0, 0.0, 0.0)
+    steps = math.ceil(scenario.duration_s / STEP_S)
+    marks: list[tuple[int, float]] = [(0, 0.0)] * len(targets)
+    drafting_at_mark, changes_at_mark, marked_at = 0.0, 0, 0.0
+    changes = 0
+    for number in range(steps):
+        now = number * STEP_S
+        if number and now >= scenario.warmup_s and marked_at == 0.0:
+            marks = [(t.emitted, t.busy_s) for t in targets]
+            drafting_at_mark = sum(w.total_busy_s for w in pool.values())
+            marked_at, changes_at_mark = now, changes
+        reports = [t.report(STEP_S) for t in targets]
+        drafts = [
+            DraftReport(name, _slow(profile, w.slowness), utilisation=min(1.0, w.busy_s / STEP_S),
+                        max_sessions=100_000)
+            for name, w in pool.items()
+        ]  # fmt: skip
+        for worker in pool.values():
+            worker.busy_s = 0.0
+        assignments = policy.step(now, reports, drafts)
+        for target in targets:
+            before, after = target.assignment, assignments.get(target.target_id)
+            if before is not None and after is not None:
+                changes += (before.worker_id, before.exits, before.cap) != (
+                    after.worker_id, after.exits, after.cap)  # fmt: skip
+            target.assignment = after
+        _check(result, reports, assignments)
+        clock.run(min(scenario.duration_s, now + STEP_S))
+        progress(clock.now)
+    seconds = scenario.duration_s - marked_at
+    result.tokens_per_s = sum(t.emitted - m[0] for t, m in zip(targets, marks, strict=True)) / seconds
+    busy = sum(w.total_busy_s for w in pool.values()) - drafting_at_mark
+    result.utilisation = busy / seconds / len(pool) if pool else 0.0
+    result.changes_per_target_minute = (changes - changes_at_mark) / len(targets) / (seconds / 60.0)
+    by_model: dict[str, list[float]] = {}
+    for t, (emitted, busy_s) in zip(targets, marks, strict=True):
+        if t.emitted > emitted and t.busy_s > busy_s:
+            by_model.setdefault(t.model, []).append((t.emitted - emitted) / (t.busy_s - busy_s))
+    result.speed_by_model = {model: _geometric(v) for model, v in by_model.items()}
+    result.speed = _geometric([x for v in by_model.values() for x in v])
+    return result
+
+
+def _geometric(values: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values)) if values else 0.0
+
+
+def _slow(profile: CostProfile, slowness: float) -> dict[int, dict[int, float]]:
+    return {d: {n: s * slowness for n, s in table.items()} for d, table in profile.draft_s.items()}
+
+
+def _arrivals(
+    clock: Clock, scenario: Scenario, profile: CostProfile, targets: Sequence[SimulatedTarget]
+) -> None:
+    rng = random.Random(scenario.seed)
+    tasks = sorted(profile.acceptance)
+    for number in range(scenario.sessions):
+        at = rng.uniform(0.0, scenario.duration_s)
+        target = targets[number % len(targets)]
+        tokens = 1 + int(rng.expovariate(1.0 / scenario.tokens))
+        session = Session(number, rng.choice(tasks), tokens)
+        clock.after(at, lambda t=target, s=session: t.arrive(s))  # type: ignore[misc]
+
+
+def _check(result: RunResult, reports: Sequence[TargetReport], assignments: dict[str, Assignment]) -> None:
+    load: dict[str, float] = {}
+    for a in assignments.values():
+        if a.worker_id is not None:
+            load[a.worker_id] = load.get(a.worker_id, 0.0) + a.load
+    result.highest_plan = max(result.highest_plan, *load.values(), 0.0)
+    drafting = sorted(
+        (r.cost_s_by_rows[min(r.cost_s_by_rows)], assignments[r.target_id].depth)
+        for r in reports
+        if r.target_id in assignments and assignments[r.target_id].cap > 0
+    )
+    deepest: list[tuple[float, int]] = []
+    for cost, depth in drafting:
+        # 1.1: the router keeps a target's place until its cost moved by 5 %, on either side.
+        result.unsorted += any(c * 1.1 < cost and d > depth for c, d in deepest)
+        if not deepest or depth > deepest[-1][1]:
+            deepest.append((cost, depth))
+
+
+class RouterPolicy:
+    """The router itself; the pool is shared."""
+
+    def __init__(self, router: Router | None = None) -> None:
+        self.name = "router"
+        self.router = router or Router()
+
+    def workers(self, profile: CostProfile, scenario: Scenario) -> list[tuple[str, float]]:
+        return [(f"d{i}", 1.0) for i in range(scenario.draft_workers)]
+
+    def step(
+        self, now: float, targets: Sequence[TargetReport], drafts: Sequence[DraftReport]
+    ) -> dict[str, Assignment]:
+        return self.router.step(now, targets, drafts)
