@@ -1,77 +1,126 @@
-"""What the router is told each second: one report a target worker, one a draft worker."""
+"""What the router hears and what it says: reports of workers, pins of operators, assignments. Plain data."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
 class ExitAcceptance:
-    """P(token j accepted | those before it are) by position j, and how many drafts have been scored so far.
-    `trials` only tells whether there is news; it may start again from zero with the target worker."""
+    """Measured acceptance of one exit. `rates[j]` is P(token j accepted | its ancestors accepted), in [0, 1];
+    `trials[j]` counts the tokens that were scored at place j since the worker started."""
 
-    by_position: tuple[float, ...]
-    trials: int
+    rates: tuple[float, ...]
+    trials: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if not self.by_position or any(not 0.0 <= a <= 1.0 for a in self.by_position) or self.trials < 0:
-            raise ValueError("acceptance must be probabilities, at least one, with a count of trials")
-
-
-@dataclass(frozen=True, slots=True)
-class DraftUse:
-    """How a target drafts now: `length` is the mean number of draft tokens that a request verifies."""
-
-    worker: str
-    exit: int
-    length: float
+        if len(self.rates) != len(self.trials):
+            raise ValueError("rates and trials must be equally long")
 
 
 @dataclass(frozen=True, slots=True)
 class TargetReport:
     """One target worker.
 
-    worker: its id. model: what it serves. cost_s: seconds of a round by token rows, ascending in both.
-    acceptance: by exit depth, of exits used and scored in shadow alike. running: requests that decode, mean of
-    the last second. rounds_per_s: measured. use: current drafting, None without. latency_s: round trip to a
-    draft worker beside drafting itself, by its id. compatible: draft workers that may draft for it; None: all.
+    cost_s_by_rows: measured seconds of a verification round by rows in it (`actors.engine.costs`).
+    acceptance: by exit depth. running: requests that decode. rounds_per_s: engine rounds.
+    draft_tokens_per_s: draft tokens that it asked for a second, over all its requests.
+    latency_s: measured seconds of a draft round trip without the drafting, by draft worker.
+    max_draft: longest draft that it can verify. weight: what its speed is worth to the operator.
     """
 
-    worker: str
+    target_id: str
     model: str
-    cost_s: Mapping[int, float]
+    cost_s_by_rows: Mapping[int, float]
     acceptance: Mapping[int, ExitAcceptance] = field(default_factory=dict)
-    running: float = 0.0
+    running: int = 0
     rounds_per_s: float = 0.0
-    use: DraftUse | None = None
+    draft_tokens_per_s: float = 0.0
     latency_s: Mapping[str, float] = field(default_factory=dict)
-    compatible: frozenset[str] | None = None
+    max_draft: int = 8
+    weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.cost_s or any(r < 1 or not 0 < s < math.inf for r, s in self.cost_s.items()):
-            raise ValueError(f"{self.worker}: cost_s needs positive seconds by positive rows")
-        if not (0 <= self.running < math.inf and 0 <= self.rounds_per_s < math.inf):
-            raise ValueError(f"{self.worker}: running and rounds_per_s must be finite and not negative")
+        if not self.cost_s_by_rows or min(self.cost_s_by_rows.values()) <= 0.0:
+            raise ValueError(f"{self.target_id}: cost_s_by_rows needs positive seconds")
+        if self.running < 0 or self.max_draft < 0 or self.weight <= 0.0:
+            raise ValueError(f"{self.target_id}: running and max_draft are at least 0, weight above")
 
 
 @dataclass(frozen=True, slots=True)
 class DraftReport:
     """One draft worker.
 
-    token_s: by exit depth (layers), seconds of one draft token for a batch by its number of sessions.
-    drafters: what it can draft with. open_sessions: of how many (`max_sessions`). utilisation: busy share.
+    step_s_by_exit: for each exit depth, measured seconds of a draft step that adds one token to each of n
+        sessions, by n. drafters: names of what it runs. utilisation: share of the time that it drafted, 0..1.
     """
 
-    worker: str
-    token_s: Mapping[int, Mapping[int, float]]
+    worker_id: str
+    step_s_by_exit: Mapping[int, Mapping[int, float]]
     drafters: tuple[str, ...] = ("nested",)
     open_sessions: int = 0
     max_sessions: int = 256
     utilisation: float = 0.0
 
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """Depths in layers, ascending."""
+        return tuple(sorted(self.step_s_by_exit))
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """What an operator fixed for one target; None leaves it to the router. `exits` fixed: the best of them is
+    taken. A cap of 0 forbids drafting."""
+
+    worker_id: str | None = None
+    exits: tuple[int, ...] | None = None
+    cap: int | None = None
+
     def __post_init__(self) -> None:
-        for depth, costs in self.token_s.items():
-            if depth < 1 or not costs or any(n < 1 or not 0 < s < math.inf for n, s in costs.items()):
-                raise ValueError(f"{self.worker}: exit {depth} needs positive seconds by positive sessions")
+        if self.exits is not None and not self.exits:
+            raise ValueError("exits: give at least one, or none at all")
+        if self.cap is not None and self.cap < 0:
+            raise ValueError("cap: must be at least 0")
+
+    @property
+    def fixes_choice(self) -> bool:
+        """Whether exit or length is fixed, so that the sorted order does not bind this target."""
+        return self.exits is not None or self.cap is not None
+
+    def __str__(self) -> str:
+        parts = (("worker", self.worker_id), ("exits", self.exits), ("cap", self.cap))
+        return ", ".join(f"{name} {value}" for name, value in parts if value is not None) or "nothing"
+
+
+@dataclass(frozen=True, slots=True)
+class ShadowScoring:
+    """In `share` of the rounds one session drafts `length` tokens at `exit`, so that its acceptance stays
+    known while it is not in use."""
+
+    exit: int
+    length: int
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """Who drafts for a target. cap 0: it must not draft (`exits` is empty then, shadow scoring goes on).
+
+    gain: predicted speed over plain decoding, 1.0 for none. load: predicted share of the draft worker's time.
+    """
+
+    target_id: str
+    worker_id: str | None
+    exits: tuple[int, ...]
+    cap: int
+    reason: str
+    gain: float = 1.0
+    load: float = 0.0
+    shadow: ShadowScoring | None = None
+
+    @property
+    def depth(self) -> int:
+        """Deepest allowed exit, 0 for none."""
+        return max(self.exits, default=0)

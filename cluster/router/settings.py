@@ -1,4 +1,4 @@
-"""What an operator may set of the router."""
+"""The router's constants in one place, with their units."""
 
 from __future__ import annotations
 
@@ -6,33 +6,33 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class RouterSettings(BaseModel):
+    """Defaults are meant to be left alone; the simulator and tests vary them."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    min_gain: float = Field(
-        0.05, ge=0, description="A change must promise this much more than what it replaces."
+    limit: float = Field(0.9, gt=0, description="Draft-seconds a second of one worker that force shedding.")
+    plan: float = Field(0.8, gt=0, description="What a new plan may fill, and what shedding stops at.")
+    min_draft_gain: float = Field(1.05, ge=1, description="Drafting must promise this much over none.")
+    min_change_gain: float = Field(1.05, gt=1, description="A change must promise this much over no change.")
+    dwell_s: float = Field(10.0, ge=0, description="A choice that still fits stays this long, in seconds.")
+    smoothing: float = Field(0.3, gt=0, le=1, description="Share of a new report in running averages.")
+    cost_tolerance: float = Field(
+        0.05, ge=0, description="A target keeps its place in the order until its cost moved by this share."
     )
-    dwell_s: float = Field(10.0, ge=0, description="A target keeps a choice this long unless it must change.")
-    max_utilisation: float = Field(
-        0.75, gt=0, le=0.95, description="Expected draft-seconds a second of a worker above which it sheds."
+    drafting_shadow_share: float = Field(
+        0.05, ge=0, le=0.25, description="Rounds with shadow scoring, of a target that drafts."
     )
-    grow_utilisation: float = Field(
-        0.65, gt=0, description="Nothing grows beyond this, so that what was shed does not return at once."
+    idle_shadow_share: float = Field(
+        0.01, ge=0, le=0.25, description="The same for a target that does not draft: such a round waits."
     )
-    max_draft_tokens: int = Field(6, ge=1, le=16, description="Longest cap.")
-    cost_step: float = Field(
-        0.1, ge=0, description="A target's place in the order moves when its cost changed by this share."
+    shadow_length: int = Field(4, ge=1, description="Longest draft of shadow scoring.")
+    shadow_age_s: float = Field(
+        60.0, gt=0, description="Evidence older than this counts for less, and is renewed, in seconds."
     )
-    prior_acceptance: float = Field(0.5, gt=0, lt=1, description="Acceptance of what nobody has measured.")
-    min_trials: int = Field(20, ge=1, description="Scored drafts from which a measurement counts in full.")
-    probe_tokens: int = Field(2, ge=1, le=16, description="Cap of a target of which nothing is known yet.")
-    stale_s: float = Field(30.0, gt=0, description="Acceptance older than this is scored anew in shadow.")
-    shadow_share: float = Field(0.1, ge=0, le=1, description="Rounds of a target that score one, at most.")
-    explore_share: float = Field(
-        0.02, ge=0, le=0.05, description="Draft-seconds a second of a worker spent on shadow scoring, at most."
-    )
+    move_gap: float = Field(0.2, gt=0, description="Gap in load between workers that makes a target move.")
 
     @model_validator(mode="after")
-    def _growth_below_limit(self) -> RouterSettings:
-        if self.grow_utilisation > self.max_utilisation:
-            raise ValueError("grow_utilisation: must not exceed max_utilisation")
+    def _band(self) -> RouterSettings:
+        if self.plan > self.limit:
+            raise ValueError("plan: must not exceed limit")
         return self
