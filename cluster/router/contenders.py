@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from actors.engine.costs import CostModel
 from cluster.router.evidence import Evidence
-from cluster.router.goodput import NO_LATENCY, OFF, Choice, choices, cost_model
+from cluster.router.goodput import NO_LATENCY, OFF, Choice, choices, cost_model, request_counts
 from cluster.router.memory import Memory
 from cluster.router.problem import Contender
 from cluster.router.reports import DraftReport, Pin, TargetReport
@@ -51,10 +51,7 @@ class ContenderBuilder:
             self._fill(contender, report, self._workers[worker_id], activity)
         if known.decided:
             contender.held = contender.same(known.exit, known.length)
-            harmful = contender.held is not None and contender.held.gain < 1.0
-            contender.may_change = now - known.since >= self._settings.dwell_s or harmful
-            if harmful and not contender.exempt:
-                contender.held = None
+            contender.may_change = now - known.since >= self._settings.dwell_s
         return contender
 
     def _fill(self, c: Contender, report: TargetReport, worker: DraftReport, activity: float) -> None:
@@ -71,7 +68,7 @@ class ContenderBuilder:
             if c.pin.exits is not None and depth not in c.pin.exits:
                 continue
             table = choices(
-                requests=c.requests,
+                requests=request_counts(self._memory.targets[report.target_id].running),
                 activity=activity,
                 weight=c.weight,
                 verify=verify,

@@ -96,12 +96,13 @@ class Pin:
 
 @dataclass(frozen=True, slots=True)
 class ShadowScoring:
-    """In `share` of the rounds one session drafts `length` tokens at `exit`, so that its acceptance stays
-    known while it is not in use."""
+    """In `share` of the rounds `length` tokens of one session are also drafted at `exit` and scored against what
+    the target emits. Nobody waits for them and nobody verifies them; they take `load` draft-seconds a second."""
 
     exit: int
     length: int
     share: float
+    load: float
 
 
 @dataclass(frozen=True, slots=True)

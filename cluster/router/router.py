@@ -20,6 +20,7 @@ from cluster.router.placement import place, rebalance
 from cluster.router.problem import Contender, Plan, is_sorted
 from cluster.router.reports import Assignment, DraftReport, Pin, ShadowScoring, TargetReport
 from cluster.router.settings import RouterSettings
+from cluster.router.shadow import plan_shadows
 from cluster.router.shedding import Shed, shed
 from cluster.router.sorted_depths import sorted_plan
 
@@ -66,8 +67,9 @@ class Router:
         contenders = self._place(now, reports, workers, builder)
         contenders.sort(key=lambda c: (c.cost_s, builder.wished_depth(c), c.target_id))
         plan, given_up = self._decide(contenders, workers)
+        shadows = plan_shadows(contenders, plan, reports, workers, self._evidence, self.settings)
         return {
-            c.target_id: self._assign(now, c, plan[c.target_id], given_up, reports[c.target_id], workers)
+            c.target_id: self._assign(now, c, plan[c.target_id], given_up, shadows.get(c.target_id))
             for c in contenders
         }
 
@@ -179,22 +181,21 @@ class Router:
         c: Contender,
         choice: Choice,
         given_up: Shed,
-        report: TargetReport,
-        workers: Mapping[str, DraftReport],
+        shadow: ShadowScoring | None,
     ) -> Assignment:
         memory = self._memory.targets[c.target_id]
         changed = (memory.exit, memory.length) != (choice.exit, choice.length)
         moved = memory.worker_id != c.worker_id
         if memory.decided and (changed or moved):
             self._memory.changes += 1
-        if changed or not memory.decided:
+        # A first decision rests on little and may be followed by a better one at once.
+        if changed and memory.decided:
             memory.since = now
         if moved:
             memory.moved_at = now
         reason = reasons.explain(c, choice, given_up, memory, changed, moved, self.settings)
         memory.worker_id, memory.exit, memory.length = c.worker_id, choice.exit, choice.length
         memory.decided, memory.reason = True, reason
-        worker = workers.get(c.worker_id) if c.worker_id is not None else None
         return Assignment(
             target_id=c.target_id,
             worker_id=c.worker_id,
@@ -203,21 +204,8 @@ class Router:
             reason=reason,
             gain=choice.gain,
             load=choice.load,
-            shadow=self._shadow(c, choice.exit, report, worker),
+            shadow=shadow,
         )
-
-    def _shadow(
-        self, c: Contender, in_use: int, report: TargetReport, worker: DraftReport | None
-    ) -> ShadowScoring | None:
-        """The exit with the least evidence among those not in use; none where an operator forbade drafting."""
-        s = self.settings
-        share = s.drafting_shadow_share if in_use else s.idle_shadow_share
-        length = min(s.shadow_length, report.max_draft)
-        if worker is None or share == 0.0 or length == 0 or c.pin.cap == 0:
-            return None
-        others = [d for d in worker.exits if d != in_use]
-        exit_depth = self._evidence.stalest(c.model, others)
-        return None if exit_depth is None else ShadowScoring(exit_depth, length, share)
 
     # State.
 

@@ -19,11 +19,13 @@ class RouterSettings(BaseModel):
     cost_tolerance: float = Field(
         0.05, ge=0, description="A target keeps its place in the order until its cost moved by this share."
     )
-    drafting_shadow_share: float = Field(
-        0.05, ge=0, le=0.25, description="Rounds with shadow scoring, of a target that drafts."
+    shadow_share: float = Field(0.05, ge=0, le=1, description="Rounds in which a target scores in shadow.")
+    first_shadow_share: float = Field(
+        0.5, ge=0, le=1, description="The same while the exit has fewer than shadow_trials scored tokens."
     )
-    idle_shadow_share: float = Field(
-        0.01, ge=0, le=0.25, description="The same for a target that does not draft: such a round waits."
+    shadow_trials: int = Field(100, ge=1, description="Scored first tokens from which an exit is known.")
+    shadow_load: float = Field(
+        0.05, ge=0, le=0.1, description="Draft-seconds a second of one worker for shadow scoring, at most."
     )
     shadow_length: int = Field(4, ge=1, description="Longest draft of shadow scoring.")
     shadow_age_s: float = Field(

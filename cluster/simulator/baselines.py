@@ -67,7 +67,7 @@ class DraftPerModel:
                 for place in range(longest)
             ]
             options += choices(
-                requests=2, activity=1.0, weight=1.0,
+                requests=(2,), activity=1.0, weight=1.0,
                 verify=cost_model(self._profile.verify_s(model)),
                 step=cost_model({n: s * slowness for n, s in table.items()}),
                 exit_depth=depth, acceptance=rates, latency_s=self._profile.latency_ms / 1e3,

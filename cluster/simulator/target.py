@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass, field
 
 from actors.drafting.interface import SessionDraft
+from actors.engine.acceptance import RequestAcceptance
 from actors.engine.controller import Candidate, Controller, ControlState
 from cluster.router.goodput import cost_model
 from cluster.router.reports import Assignment, ExitAcceptance, TargetReport
@@ -27,6 +28,7 @@ class Session:
     task: str
     tokens_left: int
     control: ControlState = field(default_factory=ControlState)
+    shadow: RequestAcceptance = field(default_factory=RequestAcceptance)
 
 
 class SimulatedTarget:
@@ -80,11 +82,16 @@ class SimulatedTarget:
         a = self.assignment
         wishes: dict[Session, tuple[Candidate, int, int]] = {}
         if a is not None and a.worker_id in self._workers:
-            candidates = self._candidates(a)
-            budgets = self.controller.plan([c for c, _ in candidates])
-            for session, (candidate, depth), budget in zip(self.running, candidates, budgets, strict=True):
+            self._score_in_shadow(a)
+            # As in the engine, a request that may emit one more token only cannot use a draft.
+            candidates = [
+                Candidate(s.control, min(a.cap, s.tokens_left - 1), (drafter_name(a.depth),))
+                for s in self.running
+            ]
+            budgets = self.controller.plan(candidates)
+            for session, candidate, budget in zip(self.running, candidates, budgets, strict=True):
                 if budget > 0:
-                    wishes[session] = (candidate, depth, budget)
+                    wishes[session] = (candidate, a.depth, budget)
         if not wishes or a is None or a.worker_id is None:
             self._verify(started, {})
             return
@@ -100,46 +107,52 @@ class SimulatedTarget:
         job = DraftJob([(depth, count, length) for (depth, length), count in groups.items()], back)
         self._clock.after(half, lambda: worker.ask(job))
 
-    def _candidates(self, a: Assignment) -> list[tuple[Candidate, int]]:
-        scored = -1
-        if a.shadow is not None and self._rng.random() < a.shadow.share:
-            scored = self._rng.randrange(len(self.running))
-        result = []
-        for index, session in enumerate(self.running):
-            depth, limit, forced = a.depth, a.cap, False
-            if a.shadow is not None and index == scored:
-                depth, limit, forced = a.shadow.exit, a.shadow.length, True
-            limit = min(limit, session.tokens_left - 1)
-            candidate = Candidate(session.control, limit, (drafter_name(depth),), forced and limit > 0)
-            result.append((candidate, depth))
-        return result
+    def _score_in_shadow(self, a: Assignment) -> None:
+        """Draft a few tokens of one session at an exit not in use. Nobody waits: they are scored against what the
+        target emits, if it has not emitted more by the time they are there."""
+        if a.shadow is None or a.worker_id not in self._workers or self._rng.random() >= a.shadow.share:
+            return
+        session = self._rng.choice(self.running)
+        depth, length, at = a.shadow.exit, a.shadow.length, session.tokens_left
+
+        def done() -> None:
+            if session.tokens_left == at:
+                draft = self._draft(session, depth, length)[0]
+                self.controller.acceptance.proposed(session.shadow, draft, ())
+
+        worker, half = self._workers[a.worker_id], self._profile.latency_ms / 2e3
+        job = DraftJob([(depth, 1, length)], lambda: self._clock.after(half, done))
+        self._clock.after(half, lambda: worker.ask(job))
+
+    def _draft(self, session: Session, depth: int, length: int) -> tuple[SessionDraft, int]:
+        """A proposal, and how many of its tokens are right."""
+        right = 0
+        while right < length and self._rng.random() < self._profile.rate(
+            self.model, session.task, depth, right
+        ):
+            right += 1
+        tokens = (_RIGHT,) * right + (_WRONG,) * (length - right)
+        return SessionDraft(session.session_id, 1, tokens, drafter=drafter_name(depth)), right
 
     def _drafts_came(self, started: float, wishes: dict[Session, tuple[Candidate, int, int]]) -> None:
         self.controller.observe_wait(self._clock.now - started)
         drafts: list[tuple[Candidate, str, int]] = []
         hits: list[int] = []
         for session, (candidate, depth, length) in wishes.items():
-            name = drafter_name(depth)
-            right = 0
-            while right < length and self._rng.random() < self._profile.rate(
-                self.model, session.task, depth, right
-            ):
-                right += 1
-            tokens = (_RIGHT,) * right + (_WRONG,) * (length - right)
-            draft = SessionDraft(session.session_id, 1, tokens, drafter=name)
+            draft, right = self._draft(session, depth, length)
             self.controller.acceptance.proposed(session.control.acceptance, draft, candidate.drafters)
-            drafts.append((candidate, name, length))
+            drafts.append((candidate, draft.drafter, length))
             hits.append(right)
         lengths = self.controller.trim(drafts, len(self.running), len(self.running))
         verified = {
-            session: (length, min(right, length), candidate.forced)
-            for (session, (candidate, _, _)), length, right in zip(wishes.items(), lengths, hits, strict=True)
+            session: (length, min(right, length))
+            for session, length, right in zip(wishes, lengths, hits, strict=True)
             if length > 0
         }
         self._verify(started, verified)
 
-    def _verify(self, started: float, verified: dict[Session, tuple[int, int, bool]]) -> None:
-        rows = len(self.running) + sum(length for length, _, _ in verified.values())
+    def _verify(self, started: float, verified: dict[Session, tuple[int, int]]) -> None:
+        rows = len(self.running) + sum(length for length, _ in verified.values())
         jitter = max(0.5, 1.0 + self._noise * self._rng.gauss(0.0, 1.0)) if self._noise else 1.0
         seconds = self._true_cost.seconds(rows) * jitter
 
@@ -152,13 +165,14 @@ class SimulatedTarget:
 
         self._clock.after(seconds, commit)
 
-    def _commit(self, verified: dict[Session, tuple[int, int, bool]]) -> None:
+    def _commit(self, verified: dict[Session, tuple[int, int]]) -> None:
         for session in self.running:
-            _, accepted, forced = verified.get(session, (0, 0, False))
-            if session in verified and not forced:
+            _, accepted = verified.get(session, (0, 0))
+            if session in verified:
                 self.controller.observe_accepted(accepted)
             count = min(session.tokens_left, 1 + accepted)
             self.controller.acceptance.emitted(session.control.acceptance, [_RIGHT] * count)
+            self.controller.acceptance.emitted(session.shadow, [_RIGHT] * count)
             session.tokens_left -= count
             self.emitted += count
         self.running = [s for s in self.running if s.tokens_left > 0]
