@@ -6,13 +6,14 @@ from collections.abc import Mapping
 
 from actors.engine.costs import CostModel
 from cluster.router.evidence import Evidence
-from cluster.router.goodput import NO_LATENCY, OFF, Choice, choices, cost_model, request_counts
+from cluster.router.goodput import NO_LATENCY, OFF, Choice, Queue, choices, cost_model, request_counts
 from cluster.router.memory import Memory
 from cluster.router.problem import Contender
 from cluster.router.reports import DraftReport, Pin, TargetReport
 from cluster.router.settings import RouterSettings
 
 _MIN_ACTIVITY = 0.01
+_MAX_UTILISATION = 0.9
 
 
 class ContenderBuilder:
@@ -58,6 +59,12 @@ class ContenderBuilder:
         exits = worker.exits
         curves = self._acceptance(report.model, exits, report.max_draft)
         remembered = self._memory.workers[worker.worker_id]
+        queue = Queue(
+            remembered.wait_s,
+            min(_MAX_UTILISATION, remembered.utilisation),
+            remembered.pressure,
+            remembered.load_scale,
+        )
         steps = self._steps.setdefault(
             worker.worker_id, {d: cost_model(t) for d, t in worker.step_s_by_exit.items()}
         )
@@ -76,8 +83,7 @@ class ContenderBuilder:
                 exit_depth=depth,
                 acceptance=curves[depth],
                 latency_s=report.latency_s.get(worker.worker_id, NO_LATENCY),
-                utilisation=remembered.utilisation,
-                load_scale=remembered.load_scale,
+                queue=queue,
             )
             if c.pin.cap is not None:
                 table = [x for x in table if x.length == min(c.pin.cap, report.max_draft)]

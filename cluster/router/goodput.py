@@ -2,11 +2,13 @@
 
 With R requests, cap m and exit n, acceptance a_i, verification cost C and draft step D_n, the controller
 (`actors.engine.controller`) asks for m tokens and verifies the k <= m of them that pay, or does not ask:
-    goodput(R) = max over k of R (1 + sum_{j<=k} prod_{i<=j} a_i) / (latency + m D_n(R) (1 + u/2) + C(R (1 + k)))
-u is the worker's utilisation: a round finds it busy with probability u and then waits for half a batch, taken to
-be as long as its own. R varies from round to round, so that the mean over a few R around the reported one counts.
-The value is the mean of log(goodput / plain goodput): a target counts by its relative gain, and none is starved
-for another with cheaper tokens.
+    goodput(R) = max over k of R (1 + sum_{j<=k} prod_{i<=j} a_i) / (latency + W + m D_n(R) + C(R (1 + k)))
+W is the measured mean wait at the draft worker. R varies from round to round, so that the mean over a few R around
+the reported one counts. A draft also makes others wait: by the formula of Pollaczek and Khinchine, jobs of s
+seconds that take the load l of a worker of utilisation u add l (s + 2 W) / (2 (1 - u)) seconds to the mean wait of
+everybody there, and each second costs a target the relative speed (rounds a second). So
+    value = weight mean log(goodput / plain goodput) - l (s + 2 W) / (2 (1 - u)) sum of weight (rounds a second).
+A target counts by its relative gain, and none is starved for another with cheaper tokens.
 """
 
 from __future__ import annotations
@@ -36,6 +38,22 @@ class Choice:
 OFF = Choice(0, 0, 1.0, 0.0, 0.0)
 
 
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """A draft worker as it is now. wait_s: mean wait of a round before its drafting. utilisation: below 1.
+    pressure: sum of weight times rounds a second of those who wait there. load_scale: measured over predicted
+    load, below 1 where rounds share steps."""
+
+    wait_s: float = 0.0
+    utilisation: float = 0.0
+    pressure: float = 0.0
+    load_scale: float = 1.0
+
+    def price(self, load: float, job_s: float) -> float:
+        """What jobs of `job_s` seconds cost the others, in value."""
+        return load * (job_s + 2.0 * self.wait_s) / (2.0 * (1.0 - self.utilisation)) * self.pressure
+
+
 def cost_model(seconds_by_count: Mapping[int, float]) -> CostModel:
     """The engine's interpolation over a reported table."""
     model = CostModel()
@@ -59,8 +77,7 @@ def choices(
     exit_depth: int,
     acceptance: Sequence[float],
     latency_s: float,
-    utilisation: float,
-    load_scale: float,
+    queue: Queue,
 ) -> list[Choice]:
     """One choice for each cap 1..len(acceptance). `activity` is the share of the time with requests."""
     expected = [1.0]
@@ -70,31 +87,27 @@ def choices(
         expected.append(expected[-1] + survival)
     result = []
     for cap in range(1, len(expected)):
-        value = load = 0.0
+        logs = load = price = 0.0
         for running in requests:
-            gain, used = _best(running, cap, expected, verify, step, latency_s, utilisation)
-            value += math.log(gain) / len(requests)
-            load += used / len(requests)
-        result.append(Choice(exit_depth, cap, math.exp(value), weight * value, activity * load_scale * load))
+            job_s = cap * step.seconds(running)
+            gain, round_s = _best(running, cap, expected, verify, latency_s + queue.wait_s + job_s)
+            logs += math.log(gain) / len(requests)
+            if round_s > 0.0:
+                used = activity * queue.load_scale * job_s / round_s / len(requests)
+                load += used
+                price += queue.price(used, job_s)
+        result.append(Choice(exit_depth, cap, math.exp(logs), weight * logs - price, load))
     return result
 
 
 def _best(
-    running: int,
-    cap: int,
-    expected: Sequence[float],
-    verify: CostModel,
-    step: CostModel,
-    latency_s: float,
-    utilisation: float,
+    running: int, cap: int, expected: Sequence[float], verify: CostModel, before_s: float
 ) -> tuple[float, float]:
-    """(gain, draft-seconds a second) of what the controller would do with `running` requests: not drafting is
-    (1, 0), unless drafting pays."""
+    """(gain, seconds of the round) of what the controller would do with `running` requests when drafts are there
+    after `before_s`; (1, 0) where it would not draft."""
     plain = verify.seconds(running)
-    drafting = cap * step.seconds(running)
-    before = latency_s + drafting * (1.0 + utilisation / 2)
     gain, seconds = max(
-        (expected[k] * plain / (total := before + verify.seconds(running * (1 + k))), total)
+        (expected[k] * plain / (total := before_s + verify.seconds(running * (1 + k))), total)
         for k in range(1, cap + 1)
     )
-    return (gain, drafting / seconds) if gain > 1.0 else (1.0, 0.0)
+    return (gain, seconds) if gain > 1.0 else (1.0, 0.0)

@@ -27,11 +27,13 @@ class TargetMemory:
 
 @dataclass(slots=True)
 class WorkerMemory:
-    """`utilisation` is smoothed; `load_scale` is measured over predicted load: below 1, since targets that draft
-    at once share steps."""
+    """Smoothed figures, see `cluster.router.goodput.Queue`; `load_scale` is below 1, since targets that draft at
+    once share steps."""
 
     utilisation: float = 0.0
     load_scale: float = 1.0
+    wait_s: float = 0.0
+    pressure: float = 0.0
 
 
 @dataclass(slots=True)

@@ -26,6 +26,7 @@ class TargetReport:
     cost_s_by_rows: measured seconds of a verification round by rows in it (`actors.engine.costs`).
     acceptance: by exit depth. running: requests that decode. rounds_per_s: engine rounds.
     draft_tokens_per_s: draft tokens that it asked for a second, over all its requests.
+    draft_wait_s: mean seconds that a round with drafts stood still for them; 0 for none measured.
     latency_s: measured seconds of a draft round trip without the drafting, by draft worker.
     max_draft: longest draft that it can verify. weight: what its speed is worth to the operator.
     """
@@ -37,6 +38,7 @@ class TargetReport:
     running: int = 0
     rounds_per_s: float = 0.0
     draft_tokens_per_s: float = 0.0
+    draft_wait_s: float = 0.0
     latency_s: Mapping[str, float] = field(default_factory=dict)
     max_draft: int = 8
     weight: float = 1.0

@@ -14,7 +14,7 @@ from typing import Any
 from cluster.router import reasons
 from cluster.router.contenders import ContenderBuilder
 from cluster.router.evidence import Evidence
-from cluster.router.goodput import Choice, cost_model
+from cluster.router.goodput import NO_LATENCY, Choice, cost_model
 from cluster.router.memory import Memory, TargetMemory, WorkerMemory
 from cluster.router.placement import place, rebalance
 from cluster.router.problem import Contender, Plan, is_sorted
@@ -98,22 +98,32 @@ class Router:
             )
             used = min(1.0, worker.utilisation)
             known_worker.utilisation += s.smoothing * (used - known_worker.utilisation)
-            predicted = self._predicted_load(worker, reports)
-            if predicted > 0.01:
-                ratio = min(_MAX_SCALE, max(_MIN_SCALE, used / predicted))
-                known_worker.load_scale += _SCALE_SMOOTHING * (ratio - known_worker.load_scale)
+            self._take_in_queue(worker, known_worker, reports)
 
-    def _predicted_load(self, worker: DraftReport, reports: Mapping[str, TargetReport]) -> float:
-        """Draft-seconds a second of what the targets say that they asked for, if none shared a step."""
-        total = 0.0
+    def _take_in_queue(
+        self, worker: DraftReport, known: WorkerMemory, reports: Mapping[str, TargetReport]
+    ) -> None:
+        """Compares what the worker's targets say with what one alone would see."""
+        predicted = waited = rounds = pressure = 0.0
         for report in reports.values():
-            known = self._memory.targets[report.target_id]
-            table = worker.step_s_by_exit.get(known.exit)
-            if known.worker_id == worker.worker_id and table is not None and known.length > 0:
-                requests = max(1, round(known.running))
-                step = cost_model(table).seconds(requests)
-                total += report.draft_tokens_per_s / requests * step
-        return total
+            target = self._memory.targets[report.target_id]
+            table = worker.step_s_by_exit.get(target.exit)
+            if target.worker_id != worker.worker_id or table is None or target.length == 0:
+                continue
+            requests = max(1, round(target.running))
+            step_s = cost_model(table).seconds(requests)
+            predicted += report.draft_tokens_per_s / requests * step_s
+            pressure += report.weight * report.rounds_per_s
+            if report.draft_wait_s > 0.0:
+                alone = report.latency_s.get(worker.worker_id, NO_LATENCY) + target.length * step_s
+                waited += report.rounds_per_s * max(0.0, report.draft_wait_s - alone)
+                rounds += report.rounds_per_s
+        s = self.settings
+        if predicted > 0.01:
+            ratio = min(_MAX_SCALE, max(_MIN_SCALE, min(1.0, worker.utilisation) / predicted))
+            known.load_scale += _SCALE_SMOOTHING * (ratio - known.load_scale)
+        known.pressure += s.smoothing * (pressure - known.pressure)
+        known.wait_s += s.smoothing * ((waited / rounds if rounds else 0.0) - known.wait_s)
 
     # Which worker.
 

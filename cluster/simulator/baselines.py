@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cluster.router.goodput import choices, cost_model
+from cluster.router.goodput import Queue, choices, cost_model
 from cluster.router.reports import Assignment, DraftReport, TargetReport
 from cluster.simulator.profile import CostProfile
 from cluster.simulator.scenario import Scenario
@@ -71,7 +71,7 @@ class DraftPerModel:
                 verify=cost_model(self._profile.verify_s(model)),
                 step=cost_model({n: s * slowness for n, s in table.items()}),
                 exit_depth=depth, acceptance=rates, latency_s=self._profile.latency_ms / 1e3,
-                utilisation=0.0, load_scale=1.0,
+                queue=Queue(),
             )  # fmt: skip
         best = max(options, key=lambda c: c.gain)
         return best.exit, best.length

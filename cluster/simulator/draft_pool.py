@@ -1,69 +1,98 @@
-"""A simulated draft worker: what waits when it becomes free is drafted as one batch."""
+"""A simulated draft worker: what waits when it becomes free is drafted as one batch, place by place.
+
+As in `actors.drafting.nested`, a place of a batch runs each block of layers once, for all sessions whose exit is
+at the block's end or deeper. Shadow scoring runs one step at a time, and only while no round waits.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from actors.engine.costs import CostModel
 from cluster.router.goodput import cost_model
 from cluster.simulator.events import Clock
 
+Wish = tuple[int, int, int]
+"""(exit, sessions, tokens each)."""
+
 
 @dataclass(slots=True)
 class DraftJob:
-    """One message: `sessions` at `exit`, `length` tokens each, and the few of shadow scoring."""
+    """One message of a target: the wishes of its sessions, and whom to tell."""
 
-    wishes: list[tuple[int, int, int]]  # exit, sessions, length
+    wishes: Sequence[Wish]
     done: Callable[[], None]
 
 
 @dataclass(slots=True)
+class _Shadow:
+    exit: int
+    left: int
+    done: Callable[[], None]
+
+
 class SimulatedDraftWorker:
     """`slowness` multiplies every step: 1.0 for a whole worker, more for a share of one."""
 
-    clock: Clock
-    step_s: Mapping[int, Mapping[int, float]]
-    slowness: float = 1.0
-    queue: list[DraftJob] = field(default_factory=list)
-    costs: dict[int, CostModel] = field(init=False, repr=False)
-    busy: bool = False
-    busy_s: float = 0.0
-    total_busy_s: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.costs = {depth: cost_model(table) for depth, table in self.step_s.items()}
+    def __init__(
+        self,
+        clock: Clock,
+        step_s: Mapping[int, Mapping[int, float]],
+        slowness: float = 1.0,
+    ) -> None:
+        self.slowness = slowness
+        self.costs: dict[int, CostModel] = {depth: cost_model(table) for depth, table in step_s.items()}
+        self.total_busy_s = 0.0
+        self._clock = clock
+        self._busy = False
+        self._queue: list[DraftJob] = []
+        self._shadows: deque[_Shadow] = deque()
 
     def ask(self, job: DraftJob) -> None:
-        self.queue.append(job)
-        if not self.busy:
-            self._start()
+        self._queue.append(job)
+        self._next()
 
-    def _start(self) -> None:
-        jobs, self.queue = self.queue, []
-        seconds = self.slowness * self._seconds(jobs)
-        self.busy = True
-        self.busy_s += seconds
+    def score(self, exit_depth: int, length: int, done: Callable[[], None]) -> None:
+        """Draft for one session when there is time."""
+        self._shadows.append(_Shadow(exit_depth, length, done))
+        self._next()
+
+    def seconds(self, wishes: Sequence[Wish]) -> float:
+        """Time of a batch."""
+        total = 0.0
+        for place in range(max(length for _, _, length in wishes)):
+            going = sorted((depth, count) for depth, count, length in wishes if length > place)
+            sessions, below = sum(count for _, count in going), None
+            for depth in sorted({depth for depth, _ in going}):
+                total += self.costs[depth].seconds(sessions)
+                if below is not None:
+                    total -= self.costs[below].seconds(sessions)
+                sessions -= sum(count for d, count in going if d == depth)
+                below = depth
+        return self.slowness * total
+
+    def _next(self) -> None:
+        if self._busy:
+            return
+        if self._queue:
+            jobs, self._queue = self._queue, []
+            self._work(self.seconds([wish for job in jobs for wish in job.wishes]), [j.done for j in jobs])
+        elif self._shadows:
+            shadow = self._shadows[0]
+            shadow.left -= 1
+            done = [self._shadows.popleft().done] if shadow.left == 0 else []
+            self._work(self.seconds([(shadow.exit, 1, 1)]), done)
+
+    def _work(self, seconds: float, done: Sequence[Callable[[], None]]) -> None:
+        self._busy = True
         self.total_busy_s += seconds
 
         def finish() -> None:
-            self.busy = False
-            for job in jobs:
-                job.done()
-            if self.queue and not self.busy:
-                self._start()
+            self._busy = False
+            for tell in done:
+                tell()
+            self._next()
 
-        self.clock.after(seconds, finish)
-
-    def _seconds(self, jobs: list[DraftJob]) -> float:
-        """Steps one after the other; in a step, the sessions of an exit are one batch."""
-        total = 0.0
-        by_exit: dict[int, list[tuple[int, int]]] = {}
-        for job in jobs:
-            for depth, sessions, length in job.wishes:
-                by_exit.setdefault(depth, []).append((sessions, length))
-        for depth, wishes in by_exit.items():
-            for place in range(max(length for _, length in wishes)):
-                active = sum(sessions for sessions, length in wishes if length > place)
-                total += self.costs[depth].seconds(active)
-        return total
+        self._clock.after(seconds, finish)

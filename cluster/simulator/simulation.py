@@ -74,6 +74,7 @@ def simulate(
     marks: list[tuple[int, float]] = [(0, 0.0)] * len(targets)
     drafting_at_mark, changes_at_mark, marked_at = 0.0, 0, 0.0
     changes = 0
+    drafted_before = dict.fromkeys(pool, 0.0)
     for number in range(steps):
         now = number * STEP_S
         if number and now >= scenario.warmup_s and marked_at == 0.0:
@@ -82,12 +83,13 @@ def simulate(
             marked_at, changes_at_mark = now, changes
         reports = [t.report(STEP_S) for t in targets]
         drafts = [
-            DraftReport(name, _slow(profile, w.slowness), utilisation=min(1.0, w.busy_s / STEP_S),
-                        max_sessions=100_000)
+            DraftReport(
+                name, _slow(profile, w.slowness), max_sessions=100_000,
+                utilisation=min(1.0, (w.total_busy_s - drafted_before[name]) / STEP_S),
+            )
             for name, w in pool.items()
         ]  # fmt: skip
-        for worker in pool.values():
-            worker.busy_s = 0.0
+        drafted_before = {name: w.total_busy_s for name, w in pool.items()}
         assignments = policy.step(now, reports, drafts)
         for target in targets:
             before, after = target.assignment, assignments.get(target.target_id)

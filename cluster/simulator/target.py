@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from functools import partial
 
 from actors.drafting.interface import SessionDraft
 from actors.engine.acceptance import RequestAcceptance
@@ -50,6 +51,7 @@ class SimulatedTarget:
         self.busy_s = 0.0
         self._in_round = False
         self._reported = (0, 0)
+        self._waited_s, self._waits = 0.0, 0
 
     def arrive(self, session: Session) -> None:
         self.waiting.append(session)
@@ -60,6 +62,8 @@ class SimulatedTarget:
         """For the router; rates are since the previous report, `seconds` ago."""
         rounds, drafted = self.rounds - self._reported[0], self.drafted - self._reported[1]
         self._reported = (self.rounds, self.drafted)
+        wait_s = self._waited_s / self._waits if self._waits else 0.0
+        self._waited_s, self._waits = 0.0, 0
         costs = self.controller.costs
         acceptance = {
             int(name.partition("@")[2]): ExitAcceptance(rates, trials)
@@ -68,7 +72,7 @@ class SimulatedTarget:
         return TargetReport(
             self.target_id, self.model,
             {rows: costs.seconds(rows) for rows in self._profile.verify_s(self.model)},
-            acceptance, len(self.running), rounds / seconds, drafted / seconds,
+            acceptance, len(self.running), rounds / seconds, drafted / seconds, wait_s,
             dict.fromkeys(self._workers, self._profile.latency_ms / 1e3), self._max_draft,
         )  # fmt: skip
 
@@ -121,8 +125,8 @@ class SimulatedTarget:
                 self.controller.acceptance.proposed(session.shadow, draft, ())
 
         worker, half = self._workers[a.worker_id], self._profile.latency_ms / 2e3
-        job = DraftJob([(depth, 1, length)], lambda: self._clock.after(half, done))
-        self._clock.after(half, lambda: worker.ask(job))
+        back = partial(self._clock.after, half, done)
+        self._clock.after(half, lambda: worker.score(depth, length, back))
 
     def _draft(self, session: Session, depth: int, length: int) -> tuple[SessionDraft, int]:
         """A proposal, and how many of its tokens are right."""
@@ -135,7 +139,10 @@ class SimulatedTarget:
         return SessionDraft(session.session_id, 1, tokens, drafter=drafter_name(depth)), right
 
     def _drafts_came(self, started: float, wishes: dict[Session, tuple[Candidate, int, int]]) -> None:
-        self.controller.observe_wait(self._clock.now - started)
+        waited = self._clock.now - started
+        self.controller.observe_wait(waited)
+        self._waited_s += waited
+        self._waits += 1
         drafts: list[tuple[Candidate, str, int]] = []
         hits: list[int] = []
         for session, (candidate, depth, length) in wishes.items():
