@@ -11,11 +11,12 @@ from cluster.router.reports import Pin
 
 @dataclass(slots=True)
 class TargetMemory:
-    """`running` and `cost_s` are the smoothed and the sticky figure; (worker, exit, length) is the choice that is
+    """`running` and `rounds_per_s` are smoothed, `cost_s` is sticky; (worker, exit, length) is the choice that is
     held, since `since` (seconds on the router's clock); `moved_at`: when it last changed its worker."""
 
     running: float
     cost_s: float
+    rounds_per_s: float = 0.0
     worker_id: str | None = None
     exit: int = 0
     length: int = 0

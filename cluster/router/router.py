@@ -67,7 +67,8 @@ class Router:
         contenders = self._place(now, reports, workers, builder)
         contenders.sort(key=lambda c: (c.cost_s, builder.wished_depth(c), c.target_id))
         plan, given_up = self._decide(contenders, workers)
-        shadows = plan_shadows(contenders, plan, reports, workers, self._evidence, self.settings)
+        rounds = {t: self._memory.targets[t].rounds_per_s for t in reports}
+        shadows = plan_shadows(contenders, plan, reports, rounds, workers, self._evidence, self.settings)
         return {
             c.target_id: self._assign(now, c, plan[c.target_id], given_up, shadows.get(c.target_id))
             for c in contenders
@@ -87,9 +88,10 @@ class Router:
             cost = report.cost_s_by_rows[min(report.cost_s_by_rows)]
             known = memory.targets.get(report.target_id)
             if known is None:
-                memory.targets[report.target_id] = TargetMemory(float(report.running), cost)
+                memory.targets[report.target_id] = TargetMemory(float(report.running), cost, report.rounds_per_s)
                 continue
             known.running += s.smoothing * (report.running - known.running)
+            known.rounds_per_s += s.smoothing * (report.rounds_per_s - known.rounds_per_s)
             if abs(cost / known.cost_s - 1.0) > s.cost_tolerance:
                 known.cost_s = cost
         for worker in workers.values():

@@ -10,18 +10,22 @@ from cluster.router.problem import Contender, Plan
 from cluster.router.reports import DraftReport, ShadowScoring, TargetReport
 from cluster.router.settings import RouterSettings
 
+_LEAST_ROUNDS = 0.1
+"""Rounds a second that a target is taken to have at least."""
+
 
 def plan_shadows(
     contenders: Sequence[Contender],
     plan: Plan,
     reports: Mapping[str, TargetReport],
+    rounds_per_s: Mapping[str, float],
     workers: Mapping[str, DraftReport],
     evidence: Evidence,
     settings: RouterSettings,
 ) -> dict[str, ShadowScoring]:
     """One exit a target at most, the one with the least evidence among those not in use. Whose evidence is
     thinnest comes first, until `shadow_load` of its worker is spent. A target that an operator forbade to draft
-    scores nothing; one without rounds has nothing to score with."""
+    scores nothing. `rounds_per_s` is smoothed: who has no rounds now may have some in the coming second."""
     left = dict.fromkeys(workers, settings.shadow_load)
     wishes: list[tuple[float, str, Contender, int]] = []
     for c in contenders:
@@ -38,8 +42,7 @@ def plan_shadows(
         assert worker_id is not None
         length = min(settings.shadow_length, report.max_draft)
         step_s = cost_model(workers[worker_id].step_s_by_exit[exit_depth]).seconds(1)
-        # A round a second at least: a target that is idle now may wake up within the second.
-        always = max(1.0, report.rounds_per_s) * length * step_s
+        always = max(_LEAST_ROUNDS, rounds_per_s[target_id]) * length * step_s
         share = settings.first_shadow_share if trials < settings.shadow_trials else settings.shadow_share
         share = min(share, left[worker_id] / always) if always > 0.0 else 0.0
         if share <= 0.0:

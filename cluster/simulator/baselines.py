@@ -62,10 +62,9 @@ class DraftPerModel:
         options = []
         tasks = list(self._profile.acceptance)
         for depth, table in self._profile.draft_s.items():
-            rates = [
-                sum(self._profile.rate(model, task, depth, place) for task in tasks) / len(tasks)
-                for place in range(longest)
-            ]
+            rate = sum(self._profile.acceptance[task][depth] for task in tasks) / len(tasks)
+            rate *= self._profile.models[model].acceptance
+            rates = [rate * self._profile.acceptance_decay**place for place in range(longest)]
             options += choices(
                 requests=(2,), activity=1.0, weight=1.0,
                 verify=cost_model(self._profile.verify_s(model)),
@@ -81,6 +80,6 @@ class DraftPerModel:
     ) -> dict[str, Assignment]:
         result = {}
         for t in targets:
-            exit_depth, length = self._choice[t.model]
-            result[t.target_id] = Assignment(t.target_id, t.model, (exit_depth,), length, "own draft")
+            exit_depth, length = self._choice[t.model.partition("/")[0]]
+            result[t.target_id] = Assignment(t.target_id, t.model.partition("/")[0], (exit_depth,), length, "own draft")
         return result

@@ -27,6 +27,7 @@ class CostProfile(_Model):
     step_ms: dict[str, dict[int, float]] = Field(description="Milliseconds of a round by rows, by dtype.")
     models: dict[str, TargetProfile] = Field(min_length=1)
     draft_dtype: str = Field(description="Table that draft steps are a share of.")
+    draft_scale: float = Field(1.0, gt=0, description="The draft's base, in sizes of the measured model.")
     exits: dict[int, float] = Field(min_length=1, description="Share of a step by exit depth.")
     acceptance: dict[str, dict[int, float]] = Field(
         min_length=1, description="P(first token accepted) by task and exit depth."
@@ -58,9 +59,4 @@ class CostProfile(_Model):
     def draft_s(self) -> dict[int, dict[int, float]]:
         """Seconds of a draft step by sessions, by exit depth."""
         table = self.step_ms[self.draft_dtype]
-        return {d: {n: ms * share / 1e3 for n, ms in table.items()} for d, share in self.exits.items()}
-
-    def rate(self, model: str, task: str, exit_depth: int, place: int) -> float:
-        """P(token `place` accepted | its ancestors accepted)."""
-        base = self.acceptance[task][exit_depth] * self.models[model].acceptance
-        return float(base * self.acceptance_decay**place)
+        return {d: {n: ms * self.draft_scale * share / 1e3 for n, ms in table.items()} for d, share in self.exits.items()}

@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 from cluster.router.reports import Assignment, DraftReport, TargetReport
@@ -13,7 +14,7 @@ from cluster.router.router import Router
 from cluster.simulator.draft_pool import SimulatedDraftWorker
 from cluster.simulator.events import Clock
 from cluster.simulator.profile import CostProfile
-from cluster.simulator.scenario import Scenario
+from cluster.simulator.scenario import Scenario, arrivals, models_of
 from cluster.simulator.target import Session, SimulatedTarget
 
 STEP_S = 1.0
@@ -59,16 +60,17 @@ def simulate(
         worker_id: SimulatedDraftWorker(clock, profile.draft_s, slowness)
         for worker_id, slowness in policy.workers(profile, scenario)
     }
-    models = list(profile.models)
+    models = models_of(profile, scenario)
     targets = [
         SimulatedTarget(
-            f"t{i:03}", models[i % len(models)], profile, clock,
-            random.Random(f"{scenario.seed}/{i}"), pool, scenario.max_running, scenario.max_draft,
-            scenario.noise,
+            f"t{i:03}", model, profile, clock, random.Random(f"{scenario.seed}/{i}"), pool,
+            scenario.max_running, scenario.max_draft, scenario.noise,
         )
-        for i in range(scenario.targets)
+        for i, model in enumerate(models)
     ]  # fmt: skip
-    _arrivals(clock, scenario, profile, targets)
+    for number, arrival in enumerate(arrivals(profile, scenario, models)):
+        session = Session(number, arrival.task, arrival.tokens)
+        clock.after(arrival.at_s, partial(targets[arrival.target].arrive, session))
     result = RunResult(policy.name, 0.0, 0.0, 0.0)
     steps = math.ceil(scenario.duration_s / STEP_S)
     marks: list[tuple[int, float]] = [(0, 0.0)] * len(targets)
@@ -108,7 +110,7 @@ def simulate(
     by_model: dict[str, list[float]] = {}
     for t, (emitted, busy_s) in zip(targets, marks, strict=True):
         if t.emitted > emitted and t.busy_s > busy_s:
-            by_model.setdefault(t.model, []).append((t.emitted - emitted) / (t.busy_s - busy_s))
+            by_model.setdefault(t.model.size, []).append((t.emitted - emitted) / (t.busy_s - busy_s))
     result.speed_by_model = {model: _geometric(v) for model, v in by_model.items()}
     result.speed = _geometric([x for v in by_model.values() for x in v])
     return result
@@ -120,19 +122,6 @@ def _geometric(values: Sequence[float]) -> float:
 
 def _slow(profile: CostProfile, slowness: float) -> dict[int, dict[int, float]]:
     return {d: {n: s * slowness for n, s in table.items()} for d, table in profile.draft_s.items()}
-
-
-def _arrivals(
-    clock: Clock, scenario: Scenario, profile: CostProfile, targets: Sequence[SimulatedTarget]
-) -> None:
-    rng = random.Random(scenario.seed)
-    tasks = sorted(profile.acceptance)
-    for number in range(scenario.sessions):
-        at = rng.uniform(0.0, scenario.duration_s)
-        target = targets[number % len(targets)]
-        tokens = 1 + int(rng.expovariate(1.0 / scenario.tokens))
-        session = Session(number, rng.choice(tasks), tokens)
-        clock.after(at, lambda t=target, s=session: t.arrive(s))  # type: ignore[misc]
 
 
 def _check(result: RunResult, reports: Sequence[TargetReport], assignments: dict[str, Assignment]) -> None:

@@ -14,6 +14,7 @@ from cluster.router.reports import Assignment, ExitAcceptance, TargetReport
 from cluster.simulator.draft_pool import DraftJob, SimulatedDraftWorker
 from cluster.simulator.events import Clock
 from cluster.simulator.profile import CostProfile
+from cluster.simulator.scenario import ModelTraits
 
 _RIGHT, _WRONG = 1, 0
 """Token ids: the target emits only the first, so a drafted one is right exactly when it equals it."""
@@ -36,14 +37,14 @@ class SimulatedTarget:
     """Rounds follow each other while there are requests: plan, wait for drafts, trim, verify, emit."""
 
     def __init__(
-        self, target_id: str, model: str, profile: CostProfile, clock: Clock, rng: random.Random,
+        self, target_id: str, model: ModelTraits, profile: CostProfile, clock: Clock, rng: random.Random,
         workers: dict[str, SimulatedDraftWorker], max_running: int, max_draft: int, noise: float,
     ) -> None:  # fmt: skip
         self.target_id, self.model = target_id, model
         self._profile, self._clock, self._rng, self._workers = profile, clock, rng, workers
         self._max_running, self._max_draft, self._noise = max_running, max_draft, noise
-        self._true_cost = cost_model(profile.verify_s(model))
-        self.controller = Controller(cost_model(profile.verify_s(model)))
+        self._true_cost = cost_model(profile.verify_s(model.size))
+        self.controller = Controller(cost_model(profile.verify_s(model.size)))
         self.assignment: Assignment | None = None
         self.waiting: list[Session] = []
         self.running: list[Session] = []
@@ -70,8 +71,8 @@ class SimulatedTarget:
             for name, (rates, trials) in self.controller.acceptance.evidence().items()
         }
         return TargetReport(
-            self.target_id, self.model,
-            {rows: costs.seconds(rows) for rows in self._profile.verify_s(self.model)},
+            self.target_id, self.model.name,
+            {rows: costs.seconds(rows) for rows in self._profile.verify_s(self.model.size)},
             acceptance, len(self.running), rounds / seconds, drafted / seconds, wait_s,
             dict.fromkeys(self._workers, self._profile.latency_ms / 1e3), self._max_draft,
         )  # fmt: skip
@@ -130,11 +131,10 @@ class SimulatedTarget:
 
     def _draft(self, session: Session, depth: int, length: int) -> tuple[SessionDraft, int]:
         """A proposal, and how many of its tokens are right."""
-        right = 0
-        while right < length and self._rng.random() < self._profile.rate(
-            self.model, session.task, depth, right
-        ):
+        right, rate = 0, self.model.rates[session.task][depth]
+        while right < length and self._rng.random() < rate:
             right += 1
+            rate *= self._profile.acceptance_decay
         tokens = (_RIGHT,) * right + (_WRONG,) * (length - right)
         return SessionDraft(session.session_id, 1, tokens, drafter=drafter_name(depth)), right
 
