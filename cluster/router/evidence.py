@@ -1,8 +1,8 @@
 """What is known of acceptance, by model, exit and position: merged over workers, aged, filled where unknown.
 
-Replicas of a model share their evidence. Position j leans on position j - 1 while it has few trials of its own,
-and rates never fall with depth (isotonic regression, weighted by trials), which lets an exit that nobody has
-tried borrow from its neighbours.
+Replicas of a model share their evidence. What a model lacks it borrows: the mean of all models at that exit and
+position, times how well this model fares against such means where it was measured; and where no model was, the
+position before. Rates never fall with depth (isotonic regression, weighted by trials).
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from cluster.router.reports import ExitAcceptance, TargetReport
 PRIOR = 0.5
 PRIOR_TRIALS = 8.0
 MAX_TRIALS = 400.0
+_QUALITY_TRIALS = 20.0
+"""Trials that a model must have for half of its own quality to count."""
 _MAX_RATE = 0.98
 
 
@@ -37,9 +39,11 @@ class Evidence:
         self._half_life_s = half_life_s
         self._exits: dict[tuple[str, int], _Exit] = {}
         self._aged_at: float | None = None
+        self._pooled: dict[tuple[int, int], tuple[float, float]] | None = None
 
     def update(self, now: float, reports: Iterable[TargetReport]) -> None:
         self._age(now)
+        self._pooled = None
         for report in reports:
             for depth, measured in report.acceptance.items():
                 self._merge(now, report, depth, measured)
@@ -73,6 +77,8 @@ class Evidence:
 
     def curves(self, model: str, depths: Sequence[int], length: int) -> dict[int, list[float]]:
         """Conditional acceptance by place, `length` places, for each depth (ascending)."""
+        quality = self._quality(model)
+        pooled = self._pool()
         result: dict[int, list[float]] = {depth: [] for depth in depths}
         previous = [PRIOR] * len(depths)
         for place in range(length):
@@ -82,12 +88,36 @@ class Evidence:
                 has = known is not None and place < len(known.rates)
                 trials = known.trials[place] if known is not None and has else 0.0
                 rate = known.rates[place] if known is not None and has else 0.0
+                others, mean = pooled.get((depth, place), (0.0, PRIOR))
+                prior = (others * quality * mean + PRIOR_TRIALS * previous[index]) / (others + PRIOR_TRIALS)
                 weights.append(trials + PRIOR_TRIALS * 0.05)
-                values.append((trials * rate + PRIOR_TRIALS * previous[index]) / (trials + PRIOR_TRIALS))
+                values.append((trials * rate + PRIOR_TRIALS * prior) / (trials + PRIOR_TRIALS))
             previous = [min(_MAX_RATE, v) for v in isotonic(values, weights)]
             for depth, value in zip(depths, previous, strict=True):
                 result[depth].append(value)
         return result
+
+    def _pool(self) -> dict[tuple[int, int], tuple[float, float]]:
+        """(trials, mean rate) of all models by (exit, place)."""
+        if self._pooled is None:
+            sums: dict[tuple[int, int], tuple[float, float]] = {}
+            for (_, depth), known in self._exits.items():
+                for place, (rate, trials) in enumerate(zip(known.rates, known.trials, strict=True)):
+                    total, hits = sums.get((depth, place), (0.0, 0.0))
+                    sums[depth, place] = (total + trials, hits + trials * rate)
+            self._pooled = {k: (t, hits / t) for k, (t, hits) in sums.items() if t > 0.0}
+        return self._pooled
+
+    def _quality(self, model: str) -> float:
+        """How well a model's drafts fare against the mean of all models, near 1 while little is known."""
+        pooled = self._pool()
+        hits = expected = _QUALITY_TRIALS
+        for (name, depth), known in self._exits.items():
+            if name == model:
+                for place, (rate, trials) in enumerate(zip(known.rates, known.trials, strict=True)):
+                    hits += trials * rate
+                    expected += trials * pooled.get((depth, place), (0.0, rate))[1]
+        return hits / expected
 
     def trials(self, model: str, depth: int) -> float:
         """Aged trials at the first place."""
@@ -113,6 +143,7 @@ class Evidence:
 
     def restore(self, data: dict[str, Any]) -> None:
         self._aged_at = data["aged_at"]
+        self._pooled = None
         self._exits = {
             (row["model"], int(row["exit"])): _Exit(
                 list(row["rates"]), list(row["trials"]), dict(row["seen"]),

@@ -12,8 +12,8 @@ class RouterSettings(BaseModel):
 
     limit: float = Field(0.9, gt=0, description="Draft-seconds a second of one worker that force shedding.")
     plan: float = Field(0.8, gt=0, description="What a new plan may fill, and what shedding stops at.")
-    min_draft_gain: float = Field(1.05, ge=1, description="Drafting must promise this much over none.")
-    min_change_gain: float = Field(1.05, gt=1, description="A change must promise this much over no change.")
+    min_draft_gain: float = Field(1.02, ge=1, description="Drafting must promise this much over none.")
+    min_change_gain: float = Field(1.02, gt=1, description="A change must promise this much over no change.")
     dwell_s: float = Field(10.0, ge=0, description="A choice that still fits stays this long, in seconds.")
     smoothing: float = Field(0.3, gt=0, le=1, description="Share of a new report in running averages.")
     cost_tolerance: float = Field(
