@@ -1,8 +1,8 @@
 """What is known of acceptance, by model, exit and position: merged over workers, aged, filled where unknown.
 
 Replicas of a model share their evidence. What a model lacks it borrows: the mean of all models at that exit and
-position, times how well this model fares against such means where it was measured; and where no model was, the
-position before. Rates never fall with depth (isotonic regression, weighted by trials).
+position, times its quality, which is how it fares against such means where it was measured; and where no model
+was, the position before. Rates never fall with depth (isotonic regression, weighted by trials).
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ PRIOR = 0.5
 PRIOR_TRIALS = 8.0
 MAX_TRIALS = 400.0
 _QUALITY_TRIALS = 20.0
-"""Trials that a model must have for half of its own quality to count."""
+"""Expected acceptances that a model needs for half of its own quality to count."""
+_FIT_TURNS = 4
 _MAX_RATE = 0.98
 
 
@@ -32,6 +33,14 @@ class _Exit:
     fresh_at: float = float("-inf")
 
 
+@dataclass(frozen=True, slots=True)
+class _Fit:
+    """quality: by model, 1 is the mean. pooled: (trials, rate of a mean model) by (exit, place)."""
+
+    quality: dict[str, float]
+    pooled: dict[tuple[int, int], tuple[float, float]]
+
+
 class Evidence:
     """Acceptance by (model, exit, position). Times in seconds on the caller's clock."""
 
@@ -39,11 +48,11 @@ class Evidence:
         self._half_life_s = half_life_s
         self._exits: dict[tuple[str, int], _Exit] = {}
         self._aged_at: float | None = None
-        self._pooled: dict[tuple[int, int], tuple[float, float]] | None = None
+        self._fitted: _Fit | None = None
 
     def update(self, now: float, reports: Iterable[TargetReport]) -> None:
         self._age(now)
-        self._pooled = None
+        self._fitted = None
         for report in reports:
             for depth, measured in report.acceptance.items():
                 self._merge(now, report, depth, measured)
@@ -77,8 +86,8 @@ class Evidence:
 
     def curves(self, model: str, depths: Sequence[int], length: int) -> dict[int, list[float]]:
         """Conditional acceptance by place, `length` places, for each depth (ascending)."""
-        quality = self._quality(model)
-        pooled = self._pool()
+        fit = self._fit()
+        quality, pooled = fit.quality.get(model, 1.0), fit.pooled
         result: dict[int, list[float]] = {depth: [] for depth in depths}
         previous = [PRIOR] * len(depths)
         for place in range(length):
@@ -97,27 +106,33 @@ class Evidence:
                 result[depth].append(value)
         return result
 
-    def _pool(self) -> dict[tuple[int, int], tuple[float, float]]:
-        """(trials, mean rate) of all models by (exit, place)."""
-        if self._pooled is None:
-            sums: dict[tuple[int, int], tuple[float, float]] = {}
-            for (_, depth), known in self._exits.items():
-                for place, (rate, trials) in enumerate(zip(known.rates, known.trials, strict=True)):
-                    total, hits = sums.get((depth, place), (0.0, 0.0))
-                    sums[depth, place] = (total + trials, hits + trials * rate)
-            self._pooled = {k: (t, hits / t) for k, (t, hits) in sums.items() if t > 0.0}
-        return self._pooled
-
-    def _quality(self, model: str) -> float:
-        """How well a model's drafts fare against the mean of all models, near 1 while little is known."""
-        pooled = self._pool()
-        hits = expected = _QUALITY_TRIALS
-        for (name, depth), known in self._exits.items():
-            if name == model:
-                for place, (rate, trials) in enumerate(zip(known.rates, known.trials, strict=True)):
-                    hits += trials * rate
-                    expected += trials * pooled.get((depth, place), (0.0, rate))[1]
-        return hits / expected
+    def _fit(self) -> _Fit:
+        """Rates as product of a model's quality and a mean by (exit, place), fitted in turns. Not a plain mean:
+        models that use a deep exit are not like those that do not."""
+        if self._fitted is None:
+            rows = [
+                (model, (depth, place), trials, trials * rate)
+                for (model, depth), known in self._exits.items()
+                for place, (rate, trials) in enumerate(zip(known.rates, known.trials, strict=True))
+                if trials > 0.0
+            ]
+            quality = dict.fromkeys((row[0] for row in rows), 1.0)
+            pooled: dict[tuple[int, int], tuple[float, float]] = {}
+            for _ in range(_FIT_TURNS):
+                sums: dict[tuple[int, int], list[float]] = {}
+                for model, cell, trials, hits in rows:
+                    total = sums.setdefault(cell, [0.0, 0.0, 0.0])
+                    total[0] += trials
+                    total[1] += hits
+                    total[2] += trials * quality[model]
+                pooled = {cell: (total[0], total[1] / total[2]) for cell, total in sums.items()}
+                found = {model: [_QUALITY_TRIALS, _QUALITY_TRIALS] for model in quality}
+                for model, cell, trials, hits in rows:
+                    found[model][0] += hits
+                    found[model][1] += trials * pooled[cell][1]
+                quality = {model: hits / expected for model, (hits, expected) in found.items()}
+            self._fitted = _Fit(quality, pooled)
+        return self._fitted
 
     def trials(self, model: str, depth: int) -> float:
         """Aged trials at the first place."""
@@ -143,7 +158,7 @@ class Evidence:
 
     def restore(self, data: dict[str, Any]) -> None:
         self._aged_at = data["aged_at"]
-        self._pooled = None
+        self._fitted = None
         self._exits = {
             (row["model"], int(row["exit"])): _Exit(
                 list(row["rates"]), list(row["trials"]), dict(row["seen"]),

@@ -27,7 +27,7 @@ class RouterSettings(BaseModel):
     shadow_load: float = Field(
         0.05, ge=0, le=0.1, description="Draft-seconds a second of one worker for shadow scoring, at most."
     )
-    shadow_length: int = Field(4, ge=1, description="Longest draft of shadow scoring.")
+    shadow_length: int = Field(2, ge=1, description="Longest draft of shadow scoring.")
     shadow_age_s: float = Field(
         60.0, gt=0, description="Evidence older than this counts for less, and is renewed, in seconds."
     )
