@@ -42,11 +42,12 @@ class FixedExit:
         }
 
 
-class DraftPerModel:
-    """One draft for each model, as vLLM and SGLang have it: the pool is cut into equal shares, one a model, and
-    each has the exit and length that is best for it on its share, by the true acceptance at two requests."""
+class DraftPerSize:
+    """A draft of its own for each size of target, as vLLM and SGLang have one for each target: the pool is cut
+    into equal shares, and each has the exit and length that is best on its share, by the true mean acceptance, at
+    two requests. Generous: a draft for each model would leave a model a fifteenth of that share."""
 
-    name = "one draft per target model"
+    name = "one draft per target size"
 
     def __init__(self, profile: CostProfile) -> None:
         self._profile = profile

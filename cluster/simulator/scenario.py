@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cluster.simulator.profile import CostProfile
 
@@ -19,7 +19,7 @@ class Scenario(BaseModel):
 
     targets: int = Field(150, ge=1, description="Target workers.")
     replicas: int = Field(2, ge=1, description="Target workers a model.")
-    draft_workers: int = Field(6, ge=1, description="Workers of the shared draft pool.")
+    draft_workers: int = Field(3, ge=1, description="Workers of the shared draft pool.")
     load: float = Field(
         1.5, gt=0, description="Mean sessions at once that a target would have at the speed of one, undrafted."
     )
@@ -28,11 +28,19 @@ class Scenario(BaseModel):
     favourite: float = Field(0.7, ge=0, le=1, description="Share of the sessions with the favourite task.")
     tokens: float = Field(40.0, ge=1, description="Mean tokens of an answer.")
     max_running: int = Field(8, ge=1, description="Requests that a target runs at once.")
-    duration_s: float = Field(60.0, gt=0, description="Simulated seconds.")
-    warmup_s: float = Field(20.0, ge=0, description="Seconds at the start that do not count.")
+    duration_s: float = Field(90.0, gt=0, description="Simulated seconds.")
+    warmup_s: float = Field(30.0, ge=0, description="Seconds at the start that do not count.")
     max_draft: int = Field(6, ge=1, le=16, description="Draft tokens a round, at most.")
     noise: float = Field(0.05, ge=0, lt=1, description="Standard deviation of a round's time, as a share.")
     seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _something_counts(self) -> Scenario:
+        if self.warmup_s >= self.duration_s:
+            raise ValueError("warmup_s: must be less than duration_s")
+        if not 0 < self.quality[0] <= self.quality[1]:
+            raise ValueError("quality: needs two positive factors, the smaller one first")
+        return self
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -35,8 +35,8 @@ class Policy(Protocol):
 @dataclass(slots=True)
 class RunResult:
     """tokens_per_s: all targets, after the warm-up. speed: geometric mean over targets of tokens a second of
-    busy time. utilisation: of the pool. highest_plan: greatest predicted load of a worker. unsorted: pairs out
-    of order, over all steps."""
+    busy time. utilisation: of the pool. highest_plan: greatest predicted load of a worker, shadow scoring and
+    all. unsorted: assignments that are shallower than one of a cheaper target, over all steps. sessions: arrived."""
 
     policy: str
     tokens_per_s: float
@@ -44,6 +44,7 @@ class RunResult:
     utilisation: float
     highest_plan: float = 0.0
     unsorted: int = 0
+    sessions: int = 0
     changes_per_target_minute: float = 0.0
     speed_by_model: dict[str, float] = field(default_factory=dict)
 
@@ -68,10 +69,12 @@ def simulate(
         )
         for i, model in enumerate(models)
     ]  # fmt: skip
+    sessions = 0
     for number, arrival in enumerate(arrivals(profile, scenario, models)):
+        sessions = number + 1
         session = Session(number, arrival.task, arrival.tokens)
         clock.after(arrival.at_s, partial(targets[arrival.target].arrive, session))
-    result = RunResult(policy.name, 0.0, 0.0, 0.0)
+    result = RunResult(policy.name, 0.0, 0.0, 0.0, sessions=sessions)
     steps = math.ceil(scenario.duration_s / STEP_S)
     marks: list[tuple[int, float]] = [(0, 0.0)] * len(targets)
     drafting_at_mark, changes_at_mark, marked_at = 0.0, 0, 0.0
@@ -99,7 +102,7 @@ def simulate(
                 changes += (before.worker_id, before.exits, before.cap) != (
                     after.worker_id, after.exits, after.cap)  # fmt: skip
             target.assignment = after
-        _check(result, reports, assignments)
+        _check(result, targets, assignments)
         clock.run(min(scenario.duration_s, now + STEP_S))
         progress(clock.now)
     seconds = scenario.duration_s - marked_at
@@ -124,23 +127,24 @@ def _slow(profile: CostProfile, slowness: float) -> dict[int, dict[int, float]]:
     return {d: {n: s * slowness for n, s in table.items()} for d, table in profile.draft_s.items()}
 
 
-def _check(result: RunResult, reports: Sequence[TargetReport], assignments: dict[str, Assignment]) -> None:
+def _check(
+    result: RunResult, targets: Sequence[SimulatedTarget], assignments: Mapping[str, Assignment]
+) -> None:
+    """Capacity by the router's own prediction, and the order of depths by the true cost of a round."""
     load: dict[str, float] = {}
     for a in assignments.values():
         if a.worker_id is not None:
-            load[a.worker_id] = load.get(a.worker_id, 0.0) + a.load
+            shadow = a.shadow.load if a.shadow is not None else 0.0
+            load[a.worker_id] = load.get(a.worker_id, 0.0) + a.load + shadow
     result.highest_plan = max(result.highest_plan, *load.values(), 0.0)
-    drafting = sorted(
-        (r.cost_s_by_rows[min(r.cost_s_by_rows)], assignments[r.target_id].depth)
-        for r in reports
-        if r.target_id in assignments and assignments[r.target_id].cap > 0
-    )
-    deepest: list[tuple[float, int]] = []
-    for cost, depth in drafting:
-        # 1.1: the router keeps a target's place until its cost moved by 5 %, on either side.
-        result.unsorted += any(c * 1.1 < cost and d > depth for c, d in deepest)
-        if not deepest or depth > deepest[-1][1]:
-            deepest.append((cost, depth))
+    by_cost: dict[float, list[int]] = {}
+    for t in targets:
+        if t.target_id in assignments and assignments[t.target_id].cap > 0:
+            by_cost.setdefault(t.true_cost_s, []).append(assignments[t.target_id].depth)
+    deepest = 0
+    for cost in sorted(by_cost):
+        result.unsorted += sum(depth < deepest for depth in by_cost[cost])
+        deepest = max(deepest, *by_cost[cost])
 
 
 class RouterPolicy:

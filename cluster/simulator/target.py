@@ -54,6 +54,11 @@ class SimulatedTarget:
         self._reported = (0, 0)
         self._waited_s, self._waits = 0.0, 0
 
+    @property
+    def true_cost_s(self) -> float:
+        """Seconds of a round of one row."""
+        return self._true_cost.seconds(1)
+
     def arrive(self, session: Session) -> None:
         self.waiting.append(session)
         if not self._in_round:
