@@ -35,6 +35,7 @@ def simulate(
     """
     from pydantic import ValidationError
     from rich.progress import Progress
+    from rich.table import Table
 
     from cluster.simulator.command import compare, policies
     from cluster.simulator.profile import DEFAULT_PROFILE, CostProfile
@@ -62,7 +63,10 @@ def simulate(
     except OSError as error:
         raise fail(str(error)) from error
     for table in shown:
-        out.print(table.rich())
+        grid = Table(*table.columns, title=table.title)
+        for row in table.rows:
+            grid.add_row(*row)
+        out.print(grid)
     router = next(r for r in results if r.policy == "router")
     out.print(f"{router.sessions} sessions on {scenario.targets} targets; files in {folder}")
     if router.unsorted or router.highest_plan > 1.0:
