@@ -169,8 +169,9 @@ class GatewayConfig(ConfigModel):
     stream_interval_ms: float | None = Field(
         None,
         ge=0,
-        description="Tokens are coalesced for at most this long. Null: 20 ms, and 100 ms where a model's "
-        "compute threads take every core, since each chunk costs them several milliseconds there.",
+        description="Tokens are coalesced for at most this long. Null: 20 ms; where a model's compute "
+        "threads take every core, 100 ms, and from five requests at once on 25 ms for each of them, since "
+        "every chunk costs those threads several milliseconds.",
     )
     admin_endpoints: bool = Field(False, description="Serve POST /admin/reset (drops shared caches).")
     num_cpus: float = Field(0.2, gt=0)

@@ -14,6 +14,7 @@ from actors.drafting.interface import TargetIdentity
 from actors.models.load import LoadedModel
 from actors.models.runner import ModelInfo
 from actors.sampling.params import SamplingParams
+from actors.target_worker.generation import StreamInterval
 from actors.target_worker.messages import (
     GenerationChunk,
     GenerationRequest,
@@ -74,7 +75,7 @@ class Rig:
             load=load,
             exits=(2, 4),
             replica_id="r0",
-            stream_interval_ms=interval_ms,
+            stream_interval=StreamInterval(interval_ms),
         )
 
     async def __aenter__(self) -> Rig:

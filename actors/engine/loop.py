@@ -224,8 +224,7 @@ class EngineLoop:
         if output.finished or delivery is None:
             self._live.pop(output.request_id, None)
             self._urgent = True
-        elif (now := time.monotonic()) >= delivery.due:
-            delivery.due = now + delivery.interval_s
+        elif time.monotonic() >= delivery.due:
             self._urgent = True
 
     def _announce(self, event: Event) -> None:
@@ -239,9 +238,14 @@ class EngineLoop:
 
     def _flush(self) -> None:
         self._urgent = False
-        if self._events:
-            events, self._events = self._events, []
-            self._emit(events)
+        if not self._events:
+            return
+        events, self._events = self._events, []
+        now = time.monotonic()
+        for event in events:
+            if isinstance(event, RequestOutput) and (delivery := self._live.get(event.request_id)):
+                delivery.due = now + delivery.interval_s
+        self._emit(events)
 
 
 def _failed(request_id: str, why: str, reason: Literal["error", "abort"] = "error") -> RequestOutput:

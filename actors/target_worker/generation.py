@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from dataclasses import dataclass
 
 from actors.engine.async_engine import AsyncEngine, EngineUnavailable, OutputStream, Overloaded
 from actors.engine.messages import EngineRequest, RequestOutput
@@ -20,11 +21,23 @@ from actors.text.tokenizer import TextTokenizer
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class StreamInterval:
+    """How far apart chunks of one choice are at least: `least_ms`, and `per_stream_ms` for every request that
+    is inside, whichever is more."""
+
+    least_ms: float = 20.0
+    per_stream_ms: float = 0.0
+
+    def seconds(self, streams: int) -> float:
+        return max(self.least_ms, streams * self.per_stream_ms) / 1000.0
+
+
 class GenerationService:
     """Serves `GenerationRequest`s with an engine.
 
-    A choice's first chunk leaves at once; later ones after each round, or `stream_interval_ms` after the
-    chunk before, whichever is later; the last at once. The engine is asked to hold its outputs back likewise.
+    A choice's first chunk leaves at once; later ones after each round, or `interval` after the chunk before,
+    whichever is later; the last at once. The engine is asked to hold its outputs back likewise.
     """
 
     def __init__(
@@ -32,7 +45,7 @@ class GenerationService:
         tokenizer: TextTokenizer,
         engine: AsyncEngine,
         limits: ModelLimits,
-        stream_interval_ms: float = 20.0,
+        interval: StreamInterval = StreamInterval(),
         compile_grammar: Callable[[GrammarSpec], object] | None = None,
     ) -> None:
         """`compile_grammar` fills a cache that the engine reads, in a thread: a first compilation takes up to
@@ -40,7 +53,7 @@ class GenerationService:
         self._tokenizer = tokenizer
         self._engine = engine
         self._limits = limits
-        self._interval_s = stream_interval_ms / 1000.0
+        self._interval = interval
         self._compile_grammar = compile_grammar
         self._serial = itertools.count()
 
@@ -68,7 +81,7 @@ class GenerationService:
                     continue
                 choices[engine_id] = choice
                 # The engine stops by itself but for stop strings, which are looked for here.
-                interval_s = 0.0 if request.stop else self._interval_s
+                interval_s = 0.0 if request.stop else self._interval.seconds(0)
                 engine_requests.append(
                     EngineRequest(
                         engine_id, prompt.ids, sampling, request.speculation, index, so_far, interval_s
@@ -115,7 +128,7 @@ class GenerationService:
             for request_id in ready:
                 chunk = pending.pop(request_id)
                 if chunk.token_ids:
-                    due[request_id] = now + self._interval_s
+                    due[request_id] = now + self._interval.seconds(self._engine.live)
                 yield chunk
                 if chunk.error is not None:
                     return

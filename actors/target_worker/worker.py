@@ -13,7 +13,7 @@ from actors.engine.interface import TargetEngine
 from actors.models.load import LoadedModel, load_runner
 from actors.sampling.grammar import GrammarCompiler
 from actors.sampling.params import ParameterError
-from actors.target_worker.generation import GenerationService
+from actors.target_worker.generation import GenerationService, StreamInterval
 from actors.target_worker.messages import (
     ChatMessage,
     GenerationChunk,
@@ -57,7 +57,7 @@ class TargetWorker:
         load: reads the weights; takes the arguments of `load_runner`.
         drafters, exits: what requests may pin; by default all drafters of the source, and no exits.
         replica_id: names this worker in `state`.
-        stream_interval_ms: chunks of one choice are at least this far apart.
+        stream_interval: how far apart chunks of one choice are at least.
         clock: of this start, when it began before the constructor.
     """
 
@@ -71,7 +71,7 @@ class TargetWorker:
         drafters: Collection[str] | None = None,
         exits: Collection[int] = (),
         replica_id: str = "",
-        stream_interval_ms: float = 20.0,
+        stream_interval: StreamInterval,
         clock: StartupClock | None = None,
     ) -> None:
         clock = clock or StartupClock()
@@ -109,7 +109,7 @@ class TargetWorker:
             max_queued=config.engine.max_queued,
         )
         self._generation = GenerationService(
-            self._tokenizer, self._engine, self._limits, stream_interval_ms, compiler.compile
+            self._tokenizer, self._engine, self._limits, stream_interval, compiler.compile
         )
         self._info = TargetInfo(
             id=config.name,

@@ -19,13 +19,16 @@ from actors.engine.interface import TargetEngine
 from actors.models.load import LoadedModel, choose_device, load_runner
 from actors.models.threads import takes_every_core
 from actors.sampling.grammar import GrammarCompiler
+from actors.target_worker.generation import StreamInterval
 from actors.target_worker.startup import StartupClock
 from actors.target_worker.worker import TargetWorker
 from cluster.config import DraftPoolConfig, ModelConfig
 
 logger = logging.getLogger(__name__)
-STREAM_INTERVAL_MS, CROWDED_INTERVAL_MS = 20.0, 100.0
-"""Between two chunks of a stream, with cores to spare and without."""
+STREAM_INTERVAL = StreamInterval(least_ms=20.0)
+CROWDED_INTERVAL = StreamInterval(least_ms=100.0, per_stream_ms=25.0)
+"""Where compute threads take every core. A chunk costs them some 7 ms of processor time on its way through
+Ray Serve, so that 16 streams in chunks every 100 ms would take more than a core."""
 Leases = Callable[[], Sequence[Mapping[str, object]]]
 
 
@@ -77,9 +80,11 @@ def build_target_worker(
     clock = clock or StartupClock()
     clock.mark("imports")
     max_sessions = config.engine.max_num_seqs + config.engine.max_queued
-    if stream_interval_ms is None:
+    if stream_interval_ms is not None:
+        interval = StreamInterval(least_ms=stream_interval_ms)
+    else:
         crowded = choose_device(config.device).type == "cpu" and takes_every_core(config.engine.threads)
-        stream_interval_ms = CROWDED_INTERVAL_MS if crowded else STREAM_INTERVAL_MS
+        interval = CROWDED_INTERVAL if crowded else STREAM_INTERVAL
     nested = pool.nested if pool.replicas and "nested" in pool.drafters else None
     return TargetWorker(
         config,
@@ -88,6 +93,6 @@ def build_target_worker(
         build_engine=engine,
         exits=nested.resolved_exits() if nested is not None else (),
         replica_id=replica_id,
-        stream_interval_ms=stream_interval_ms,
+        stream_interval=interval,
         clock=clock,
     )
