@@ -24,14 +24,14 @@ def simulate(
     profile: Annotated[
         Path | None, typer.Option(help="Cost profile (JSON), instead of cluster/simulator/profile.json.")
     ] = None,
-    folder: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder for JSON, Markdown and PNG.")
-    ] = Path("bench-results/simulate"),
+    folder: Annotated[Path, typer.Option("--out", "-o", help="Folder for JSON, Markdown and PNG.")] = Path(
+        "bench-results/simulate"
+    ),
 ) -> None:
     """The router against no speculation, one draft per target size and fixed exits, on the same hardware.
 
-    Runs the router and the controller that serve, on measured or given costs. Equal seeds, equal results. Exits
-    with 1 when an assignment of the router is out of order or plans more than a worker has.
+    Runs the router and the controller that serve, on measured or given costs. Equal seeds, equal results.
+    Exits with 1 when an assignment of the router is out of order or plans more than a worker has.
     """
     from pydantic import ValidationError
     from rich.progress import Progress

@@ -1,8 +1,8 @@
 """What is known of acceptance, by model, exit and position: merged over workers, aged, filled where unknown.
 
-Replicas of a model share their evidence. What a model lacks it borrows: the mean of all models at that exit and
-position, times its quality, which is how it fares against such means where it was measured; and where no model
-was, the position before. Rates never fall with depth (isotonic regression, weighted by trials).
+Replicas of a model share their evidence. What a model lacks it borrows: the mean of all models at that exit
+and position, times its quality, which is how it fares against such means where it was measured; and where no
+model was, the position before. Rates never fall with depth (isotonic regression, weighted by trials).
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ class Evidence:
         return result
 
     def _fit(self) -> _Fit:
-        """Rates as product of a model's quality and a mean by (exit, place), fitted in turns. Not a plain mean:
-        models that use a deep exit are not like those that do not."""
+        """Rates as product of a model's quality and a mean by (exit, place), fitted in turns. Not a plain
+        mean: models that use a deep exit are not like those that do not."""
         if self._fitted is None:
             rows = [
                 (model, (depth, place), trials, trials * rate)

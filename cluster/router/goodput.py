@@ -3,11 +3,12 @@
 With R requests, cap m and exit n, acceptance a_i, verification cost C and draft step D_n, the controller
 (`actors.engine.controller`) asks for m tokens and verifies the k <= m of them that pay, or does not ask:
     goodput(R) = max over k of R (1 + sum_{j<=k} prod_{i<=j} a_i) / (latency + W + m D_n(R) + C(R (1 + k)))
-W is the measured mean wait at the draft worker. R varies from round to round, so that the mean over a few R around
-the reported one counts. A draft also makes others wait: by the formula of Pollaczek and Khinchine, jobs of s
-seconds that take the load l of a worker of utilisation u add l (s + 2 W) / (2 (1 - u)) seconds to the mean wait of
-everybody there, and each second costs a target the relative speed (rounds a second). So
-    value = weight mean log(goodput / plain goodput) - l (s + 2 W) / (2 (1 - u)) sum of weight (rounds a second).
+W is the measured mean wait at the draft worker. R varies from round to round, so that the mean over a few R
+around the reported one counts. A draft also makes others wait: by the formula of Pollaczek and Khinchine,
+jobs of s seconds that take the load l of a worker of utilisation u add l (s + 2 W) / (2 (1 - u)) seconds to
+the mean wait of everybody there, and each second costs a target the relative speed (rounds a second). So
+    value = weight mean log(goodput / plain goodput) - l (s + 2 W) / (2 (1 - u)) sum of weight (rounds a
+    second).
 A target counts by its relative gain, and none is starved for another with cheaper tokens.
 """
 
@@ -25,8 +26,8 @@ NO_LATENCY = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """`length` is the cap. `gain` over plain decoding; `value` is its logarithm times the target's weight; `load`
-    in draft-seconds a second."""
+    """`length` is the cap. `gain` over plain decoding; `value` is its logarithm times the target's weight;
+    `load` in draft-seconds a second."""
 
     exit: int
     length: int
@@ -63,7 +64,8 @@ def cost_model(seconds_by_count: Mapping[int, float]) -> CostModel:
 
 
 def request_counts(mean: float) -> tuple[int, ...]:
-    """Numbers of requests that stand for a target that runs `mean` of them: half, all, and half as many more."""
+    """Numbers of requests that stand for a target that runs `mean` of them: half, all, and half as many
+    more."""
     return tuple(max(1, round(mean * factor)) for factor in (0.5, 1.0, 1.5))
 
 
@@ -103,8 +105,8 @@ def choices(
 def _best(
     running: int, cap: int, expected: Sequence[float], verify: CostModel, before_s: float
 ) -> tuple[float, float]:
-    """(gain, seconds of the round) of what the controller would do with `running` requests when drafts are there
-    after `before_s`; (1, 0) where it would not draft."""
+    """(gain, seconds of the round) of what the controller would do with `running` requests when drafts are
+    there after `before_s`; (1, 0) where it would not draft."""
     plain = verify.seconds(running)
     gain, seconds = max(
         (expected[k] * plain / (total := before_s + verify.seconds(running * (1 + k))), total)

@@ -11,8 +11,9 @@ from cluster.router.reports import Pin
 
 @dataclass(slots=True)
 class TargetMemory:
-    """`running` and `rounds_per_s` are smoothed, `cost_s` is sticky; (worker, exit, length) is the choice that is
-    held, since `since` (seconds on the router's clock); `moved_at`: when it last changed its worker."""
+    """`running` and `rounds_per_s` are smoothed, `cost_s` is sticky; (worker, exit, length) is the choice
+    that is held, since `since` (seconds on the router's clock); `moved_at`: when it last changed its
+    worker."""
 
     running: float
     cost_s: float
@@ -28,8 +29,8 @@ class TargetMemory:
 
 @dataclass(slots=True)
 class WorkerMemory:
-    """Smoothed figures, see `cluster.router.goodput.Queue`; `load_scale` is below 1, since targets that draft at
-    once share steps."""
+    """Smoothed figures, see `cluster.router.goodput.Queue`; `load_scale` is below 1, since targets that draft
+    at once share steps."""
 
     utilisation: float = 0.0
     load_scale: float = 1.0

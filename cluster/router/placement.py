@@ -12,8 +12,8 @@ def place(
     pinned: Mapping[str, str],
     demand: Mapping[str, float],
 ) -> dict[str, str]:
-    """A worker for each target; {} when there is none. Pins win where the worker lives; a held worker that lives
-    stays; the others go, the greatest demand first, to the least loaded worker.
+    """A worker for each target; {} when there is none. Pins win where the worker lives; a held worker that
+    lives stays; the others go, the greatest demand first, to the least loaded worker.
 
     `demand` is the load (draft-seconds a second) that a target would like to bring.
     """
@@ -47,8 +47,8 @@ def rebalance(
     demand: Mapping[str, float],
     gap: float,
 ) -> tuple[str, str] | None:
-    """(target, new worker) of the one move that most evens out the fullest and the emptiest worker, or None while
-    they differ by less than `gap`."""
+    """(target, new worker) of the one move that most evens out the fullest and the emptiest worker, or None
+    while they differ by less than `gap`."""
     if len(workers) < 2:
         return None
     load = dict.fromkeys(workers, 0.0)

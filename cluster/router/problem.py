@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from cluster.router.goodput import OFF, Choice
 from cluster.router.reports import Pin
@@ -58,7 +59,7 @@ Plan = dict[str, Choice]
 def is_sorted(order: Sequence[Contender], plan: Plan) -> bool:
     """Whether depth never falls along the order, over the targets that draft and that it binds."""
     depths = [plan[c.target_id].exit for c in order if not c.exempt and plan[c.target_id].length > 0]
-    return all(a <= b for a, b in zip(depths, depths[1:], strict=False))
+    return all(a <= b for a, b in pairwise(depths))
 
 
 def loads(contenders: Sequence[Contender], plan: Plan) -> dict[str, float]:

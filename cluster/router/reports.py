@@ -98,8 +98,9 @@ class Pin:
 
 @dataclass(frozen=True, slots=True)
 class ShadowScoring:
-    """In `share` of the rounds `length` tokens of one session are also drafted at `exit` and scored against what
-    the target emits. Nobody waits for them and nobody verifies them; they take `load` draft-seconds a second."""
+    """In `share` of the rounds `length` tokens of one session are also drafted at `exit` and scored against
+    what the target emits. Nobody waits for them and nobody verifies them; they take `load` draft-seconds a
+    second."""
 
     exit: int
     length: int

@@ -1,8 +1,8 @@
 """The sorted multi-target router: who drafts for whom, at which exit, how many tokens. Pure logic, no Ray.
 
-A step (about one a second): take in reports; place targets on draft workers; find the best sorted plan and the plan
-that changes as little as the limits allow; take the first only where it promises enough over the second; explain
-each choice. docs/methods/router.md has the formulas.
+A step (about one a second): take in reports; place targets on draft workers; find the best sorted plan and
+the plan that changes as little as the limits allow; take the first only where it promises enough over the
+second; explain each choice. docs/methods/router.md has the formulas.
 """
 
 from __future__ import annotations
@@ -88,7 +88,9 @@ class Router:
             cost = report.cost_s_by_rows[min(report.cost_s_by_rows)]
             known = memory.targets.get(report.target_id)
             if known is None:
-                memory.targets[report.target_id] = TargetMemory(float(report.running), cost, report.rounds_per_s)
+                memory.targets[report.target_id] = TargetMemory(
+                    float(report.running), cost, report.rounds_per_s
+                )
                 continue
             known.running += s.smoothing * (report.running - known.running)
             known.rounds_per_s += s.smoothing * (report.rounds_per_s - known.rounds_per_s)

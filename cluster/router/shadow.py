@@ -24,8 +24,9 @@ def plan_shadows(
     settings: RouterSettings,
 ) -> dict[str, ShadowScoring]:
     """One exit a target at most, the one with the least evidence among those not in use. Whose evidence is
-    thinnest comes first, until `shadow_load` of its worker is spent. A target that an operator forbade to draft
-    scores nothing. `rounds_per_s` is smoothed: who has no rounds now may have some in the coming second."""
+    thinnest comes first, until `shadow_load` of its worker is spent. A target that an operator forbade to
+    draft scores nothing. `rounds_per_s` is smoothed: who has no rounds now may have some in the coming
+    second."""
     left = dict.fromkeys(workers, settings.shadow_load)
     wishes: list[tuple[float, str, Contender, int]] = []
     for c in contenders:

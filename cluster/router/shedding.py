@@ -1,8 +1,9 @@
 """An overloaded worker gives up depth first, then length, before anybody queues.
 
-Depth: the next shallower exit that still pays, for the worker's cheapest target at its depth; cheaper targets of
-other workers that are as deep follow, so that the order stays sorted. Only when no target of the worker has such an exit are lengths cut, one token at a
-time, down to none. Among possible steps the one that loses least value for the load it frees is taken.
+Depth: the next shallower exit that still pays, for the worker's cheapest target at its depth; cheaper targets
+of other workers that are as deep follow, so that the order stays sorted. Only when no target of the worker
+has such an exit are lengths cut, one token at a time, down to none. Among possible steps the one that loses
+least value for the load it frees is taken.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ def shed(
     sessions: Mapping[str, int],
     min_gain: float,
 ) -> Shed:
-    """Changes `plan` until each worker that is loaded above `start_above` is at `stop_at`, and no worker drafts
-    for more requests than `sessions`. Pinned parts of a choice stay, so pins alone may exceed a limit."""
+    """Changes `plan` until each worker that is loaded above `start_above` is at `stop_at`, and no worker
+    drafts for more requests than `sessions`. Pinned parts of a choice stay, so pins alone may exceed a
+    limit."""
     given_up = Shed(set(), set())
     for worker in sorted(start_above):
         mine = [c for c in order if c.worker_id == worker]
@@ -129,7 +131,8 @@ def _shed_length(
 
 
 def _shorter(c: Contender, now: Choice, min_gain: float) -> tuple[float, str, int] | None:
-    """(value lost per load freed, target, new length) of the next shorter length that pays, or none at all."""
+    """(value lost per load freed, target, new length) of the next shorter length that pays, or none at
+    all."""
     if now.length == 0 or c.pin.cap is not None:
         return None
     for length in range(now.length - 1, 0, -1):

@@ -1,9 +1,10 @@
-"""The sorted assignment: the best plan in which depth never falls with verification cost, by dynamic programming.
+"""The sorted assignment: the best plan in which depth never falls with verification cost, by dynamic
+programming.
 
 best(i, d), the best value of the i cheapest targets with no depth above d, is
     max(best(i, d - 1), best(i - 1, d) + max(value of target i at d, value of not drafting)),
-so the exact optimum over T targets and E exits takes T * E steps. A target that does not draft has no depth and
-does not bind its neighbours.
+so the exact optimum over T targets and E exits takes T * E steps. A target that does not draft has no depth
+and does not bind its neighbours.
 """
 
 from __future__ import annotations

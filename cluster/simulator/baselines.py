@@ -43,9 +43,10 @@ class FixedExit:
 
 
 class DraftPerSize:
-    """A draft of its own for each size of target, as vLLM and SGLang have one for each target: the pool is cut
-    into equal shares, and each has the exit and length that is best on its share, by the true mean acceptance, at
-    two requests. Generous: a draft for each model would leave a model a fifteenth of that share."""
+    """A draft of its own for each size of target, as vLLM and SGLang have one for each target: the pool is
+    cut into equal shares, and each has the exit and length that is best on its share, by the true mean
+    acceptance, at two requests. Generous: a draft for each model would leave a model a fifteenth of that
+    share."""
 
     name = "one draft per target size"
 
@@ -82,5 +83,7 @@ class DraftPerSize:
         result = {}
         for t in targets:
             exit_depth, length = self._choice[t.model.partition("/")[0]]
-            result[t.target_id] = Assignment(t.target_id, t.model.partition("/")[0], (exit_depth,), length, "own draft")
+            result[t.target_id] = Assignment(
+                t.target_id, t.model.partition("/")[0], (exit_depth,), length, "own draft"
+            )
         return result

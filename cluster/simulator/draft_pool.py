@@ -1,14 +1,14 @@
 """A simulated draft worker: what waits when it becomes free is drafted as one batch, place by place.
 
-As in `actors.drafting.nested`, a place of a batch runs each block of layers once, for all sessions whose exit is
-at the block's end or deeper. Shadow scoring runs one step at a time, and only while no round waits.
+As in `actors.drafting.nested`, a place of a batch runs each block of layers once, for all sessions whose exit
+is at the block's end or deeper. Shadow scoring runs one step at a time, and only while no round waits.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from actors.engine.costs import CostModel
 from cluster.router.goodput import cost_model

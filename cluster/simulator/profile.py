@@ -15,7 +15,8 @@ class _Model(BaseModel):
 
 
 class TargetProfile(_Model):
-    """A model to serve: the step table of `dtype` times `scale`; `acceptance` multiplies the draft's rates."""
+    """A model to serve: the step table of `dtype` times `scale`; `acceptance` multiplies the draft's
+    rates."""
 
     dtype: str
     scale: float = Field(gt=0)
@@ -59,4 +60,7 @@ class CostProfile(_Model):
     def draft_s(self) -> dict[int, dict[int, float]]:
         """Seconds of a draft step by sessions, by exit depth."""
         table = self.step_ms[self.draft_dtype]
-        return {d: {n: ms * self.draft_scale * share / 1e3 for n, ms in table.items()} for d, share in self.exits.items()}
+        return {
+            d: {n: ms * self.draft_scale * share / 1e3 for n, ms in table.items()}
+            for d, share in self.exits.items()
+        }

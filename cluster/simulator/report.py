@@ -34,7 +34,7 @@ def tables(results: Sequence[RunResult]) -> list[Table]:
     )  # fmt: skip
     checks = Table(
         "Checks",
-        ("policy", "tokens/s", "pool busy", "highest planned load", "out of order", "changes a target-minute"),
+        ("policy", "tokens/s", "pool busy", "highest plan", "out of order", "changes a target-minute"),
         tuple(
             (
                 r.policy,

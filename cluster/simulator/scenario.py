@@ -12,8 +12,9 @@ from cluster.simulator.profile import CostProfile
 
 
 class Scenario(BaseModel):
-    """Targets are replicas of models; a model has a size of the profile, a quality (how well the draft fits it)
-    and a favourite task. Sessions arrive as Poisson processes; their numbers of tokens are exponential."""
+    """Targets are replicas of models; a model has a size of the profile, a quality (how well the draft fits
+    it) and a favourite task. Sessions arrive as Poisson processes; their numbers of tokens are
+    exponential."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -21,7 +22,9 @@ class Scenario(BaseModel):
     replicas: int = Field(2, ge=1, description="Target workers a model.")
     draft_workers: int = Field(3, ge=1, description="Workers of the shared draft pool.")
     load: float = Field(
-        1.5, gt=0, description="Mean sessions at once that a target would have at the speed of one, undrafted."
+        1.5,
+        gt=0,
+        description="Mean sessions at once that a target would have at the speed of one, undrafted.",
     )
     load_spread: float = Field(0.5, ge=0, lt=1, description="Targets differ in load by up to this share.")
     quality: tuple[float, float] = Field((0.75, 1.05), description="Range of the factor on acceptance.")
@@ -78,9 +81,7 @@ def models_of(profile: CostProfile, scenario: Scenario) -> list[ModelTraits]:
     return result[: scenario.targets]
 
 
-def arrivals(
-    profile: CostProfile, scenario: Scenario, models: Sequence[ModelTraits]
-) -> list[Arrival]:
+def arrivals(profile: CostProfile, scenario: Scenario, models: Sequence[ModelTraits]) -> list[Arrival]:
     """All sessions, in order of time. The same for every policy."""
     result = []
     tasks = sorted(profile.acceptance)

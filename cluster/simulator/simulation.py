@@ -36,7 +36,8 @@ class Policy(Protocol):
 class RunResult:
     """tokens_per_s: all targets, after the warm-up. speed: geometric mean over targets of tokens a second of
     busy time. utilisation: of the pool. highest_plan: greatest predicted load of a worker, shadow scoring and
-    all. unsorted: assignments that are shallower than one of a cheaper target, over all steps. sessions: arrived."""
+    all. unsorted: assignments that are shallower than one of a cheaper target, over all steps. sessions:
+    arrived."""
 
     policy: str
     tokens_per_s: float

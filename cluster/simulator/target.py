@@ -1,4 +1,5 @@
-"""A simulated target worker: the engine's own Controller decides, tokens and times are drawn from the profile."""
+"""A simulated target worker: the engine's own Controller decides, tokens and times are drawn from the
+profile."""
 
 from __future__ import annotations
 
@@ -118,8 +119,8 @@ class SimulatedTarget:
         self._clock.after(half, lambda: worker.ask(job))
 
     def _score_in_shadow(self, a: Assignment) -> None:
-        """Draft a few tokens of one session at an exit not in use. Nobody waits: they are scored against what the
-        target emits, if it has not emitted more by the time they are there."""
+        """Draft a few tokens of one session at an exit not in use. Nobody waits: they are scored against what
+        the target emits, if it has not emitted more by the time they are there."""
         if a.shadow is None or a.worker_id not in self._workers or self._rng.random() >= a.shadow.share:
             return
         session = self._rng.choice(self.running)

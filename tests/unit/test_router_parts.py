@@ -94,9 +94,12 @@ def test_a_model_borrows_from_others_by_its_own_quality() -> None:
     assert evidence.curves("poor", (1, 4), 1)[4][0] == pytest.approx(0.375, abs=0.06)
 
 
-def _contender(name: str, cost: float, table: dict[int, list[tuple[float, float]]], **more: object) -> Contender:
+def _contender(
+    name: str, cost: float, table: dict[int, list[tuple[float, float]]], **more: object
+) -> Contender:
+    """`table`: by depth, (value, load) of caps 1, 2, ..."""
     rows = {
-        depth: [Choice(depth, k, math.exp(value), value, load) for k, (value, load) in enumerate(row, start=1)]
+        depth: [Choice(depth, k, math.exp(v), v, load) for k, (v, load) in enumerate(row, start=1)]
         for depth, row in table.items()
     }
     return Contender(name, "m", "d", cost, 1, 1.0, rows, **more)  # type: ignore[arg-type]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -44,8 +46,6 @@ def quiet(**changes: object) -> Scenario:
 
 def one_target(costs: CostProfile, tokens: int, sessions: int, fixed: Assignment | None) -> tuple[float, int]:
     """(seconds until everything is emitted, rounds)."""
-    import random
-
     clock = Clock()
     pool = {"d0": SimulatedDraftWorker(clock, costs.draft_s)}
     # A factor on acceptance that leaves it as it is.
@@ -53,14 +53,15 @@ def one_target(costs: CostProfile, tokens: int, sessions: int, fixed: Assignment
     t = SimulatedTarget("t", model, costs, clock, random.Random(0), pool, 8, 6, 0.0)
     t.assignment = fixed
     for number in range(sessions):
-        clock.after(0.0, lambda s=Session(number, "chat", tokens): t.arrive(s))  # type: ignore[misc]
+        clock.after(0.0, partial(t.arrive, Session(number, "chat", tokens)))
     clock.run(60.0)
     assert t.emitted == tokens * sessions
     return t.busy_s, t.rounds
 
 
 def test_plain_decoding_by_hand() -> None:
-    # The first session runs alone for a round (11 ms); then two (12 ms); then the second one alone for its last.
+    # The first session runs alone for a round (11 ms); then two (12 ms); then the second one alone for its
+    # last.
     assert one_target(profile(), 5, 1, None) == (pytest.approx(5 * 0.011), 5)
     assert one_target(profile(), 5, 2, None) == (pytest.approx(0.011 + 4 * 0.012 + 0.011), 6)
 
@@ -147,8 +148,8 @@ def runs() -> dict[str, RunResult]:
 
 
 def test_the_router_is_at_most_5_percent_worse_than_the_best_fixed_exit(runs: dict[str, RunResult]) -> None:
-    """30 targets on one draft worker, 60 s of which 25 are warm-up. The best of eight fixed choices is known only
-    afterwards."""
+    """30 targets on one draft worker, 60 s of which 25 are warm-up. The best of eight fixed choices is known
+    only afterwards."""
     fixed = [r for name, r in runs.items() if name.startswith("fixed")]
     assert len(fixed) == 8
     assert runs["router"].speed >= 0.95 * max(r.speed for r in fixed)
@@ -206,7 +207,8 @@ def test_what_is_wrong_is_one_line(tmp_path: Path, arguments: list[str], says: s
 
 def test_an_own_profile_is_checked_and_used(tmp_path: Path) -> None:
     file = tmp_path / "p.json"
-    file.write_text(profile(models={"mine": {"dtype": "x", "scale": 2.0, "acceptance": 1.0}}).model_dump_json())
+    mine = profile(models={"mine": {"dtype": "x", "scale": 2.0, "acceptance": 1.0}})
+    file.write_text(mine.model_dump_json())
     arguments = ["simulate", "--targets", "2", "--duration", "3", "--warmup", "1", "--profile", str(file)]
     result = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path)], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
