@@ -6,9 +6,9 @@ With R requests, cap m and exit n, acceptance a_i, verification cost C and draft
 W is the measured mean wait at the draft worker. R varies from round to round, so that the mean over a few R
 around the reported one counts. A draft also makes others wait: by the formula of Pollaczek and Khinchine,
 jobs of s seconds that take the load l of a worker of utilisation u add l (s + 2 W) / (2 (1 - u)) seconds to
-the mean wait of everybody there, and each second costs a target the relative speed (rounds a second). So
-    value = weight mean log(goodput / plain goodput) - l (s + 2 W) / (2 (1 - u)) sum of weight (rounds a
-    second).
+the mean wait of everybody there, and a second more costs a target its rounds a second, relatively. So
+    value = weight mean log(goodput / plain goodput) - l (s + 2 W) / (2 (1 - u)) K,
+K the sum of weight times rounds a second over the targets that draft there.
 A target counts by its relative gain, and none is starved for another with cheaper tokens.
 """
 

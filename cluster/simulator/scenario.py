@@ -18,9 +18,9 @@ class Scenario(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    targets: int = Field(150, ge=1, description="Target workers.")
+    targets: int = Field(200, ge=1, description="Target workers.")
     replicas: int = Field(2, ge=1, description="Target workers a model.")
-    draft_workers: int = Field(3, ge=1, description="Workers of the shared draft pool.")
+    draft_workers: int = Field(4, ge=1, description="Workers of the shared draft pool.")
     load: float = Field(
         1.5,
         gt=0,
