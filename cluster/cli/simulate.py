@@ -28,7 +28,7 @@ def simulate(
         "bench-results/simulate"
     ),
 ) -> None:
-    """The router against no speculation, one draft per target size and fixed exits, on the same hardware.
+    """The router against no speculation, one draft per model and fixed exits, on the same hardware.
 
     Runs the router and the controller that serve, on measured or given costs. Equal seeds, equal results.
     Exits with 1 when an assignment of the router is out of order or plans more than a worker has.

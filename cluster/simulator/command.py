@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from cluster.simulator.baselines import DraftPerSize, FixedExit, NoSpeculation
+from cluster.simulator.baselines import DraftPerModel, FixedExit, NoSpeculation
 from cluster.simulator.profile import CostProfile
 from cluster.simulator.scenario import Scenario
 from cluster.simulator.simulation import Policy, RouterPolicy, RunResult, simulate
@@ -15,7 +15,7 @@ FIXED_LENGTHS = (2, 4)
 def policies(profile: CostProfile) -> list[Policy]:
     """No speculation first: ratios refer to it."""
     fixed = [FixedExit(depth, length) for depth in sorted(profile.exits) for length in FIXED_LENGTHS]
-    return [NoSpeculation(), RouterPolicy(), DraftPerSize(profile), *fixed]
+    return [NoSpeculation(), RouterPolicy(), DraftPerModel(), *fixed]
 
 
 def compare(

@@ -34,18 +34,19 @@ class _Shadow:
 
 
 class SimulatedDraftWorker:
-    """`slowness` multiplies every step: 1.0 for a whole worker, more for a share of one."""
+    """`batches`: whether all that waits is one batch; else messages take turns, as they must where each
+    target has a draft of its own."""
 
     def __init__(
         self,
         clock: Clock,
         step_s: Mapping[int, Mapping[int, float]],
-        slowness: float = 1.0,
+        batches: bool = True,
     ) -> None:
-        self.slowness = slowness
         self.costs: dict[int, CostModel] = {depth: cost_model(table) for depth, table in step_s.items()}
         self.total_busy_s = 0.0
         self._clock = clock
+        self._batches = batches
         self._busy = False
         self._queue: list[DraftJob] = []
         self._shadows: deque[_Shadow] = deque()
@@ -71,13 +72,14 @@ class SimulatedDraftWorker:
                     total -= self.costs[below].seconds(sessions)
                 sessions -= sum(count for d, count in going if d == depth)
                 below = depth
-        return self.slowness * total
+        return total
 
     def _next(self) -> None:
         if self._busy:
             return
         if self._queue:
-            jobs, self._queue = self._queue, []
+            count = len(self._queue) if self._batches else 1
+            jobs, self._queue = self._queue[:count], self._queue[count:]
             self._work(self.seconds([wish for job in jobs for wish in job.wishes]), [j.done for j in jobs])
         elif self._shadows:
             shadow = self._shadows[0]

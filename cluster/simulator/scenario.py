@@ -31,8 +31,8 @@ class Scenario(BaseModel):
     favourite: float = Field(0.7, ge=0, le=1, description="Share of the sessions with the favourite task.")
     tokens: float = Field(40.0, ge=1, description="Mean tokens of an answer.")
     max_running: int = Field(8, ge=1, description="Requests that a target runs at once.")
-    duration_s: float = Field(90.0, gt=0, description="Simulated seconds.")
-    warmup_s: float = Field(30.0, ge=0, description="Seconds at the start that do not count.")
+    duration_s: float = Field(75.0, gt=0, description="Simulated seconds.")
+    warmup_s: float = Field(25.0, ge=0, description="Seconds at the start that do not count.")
     max_draft: int = Field(6, ge=1, le=16, description="Draft tokens a round, at most.")
     noise: float = Field(0.05, ge=0, lt=1, description="Standard deviation of a round's time, as a share.")
     seed: int = Field(0, ge=0)
@@ -62,6 +62,11 @@ class Arrival:
     target: int
     task: str
     tokens: int
+
+
+def pool_names(scenario: Scenario) -> list[str]:
+    """Ids of the draft workers."""
+    return [f"d{i}" for i in range(scenario.draft_workers)]
 
 
 def models_of(profile: CostProfile, scenario: Scenario) -> list[ModelTraits]:

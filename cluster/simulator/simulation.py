@@ -14,18 +14,20 @@ from cluster.router.router import Router
 from cluster.simulator.draft_pool import SimulatedDraftWorker
 from cluster.simulator.events import Clock
 from cluster.simulator.profile import CostProfile
-from cluster.simulator.scenario import Scenario, arrivals, models_of
+from cluster.simulator.scenario import Scenario, arrivals, models_of, pool_names
 from cluster.simulator.target import Session, SimulatedTarget
 
 STEP_S = 1.0
 
 
 class Policy(Protocol):
-    """Decides once a second. `workers(profile, scenario)`: (id, slowness) of the draft workers it wants."""
+    """Decides once a second. `workers(profile, scenario)`: ids of the draft workers it uses. `batches`:
+    whether these can draft for all targets at once."""
 
     name: str
+    batches: bool
 
-    def workers(self, profile: CostProfile, scenario: Scenario) -> list[tuple[str, float]]: ...
+    def workers(self, profile: CostProfile, scenario: Scenario) -> list[str]: ...
 
     def step(
         self, now: float, targets: Sequence[TargetReport], drafts: Sequence[DraftReport]
@@ -59,8 +61,8 @@ def simulate(
     """The same arrivals for every policy; equal inputs give equal results."""
     clock = Clock()
     pool = {
-        worker_id: SimulatedDraftWorker(clock, profile.draft_s, slowness)
-        for worker_id, slowness in policy.workers(profile, scenario)
+        worker_id: SimulatedDraftWorker(clock, profile.draft_s, batches=policy.batches)
+        for worker_id in policy.workers(profile, scenario)
     }
     models = models_of(profile, scenario)
     targets = [
@@ -90,7 +92,7 @@ def simulate(
         reports = [t.report(STEP_S) for t in targets]
         drafts = [
             DraftReport(
-                name, _slow(profile, w.slowness), max_sessions=100_000,
+                name, profile.draft_s, max_sessions=100_000,
                 utilisation=min(1.0, (w.total_busy_s - drafted_before[name]) / STEP_S),
             )
             for name, w in pool.items()
@@ -124,10 +126,6 @@ def _geometric(values: Sequence[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values)) if values else 0.0
 
 
-def _slow(profile: CostProfile, slowness: float) -> dict[int, dict[int, float]]:
-    return {d: {n: s * slowness for n, s in table.items()} for d, table in profile.draft_s.items()}
-
-
 def _check(
     result: RunResult, targets: Sequence[SimulatedTarget], assignments: Mapping[str, Assignment]
 ) -> None:
@@ -153,10 +151,11 @@ class RouterPolicy:
 
     def __init__(self, router: Router | None = None) -> None:
         self.name = "router"
+        self.batches = True
         self.router = router or Router()
 
-    def workers(self, profile: CostProfile, scenario: Scenario) -> list[tuple[str, float]]:
-        return [(f"d{i}", 1.0) for i in range(scenario.draft_workers)]
+    def workers(self, profile: CostProfile, scenario: Scenario) -> list[str]:
+        return pool_names(scenario)
 
     def step(
         self, now: float, targets: Sequence[TargetReport], drafts: Sequence[DraftReport]

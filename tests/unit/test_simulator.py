@@ -16,7 +16,7 @@ from actors.engine.controller import Controller
 from cluster.cli.main import app
 from cluster.router.reports import Assignment, DraftReport, TargetReport
 from cluster.router.router import Router
-from cluster.simulator.baselines import DraftPerSize, FixedExit, NoSpeculation
+from cluster.simulator.baselines import DraftPerModel, FixedExit, NoSpeculation
 from cluster.simulator.draft_pool import DraftJob, SimulatedDraftWorker
 from cluster.simulator.events import Clock
 from cluster.simulator.profile import DEFAULT_PROFILE, CostProfile
@@ -115,6 +115,16 @@ def test_a_batch_runs_each_block_once_and_what_waits_goes_together() -> None:
     assert w.total_busy_s == pytest.approx(5.5)
 
 
+def test_drafts_of_their_own_take_turns() -> None:
+    clock = Clock()
+    w = SimulatedDraftWorker(clock, {1: {1: 1.0, 2: 1.5}}, batches=False)
+    ended: list[float] = []
+    for _ in range(3):
+        w.ask(DraftJob([(1, 1, 1)], lambda: ended.append(clock.now)))
+    clock.run(20.0)
+    assert ended == [1.0, 2.0, 3.0]
+
+
 def test_arrivals_are_the_same_for_all_and_as_many_as_asked() -> None:
     costs = CostProfile.from_file()
     scenario = Scenario(duration_s=600.0)
@@ -141,7 +151,7 @@ def test_equal_seeds_give_equal_results() -> None:
 def runs() -> dict[str, RunResult]:
     costs = CostProfile.from_file()
     policies = [
-        NoSpeculation(), RouterPolicy(), DraftPerSize(costs),
+        NoSpeculation(), RouterPolicy(), DraftPerModel(),
         *(FixedExit(d, k) for d in costs.exits for k in (2, 4)),
     ]  # fmt: skip
     return {p.name: simulate(costs, SMALL, p) for p in policies}
