@@ -122,3 +122,12 @@ class AcceptanceModel:
     def table(self) -> dict[str, list[float]]:
         """Conditional acceptance by drafter and position, for people."""
         return {name: [round(a, 3) for a in averages.accept[:8]] for name, averages in self._averages.items()}
+
+    def evidence(self) -> dict[str, tuple[tuple[float, ...], tuple[int, ...]]]:
+        """(conditional acceptance by position, tokens scored there) by drafter, up to the last position that
+        was scored."""
+        result = {}
+        for name, averages in self._averages.items():
+            used = max((i + 1 for i, n in enumerate(averages.trials) if n), default=0)
+            result[name] = (tuple(averages.accept[:used]), tuple(averages.trials[:used]))
+        return result

@@ -9,6 +9,7 @@ from cluster.cli.chat import chat
 from cluster.cli.draft import draft
 from cluster.cli.generate import generate
 from cluster.cli.serve import serve
+from cluster.cli.simulate import simulate
 from cluster.cli.status import models, status
 
 app = typer.Typer(
@@ -23,6 +24,7 @@ app.command()(generate)
 app.command()(chat)
 app.command()(status)
 app.command()(models)
+app.command()(simulate)
 app.add_typer(bench, name="bench")
 app.add_typer(draft, name="draft")
 
