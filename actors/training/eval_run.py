@@ -28,10 +28,10 @@ def run_evaluation(settings: EvalSettings, say: Callable[[str], None] = lambda m
         device=settings.device,
     )
     card = read_data_card(settings.data)
-    if card.tokenizer_hash != draft.tokenizer_hash:
+    if card.tokenizer_hash != draft.tokenizer.vocab_hash:
         raise DataError(
             f"{settings.data} ({card.model}) has the tokenizer {card.tokenizer_hash[:12]}, "
-            f"the draft {draft.tokenizer_hash[:12]}"
+            f"the draft {draft.tokenizer.vocab_hash[:12]}"
         )
     target_s = None
     if settings.target is not None:
