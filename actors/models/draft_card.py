@@ -38,6 +38,7 @@ class TrainingRecord(_CardModel):
     heldout_agreement: dict[str, float] = Field(
         default_factory=dict, description="Exit depth to top-1 agreement on held-out labels, at the end."
     )
+    earlier: TrainingRecord | None = Field(None, description="Of the draft that this training began with.")
 
 
 class CalibrationCurve(_CardModel):

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from actors.drafting.draft_load import check_base
 from actors.models.convert import model_folder
-from actors.models.draft_artifact import save_artifact
-from actors.models.draft_card import DraftCard, TrainingRecord, base_hash
+from actors.models.draft_artifact import DraftWeights, load_artifact, resolve_artifact, save_artifact
+from actors.models.draft_card import ArtifactError, DraftCard, TrainingRecord, base_hash
 from actors.models.llama_load import load_config, load_llama_weights
 from actors.models.llama_weights import LlamaWeights
 from actors.models.load import choose_device
@@ -110,8 +111,12 @@ def build_run(settings: TrainSettings, say: Callable[[str], None] = lambda messa
     held = set(heldout)
     kept = [i for i in range(len(corpus.sequences)) if i not in held]
     vocab_size = base.embed.shape[0]
+    earlier = _read_earlier(settings, base, resolved.name, config.num_hidden_layers, tokenizer_hash)
     corpus = replace(corpus, card=corpus.card.model_copy(update={"vocab_size": vocab_size}))
-    head_ids = draft_vocabulary([corpus.sequences[i] for i in kept], settings.draft_vocab, vocab_size)
+    if earlier is not None:
+        head_ids = earlier[1].head_ids
+    else:
+        head_ids = draft_vocabulary([corpus.sequences[i] for i in kept], settings.draft_vocab, vocab_size)
     train = _usable(build_examples(corpus, kept, head_ids), settings.row_tokens)
     held_examples = _usable(build_examples(corpus, heldout, head_ids), settings.row_tokens)
     if not train:
@@ -121,7 +126,10 @@ def build_run(settings: TrainSettings, say: Callable[[str], None] = lambda messa
     )
     room = config.get_text_config().max_position_embeddings - settings.row_tokens
     data = TrainingData(train, held_examples, plan, settings, max(0, min(settings.max_offset, room)))
-    student = build_student(base, settings, head_ids).to(device)
+    student = build_student(base, settings, head_ids)
+    if earlier is not None:
+        student.take(earlier[1])
+    student = student.to(device)
     names = {c.name: c.source_hash for c in corpus.teacher_cards} or {
         corpus.card.model: corpus.card.source_hash
     }
@@ -144,6 +152,7 @@ def build_run(settings: TrainSettings, say: Callable[[str], None] = lambda messa
             objective=_objective(settings),
             seed=settings.seed,
             targets=names,
+            earlier=None if earlier is None else earlier[0].training,
         ),
     )
     teachers = [c.model_dump_json() for c in corpus.teacher_cards]
@@ -157,6 +166,28 @@ def _read_base(folder: Path, settings: TrainSettings, depth: int) -> LlamaWeight
         raise ValueError(f"exits: {settings.exits[-1]} exceeds the base's {depth} layers")
     needed = depth if settings.exit_layers else settings.exits[-1]
     return load_llama_weights(folder, torch.float32, torch.device("cpu"), num_layers=needed)[0]
+
+
+def _read_earlier(
+    settings: TrainSettings, base: LlamaWeights, name: str, base_layers: int, tokenizer_hash: str
+) -> tuple[DraftCard, DraftWeights] | None:
+    """The draft to go on from, if any. Raises ArtifactError, naming both sides, for one of another shape."""
+    if settings.init is None:
+        return None
+    path = resolve_artifact(settings.init)
+    card, weights = load_artifact(path, torch.float32)
+    check_base(path, card, base, name, base_layers, tokenizer_hash)
+    wanted = settings.draft_vocab or card.vocab_size
+    for what, theirs, ours in (
+        ("exits", card.exits, settings.exits),
+        ("exit_layers", card.exit_layers, settings.exit_layers),
+        ("exit_norms", card.exit_norms, settings.exit_norms),
+        ("draft_vocab", card.draft_vocab, min(wanted, card.vocab_size)),
+        ("window", card.window, settings.window),
+    ):
+        if theirs != ours:
+            raise ArtifactError(f"init: {path} has {what} {theirs}, this training {ours}")
+    return card, weights
 
 
 def build_student(base: LlamaWeights, settings: TrainSettings, head_ids: Tensor) -> SortedStudent:

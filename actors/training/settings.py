@@ -108,6 +108,9 @@ class TrainSettings(SettingsModel):
     base: str = Field(description="Model whose first layers become the draft.")
     data: Path = Field(description="Folder of the data set.")
     out: Path = Field(description="Folder of checkpoints, curves and the artifact.")
+    init: str | None = Field(
+        None, description="Artifact to go on from, of the same base and shape; null: the base's own layers."
+    )
     exits: tuple[int, ...] = Field((2, 4, 8), min_length=1, description="Depths in layers, ascending.")
     exit_layers: bool = Field(
         False, description="One layer of its own for each exit, initialised from the base's last."

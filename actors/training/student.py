@@ -63,6 +63,11 @@ class StudentLayer(nn.Module):
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return mixed.transpose(1, 2).flatten(2)
 
+    @torch.no_grad()
+    def take(self, weights: LlamaLayerWeights) -> None:
+        for name in self._names:
+            self.get_parameter(name).copy_(getattr(weights, name))
+
     def weights(self) -> LlamaLayerWeights:
         return LlamaLayerWeights(**{name: self.get_parameter(name).detach() for name in self._names})
 
@@ -140,6 +145,15 @@ class SortedStudent(nn.Module):
         angles = positions.float()[:, None, :, None] * self.inv_freq
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos() * self._scaling, angles.sin() * self._scaling
+
+    @torch.no_grad()
+    def take(self, weights: DraftWeights) -> None:
+        """Start from another draft's weights: of equal shape, and with the same tokens in the head."""
+        layers = zip((*self.layers, *self.exit_layers), (*weights.layers, *weights.exit_layers), strict=True)
+        for own, other in layers:
+            own.take(other)
+        self.norms.copy_(weights.norms)
+        self.head.copy_(weights.head)
 
     def draft_weights(self) -> DraftWeights:
         return DraftWeights(

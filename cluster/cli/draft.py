@@ -106,6 +106,7 @@ def train(
     base: Annotated[str | None, typer.Option(help="Model whose first layers become the draft.")] = None,
     folder: Annotated[Path | None, typer.Option("--data", "-d", help="Folder of the data set.")] = None,
     target: Annotated[Path | None, typer.Option("--out", "-o", help="Checkpoints, curves, artifact.")] = None,
+    init: Annotated[str | None, typer.Option(help="Artifact to go on from; else the base.")] = None,
     exits: Exits = None,
     teacher: Annotated[
         list[Path] | None, typer.Option(help="Folder of log-probabilities; may be repeated.")
@@ -138,7 +139,8 @@ def train(
         settings = TrainSettings.read(
             config,
             {
-                "base": base, "data": folder, "out": target, "exits": tuple(exits) if exits else None,
+                "base": base, "data": folder, "out": target, "init": init,
+                "exits": tuple(exits) if exits else None,
                 "teachers": tuple(teacher) if teacher else None, "draft_vocab": draft_vocab,
                 "exit_layers": exit_layers, "exit_norms": exit_norms, "steps": steps,
                 "batch_rows": batch_rows, "row_tokens": row_tokens, "lr": lr, "warmup": warmup, "bf16": bf16,

@@ -19,6 +19,7 @@ from actors.drafting.nested import NestedDrafter
 from actors.drafting.prompt_lookup import PromptLookupDrafter
 from actors.engine.messages import EngineRequest
 from actors.models.draft_artifact import read_card
+from actors.models.draft_card import ArtifactError
 from actors.sampling.params import SamplingParams, SpeculationParams
 from actors.text.tokenizer import TextTokenizer
 from actors.training import collect
@@ -189,6 +190,28 @@ def test_texts_and_chats_become_sequences(base: Path, data: DataSettings, tmp_pa
     (tmp_path / "chats.jsonl").write_text('{"messages": [{"role": "user"}]}')
     with pytest.raises(DataError, match=r"chats\.jsonl:1: each message needs role and content"):
         collect_data(settings.model_copy(update={"out": tmp_path / "other"}))
+
+
+def test_training_goes_on_from_an_artifact(
+    base: Path, data: DataSettings, trained: Any, tmp_path: Path
+) -> None:
+    run_, history = trained
+    artifact = str(run_.settings.out / ARTIFACT)
+    # another seed and more data would choose other tokens for the head: it keeps the artifact's
+    more = build_run(settings_for(base, data, tmp_path / "more", init=artifact, seed=5, steps=6))
+    assert torch.equal(more.student.head_ids, run_.student.head_ids)
+    first = train(more)[0]["heldout"]
+    last = history[-1]["heldout"]
+    assert first["cross_entropy"] == pytest.approx(last["cross_entropy"], rel=0.02)
+    card = read_card(tmp_path / "more" / ARTIFACT)
+    assert card.training.earlier == read_card(Path(artifact)).training
+    for values, problem in (
+        ({"exits": (1, 3)}, r"exits \(1, 2\), this training \(1, 3\)"),
+        ({"draft_vocab": 100}, "draft_vocab 200, this training 100"),
+        ({"exit_norms": True}, "exit_norms False, this training True"),
+    ):
+        with pytest.raises(ArtifactError, match=problem):
+            build_run(settings_for(base, data, tmp_path / "x", init=artifact, **values))
 
 
 def test_loss_falls_and_exits_improve(trained: Any) -> None:
