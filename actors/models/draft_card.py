@@ -27,8 +27,8 @@ class _CardModel(BaseModel):
 class TrainingRecord(_CardModel):
     """How the weights came about. `targets` maps the name of each teacher to the hash of its source."""
 
-    data: str = Field("", description="Name of the data set.")
-    data_hash: str = Field("", description="Of the data set's token ids.")
+    data: str = Field("", description="Names of the data sets.")
+    data_hash: str = Field("", description="Of their token ids.")
     objective: str = ""
     steps: int = 0
     tokens: int = Field(0, description="Labels seen, repetitions included.")

@@ -46,33 +46,62 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class RawCorpus:
-    """Sequences and their teachers as stored; `rows[t][i]` are teacher t's of sequence i."""
+    """Sequences of one or several data sets and their teachers as stored; `rows[t][i]` are teacher t's of
+    sequence i. `vocab_size`: of the target."""
 
-    card: DataCard
+    cards: tuple[DataCard, ...]
+    vocab_size: int
     sequences: list[TokenSequence]
     teacher_cards: tuple[TeacherCard, ...]
     rows: tuple[list[TeacherRows], ...]
 
 
-def read_corpus(folder: Path, teachers: Sequence[Path] = ()) -> RawCorpus:
-    """Everything in a data set and in its teachers. Raises DataError when they do not belong together."""
-    card = read_data_card(folder)
-    cards = tuple(read_teacher_card(path) for path in teachers)
-    for path, teacher in zip(teachers, cards, strict=True):
-        if teacher.data_hash != card.made_with:
-            raise DataError(f"the teacher {path} belongs to another data set than {folder} ({card.name})")
-        if teacher.tokenizer_hash != card.tokenizer_hash:
+def read_corpus(folders: Sequence[Path], teachers: Sequence[Path] = ()) -> RawCorpus:
+    """Everything in data sets and in their teachers. Each data set needs the same teachers, in the same
+    order. Raises DataError when they do not belong together."""
+    cards = tuple(read_data_card(folder) for folder in folders)
+    for folder, card in zip(folders, cards, strict=True):
+        if card.tokenizer_hash != cards[0].tokenizer_hash:
+            raise DataError(
+                f"{folder} has the tokenizer {card.tokenizer_hash[:12]}, "
+                f"{folders[0]} {cards[0].tokenizer_hash[:12]}"
+            )
+    of_set = _teachers_of(folders, cards, teachers)
+    sequences: list[TokenSequence] = []
+    rows: tuple[list[TeacherRows], ...] = tuple([] for _ in of_set[0])
+    for folder, paths in zip(folders, of_set, strict=True):
+        for index, shard in iter_shards(folder):
+            sequences += shard
+            for kept, (path, _) in zip(rows, paths, strict=True):
+                kept += read_teacher(shard_path(path, index), shard)
+    teacher_cards = tuple(teacher for _, teacher in of_set[0])
+    return RawCorpus(cards, cards[0].vocab_size, sequences, teacher_cards, rows)
+
+
+def _teachers_of(
+    folders: Sequence[Path], cards: Sequence[DataCard], teachers: Sequence[Path]
+) -> list[list[tuple[Path, TeacherCard]]]:
+    """The teachers of each data set, in the order given."""
+    found: list[list[tuple[Path, TeacherCard]]] = [[] for _ in folders]
+    places = {card.made_with: place for place, card in enumerate(cards)}
+    for path in teachers:
+        teacher = read_teacher_card(path)
+        place = places.get(teacher.data_hash)
+        if place is None:
+            known = ", ".join(f"{f} ({c.name})" for f, c in zip(folders, cards, strict=True))
+            raise DataError(f"the teacher {path} belongs to another data set than {known}")
+        if teacher.tokenizer_hash != cards[place].tokenizer_hash:
             raise DataError(
                 f"the teacher {path} ({teacher.name}) has the tokenizer {teacher.tokenizer_hash[:12]}, "
-                f"{folder} {card.tokenizer_hash[:12]}"
+                f"{folders[place]} {cards[place].tokenizer_hash[:12]}"
             )
-    sequences: list[TokenSequence] = []
-    rows: tuple[list[TeacherRows], ...] = tuple([] for _ in teachers)
-    for index, shard in iter_shards(folder):
-        sequences += shard
-        for kept, path in zip(rows, teachers, strict=True):
-            kept += read_teacher(shard_path(path, index), shard)
-    return RawCorpus(card, sequences, cards, rows)
+        found[place].append((path, teacher))
+    names = [[(teacher.name, teacher.source_hash) for _, teacher in of_one] for of_one in found]
+    for folder, mine in zip(folders, names, strict=True):
+        if mine != names[0]:
+            ours, first = ([name for name, _ in side] or "none" for side in (mine, names[0]))
+            raise DataError(f"{folder} has the teachers {ours}, {folders[0]} has {first}")
+    return found
 
 
 def is_heldout(sequence: TokenSequence, share: float) -> bool:
@@ -99,7 +128,7 @@ def draft_vocabulary(sequences: Sequence[TokenSequence], size: int, vocab_size: 
 
 def build_examples(corpus: RawCorpus, indices: Sequence[int], head_ids: Tensor) -> list[Example]:
     """Sequences in the draft's vocabulary. One of its ids is a row of the head."""
-    row_of = torch.full((corpus.card.vocab_size,), -1, dtype=torch.int64)
+    row_of = torch.full((corpus.vocab_size,), -1, dtype=torch.int64)
     row_of[head_ids] = torch.arange(len(head_ids))
     examples: list[Example] = []
     for index in indices:

@@ -100,11 +100,13 @@ def build_run(settings: TrainSettings, say: Callable[[str], None] = lambda messa
     config = load_config(folder)
     base = _read_base(folder, settings, config.num_hidden_layers)
     tokenizer_hash = TextTokenizer(folder).vocab_hash
-    say(f"reading {settings.data}")
+    names = ", ".join(map(str, settings.data))
+    say(f"reading {names}")
     corpus = read_corpus(settings.data, settings.teachers)
-    if corpus.card.tokenizer_hash != tokenizer_hash:
+    made_with = corpus.cards[0].tokenizer_hash
+    if made_with != tokenizer_hash:
         raise DataError(
-            f"{settings.data} ({corpus.card.name}) has the tokenizer {corpus.card.tokenizer_hash[:12]}, "
+            f"{settings.data[0]} ({corpus.cards[0].name}) has the tokenizer {made_with[:12]}, "
             f"the base {resolved.name} {tokenizer_hash[:12]}"
         )
     heldout = [i for i, s in enumerate(corpus.sequences) if is_heldout(s, settings.heldout)]
@@ -112,7 +114,7 @@ def build_run(settings: TrainSettings, say: Callable[[str], None] = lambda messa
     kept = [i for i in range(len(corpus.sequences)) if i not in held]
     vocab_size = base.embed.shape[0]
     earlier = _read_earlier(settings, base, resolved.name, config.num_hidden_layers, tokenizer_hash)
-    corpus = replace(corpus, card=corpus.card.model_copy(update={"vocab_size": vocab_size}))
+    corpus = replace(corpus, vocab_size=vocab_size)
     if earlier is not None:
         head_ids = earlier[1].head_ids
     else:
@@ -120,7 +122,7 @@ def build_run(settings: TrainSettings, say: Callable[[str], None] = lambda messa
     train = _usable(build_examples(corpus, kept, head_ids), settings.row_tokens)
     held_examples = _usable(build_examples(corpus, heldout, head_ids), settings.row_tokens)
     if not train:
-        raise DataError(f"{settings.data} holds no sequence to train on")
+        raise DataError(f"{names} holds no sequence to train on")
     plan = BatchPlan(
         [len(e.ids) for e in train], settings.batch_rows, settings.row_tokens, _seed(settings.seed, _ORDER)
     )
@@ -130,8 +132,8 @@ def build_run(settings: TrainSettings, say: Callable[[str], None] = lambda messa
     if earlier is not None:
         student.take(earlier[1])
     student = student.to(device)
-    names = {c.name: c.source_hash for c in corpus.teacher_cards} or {
-        corpus.card.model: corpus.card.source_hash
+    targets = {c.name: c.source_hash for c in corpus.teacher_cards} or {
+        c.model: c.source_hash for c in corpus.cards
     }
     data_hash = content_hash(settings.data)
     card = DraftCard(
@@ -147,11 +149,11 @@ def build_run(settings: TrainSettings, say: Callable[[str], None] = lambda messa
         window=settings.window,
         dtype=settings.storage,
         training=TrainingRecord(
-            data=corpus.card.name,
+            data=", ".join(c.name for c in corpus.cards),
             data_hash=data_hash,
             objective=_objective(settings),
             seed=settings.seed,
-            targets=names,
+            targets=targets,
             earlier=None if earlier is None else earlier[0].training,
         ),
     )

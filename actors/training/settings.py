@@ -106,7 +106,7 @@ class TrainSettings(SettingsModel):
     """`s2d draft train`: sorted fine-tuning of the first layers of a base."""
 
     base: str = Field(description="Model whose first layers become the draft.")
-    data: Path = Field(description="Folder of the data set.")
+    data: tuple[Path, ...] = Field(min_length=1, description="Folders of data sets.")
     out: Path = Field(description="Folder of checkpoints, curves and the artifact.")
     init: str | None = Field(
         None, description="Artifact to go on from, of the same base and shape; null: the base's own layers."
@@ -118,7 +118,9 @@ class TrainSettings(SettingsModel):
     exit_norms: bool = Field(False, description="A final norm of its own for each exit.")
     draft_vocab: int = Field(8192, ge=0, description="Most frequent tokens in the head; 0: all (FR-Spec).")
     train_head: bool = Field(True, description="Whether the head learns; the embedding never does.")
-    teachers: tuple[Path, ...] = Field((), description="Folders of log-probabilities to learn from.")
+    teachers: tuple[Path, ...] = Field(
+        (), description="Folders of log-probabilities to learn from: for each data set, the same teachers."
+    )
     distill: float = Field(1.0, ge=0.0, le=1.0, description="Weight of the teachers; labels have the rest.")
     steps: int = Field(2000, ge=1)
     batch_rows: int = Field(4, ge=1, description="Packed rows a step (of all workers together).")

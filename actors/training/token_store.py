@@ -198,9 +198,10 @@ def iter_shards(folder: Path) -> Iterator[tuple[int, list[TokenSequence]]]:
         yield index, read_sequences(shard_path(folder, index))
 
 
-def content_hash(folder: Path) -> str:
+def content_hash(folders: Sequence[Path]) -> str:
     """SHA-256 over the shards, in order."""
     digest = hashlib.sha256()
-    for index in range(shard_count(folder)):
-        digest.update(hashlib.sha256(shard_path(folder, index).read_bytes()).digest())
+    for folder in folders:
+        for index in range(shard_count(folder)):
+            digest.update(hashlib.sha256(shard_path(folder, index).read_bytes()).digest())
     return digest.hexdigest()

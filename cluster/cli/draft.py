@@ -70,6 +70,44 @@ def data(
 
 
 @draft.command()
+def prompts(
+    source: Annotated[str, typer.Option(help="The target, for its tokenizer.")],
+    folder: Annotated[Path, typer.Option("--data", "-d", help="Data set whose answers become passages.")],
+    target: Annotated[Path, typer.Option("--out", "-o", help="JSONL to write.")],
+    count: Annotated[int, typer.Option(min=1, help="Prompts to write.")] = 1200,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Write user turns for tasks (translation, summaries, questions, ...) around texts that a target wrote.
+
+    `s2d draft data --prompts` then has the target answer them."""
+    import json
+
+    from actors.files import complete_or_absent
+    from actors.models.convert import model_folder
+    from actors.models.source import resolve_source
+    from actors.text.tokenizer import TextTokenizer
+    from actors.training.tasks import TaskWriter
+    from actors.training.token_store import iter_shards
+
+    def work() -> None:
+        tokenizer = TextTokenizer(model_folder(resolve_source(source), err.print))
+        texts = [
+            tokenizer.decode(s.ids[s.labels_from :], skip_special_tokens=True)
+            for _, shard in iter_shards(folder)
+            for s in shard
+        ]
+        lines = [
+            json.dumps({"task": p.task, "prompt": p.prompt}, ensure_ascii=False)
+            for p in TaskWriter(texts, seed).prompts(count)
+        ]
+        with complete_or_absent(target) as partial:
+            partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        out.print(f"{len(lines)} prompts: {target}")
+
+    _guard(work)
+
+
+@draft.command()
 def teach(
     config: Config = None,
     folder: Annotated[Path | None, typer.Option("--data", "-d", help="Folder of the data set.")] = None,
@@ -104,7 +142,9 @@ def teach(
 def train(
     config: Config = None,
     base: Annotated[str | None, typer.Option(help="Model whose first layers become the draft.")] = None,
-    folder: Annotated[Path | None, typer.Option("--data", "-d", help="Folder of the data set.")] = None,
+    folders: Annotated[
+        list[Path] | None, typer.Option("--data", "-d", help="Folder of a data set; may be repeated.")
+    ] = None,
     target: Annotated[Path | None, typer.Option("--out", "-o", help="Checkpoints, curves, artifact.")] = None,
     init: Annotated[str | None, typer.Option(help="Artifact to go on from; else the base.")] = None,
     exits: Exits = None,
@@ -139,7 +179,7 @@ def train(
         settings = TrainSettings.read(
             config,
             {
-                "base": base, "data": folder, "out": target, "init": init,
+                "base": base, "data": tuple(folders) if folders else None, "out": target, "init": init,
                 "exits": tuple(exits) if exits else None,
                 "teachers": tuple(teacher) if teacher else None, "draft_vocab": draft_vocab,
                 "exit_layers": exit_layers, "exit_norms": exit_norms, "steps": steps,

@@ -60,7 +60,7 @@ def data(base: Path, tmp_path_factory: pytest.TempPathFactory) -> DataSettings:
 
 def settings_for(base: Path, data: DataSettings, out: Path, **values: Any) -> TrainSettings:
     fields: dict[str, Any] = {
-        "base": str(base), "data": data.out, "out": out, "exits": (1, 2), "draft_vocab": 200,
+        "base": str(base), "data": (data.out,), "out": out, "exits": (1, 2), "draft_vocab": 200,
         "teachers": (data.teacher_out,), "steps": 60, "batch_rows": 4, "row_tokens": 96, "lr": 5e-3,
         "warmup": 5, "heldout": 0.2, "eval_every": 30, "checkpoint_every": 20, "device": "cpu", "threads": 1,
     }  # fmt: skip
@@ -75,7 +75,7 @@ def trained(base: Path, data: DataSettings, tmp_path_factory: pytest.TempPathFac
 
 def test_generated_answers_are_the_targets(base: Path, data: DataSettings) -> None:
     """Greedy answers are what the engine gives alone; the stored teacher is the model's own distribution."""
-    corpus = read_corpus(data.out, [data.teacher_out] if data.teacher_out else [])
+    corpus = read_corpus([data.out], [data.teacher_out] if data.teacher_out else [])
     assert len(corpus.sequences) == 96
     assert 60 < sum(s.greedy for s in corpus.sequences) < 92
     runner = torch_runner(base)
@@ -105,7 +105,7 @@ def test_a_teacher_pass_equals_what_generation_reported(
         )
     )
     assert data.teacher_out is not None
-    corpus = read_corpus(data.out, [data.teacher_out, out])
+    corpus = read_corpus([data.out], [data.teacher_out, out])
     for reported, passed in zip(*corpus.rows, strict=True):
         torch.testing.assert_close(
             torch.from_numpy(reported.logprobs), torch.from_numpy(passed.logprobs), atol=2e-2, rtol=2e-3
@@ -214,6 +214,33 @@ def test_training_goes_on_from_an_artifact(
             build_run(settings_for(base, data, tmp_path / "x", init=artifact, **values))
 
 
+def test_several_data_sets_train_one_draft(base: Path, data: DataSettings, tmp_path: Path) -> None:
+    """Each with its own log-probabilities; what lacks them is refused, and so is a stranger's teacher."""
+    other = data.model_copy(
+        update={
+            "out": tmp_path / "other",
+            "teacher_out": tmp_path / "teacher",
+            "seed": 9,
+            "greedy_share": 0.0,
+        }
+    )
+    collect_data(other)
+    assert data.teacher_out is not None
+    assert other.teacher_out is not None
+    folders = (data.out, other.out)
+    both = settings_for(
+        base, data, tmp_path / "both", teachers=(other.teacher_out, data.teacher_out)
+    ).model_copy(update={"data": folders})
+    run_ = build_run(both)
+    counts = [len(read_corpus([folder]).sequences) for folder in folders]
+    assert len(run_.data.train) + len(run_.data.heldout) == sum(counts)
+    assert run_.card.training.data == f"{data.out.name}, {other.out.name}"
+    with pytest.raises(DataError, match=rf"has the teachers none, .* has \['{base.name}'\]"):
+        build_run(both.model_copy(update={"teachers": (data.teacher_out,)}))
+    with pytest.raises(DataError, match="belongs to another data set than"):
+        build_run(both.model_copy(update={"data": (data.out,)}))
+
+
 def test_loss_falls_and_exits_improve(trained: Any) -> None:
     run_, history = trained
     losses = [record["loss"] for record in history if "loss" in record]
@@ -289,11 +316,11 @@ def test_the_artifact_drafts_and_changes_nothing(base: Path, data: DataSettings,
     assert set(card.training.heldout_agreement) == {"1", "2"}
     assert all(curves.sampled is not None for curves in card.calibration)
     assert [curves.greedy.acceptance[-1] > 0 for curves in card.calibration] == [True, True]
-    assert card.training.targets == {base.name: read_corpus(data.out).card.source_hash}
+    assert card.training.targets == {base.name: read_corpus([data.out]).cards[0].source_hash}
     loaded = load_draft(str(base), str(path), dtype="float32", kv_blocks=128, threads=1)
     drafter = NestedDrafter(loaded.runner, loaded.exits, heads=loaded.heads)
     engine = make_engine(torch_runner(base), [drafter])
-    sequences = read_corpus(data.out).sequences[:12]
+    sequences = read_corpus([data.out]).sequences[:12]
     accepted = drafted = 0
     for depth in (1, 2):
         forced = SpeculationParams(max_draft_tokens=4, force=True, drafter="nested", exit_depth=depth)
@@ -397,7 +424,7 @@ def test_evaluation_reports_every_exit(base: Path, data: DataSettings, trained: 
 def test_the_command_line_trains(base: Path, data: DataSettings, tmp_path: Path) -> None:
     runner = CliRunner()
     config = tmp_path / "train.yaml"
-    config.write_text(f"base: {base}\ndata: {data.out}\nout: {tmp_path / 'out'}\nexits: [1]\nsteps: 3\n")
+    config.write_text(f"base: {base}\ndata: [{data.out}]\nout: {tmp_path / 'out'}\nexits: [1]\nsteps: 3\n")
     common = [
         "draft",
         "train",

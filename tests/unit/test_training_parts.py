@@ -196,7 +196,7 @@ def test_a_pass_over_whole_sequences_asks_for_its_labels() -> None:
 
 
 def test_the_learning_rate_warms_up_and_falls() -> None:
-    settings = TrainSettings(base="b", data="d", out="o", steps=100, warmup=10, lr=1.0, min_lr_ratio=0.1)
+    settings = TrainSettings(base="b", data=("d",), out="o", steps=100, warmup=10, lr=1.0, min_lr_ratio=0.1)
     rates = [learning_rate(settings, step) for step in range(100)]
     assert rates[0] == pytest.approx(0.1)
     assert max(rates) == rates[9] == pytest.approx(1.0)
@@ -206,9 +206,9 @@ def test_the_learning_rate_warms_up_and_falls() -> None:
 
 def test_settings_refuse_what_they_do_not_know(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="learning_rate"):
-        TrainSettings.read(None, {"base": "b", "data": "d", "out": "o", "learning_rate": 1.0})
+        TrainSettings.read(None, {"base": "b", "data": ("d",), "out": "o", "learning_rate": 1.0})
     with pytest.raises(ValueError, match="ascending"):
-        TrainSettings(base="b", data="d", out="o", exits=(4, 2))
+        TrainSettings(base="b", data=("d",), out="o", exits=(4, 2))
     with pytest.raises(ValueError, match="exclude each other"):
         DataSettings(source="s", out="o", prompts="p", texts=("t",))
     (tmp_path / "train.yaml").write_text("base: b\ndata: d\nout: o\nexits: [1, 2]\nsteps: 500\n")
