@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,18 +78,23 @@ def context(**fields: int) -> EngineContext:
     return EngineContext(Path(), config.models[0].source, "float32", config, **fields)
 
 
-def test_configurations_share_a_server_and_nested_has_its_own() -> None:
+def test_engines_of_one_set_of_drafters_share_a_server() -> None:
     shared = context(concurrency=24, threads=1)
     for name in FACTORIES:
         assert create(name, shared).name == name
-    plain, nested = shared.server(False), shared.server(True)
-    assert plain is shared.server(False)
+    plain, nested = shared.server(), shared.server("nested")
+    assert plain is shared.server() is shared.server("model-free")
     assert plain is not nested
     assert plain._config.draft_pool.drafters == ("prompt_lookup", "token_recycling")
     assert nested._config.draft_pool.drafters == ("prompt_lookup", "token_recycling", "nested")
     engine = plain._config.models[0].engine
     assert (engine.max_num_seqs, engine.threads) == (24, 1)
     assert plain._config.models[0].dtype == "float32"
+    pool = nested._config.draft_pool
+    with_nested = replace(shared, server_config=nested._config, _servers={})
+    assert with_nested.server() is with_nested.server("nested")
+    assert with_nested.server()._config.draft_pool == pool
+    assert with_nested.server("model-free")._config.draft_pool.drafters == pool.drafters[:2]
 
 
 def test_endpoints_by_url() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cluster.bench.engines.interface import BenchEngine, EngineUnavailableError
 from cluster.bench.engines.openai_endpoint import OpenAIEndpoint
@@ -16,6 +16,8 @@ from cluster.bench.peers.gguf_files import PRECISIONS
 from cluster.config import ClusterConfig, DrafterName, NestedDrafterConfig
 
 MODEL_FREE: tuple[DrafterName, ...] = ("prompt_lookup", "token_recycling")
+Pool = Literal["configured", "model-free", "nested"]
+"""Drafters of our server: those of its configuration, the same without or with the nested one."""
 
 
 @dataclass(slots=True)
@@ -36,16 +38,18 @@ class EngineContext:
     threads: int = 0
     max_model_len: int = 2048
     api_key: str | None = None
-    _servers: dict[bool, S2DServer] = field(default_factory=dict)
+    _servers: dict[tuple[DrafterName, ...], S2DServer] = field(default_factory=dict)
 
-    def server(self, nested: bool) -> S2DServer:
-        """One server for all configurations without the nested drafter, and one with it: a drafter that
-        computes on the target's cores costs time even where it is not chosen."""
-        if nested not in self._servers:
-            self._servers[nested] = S2DServer(self._config(nested))
-        return self._servers[nested]
+    def server(self, pool: Pool = "configured") -> S2DServer:
+        """One server for each set of drafters: a drafter that computes on the target's cores costs time even
+        where it is not chosen."""
+        config = self._config(pool)
+        drafters = config.draft_pool.drafters
+        if drafters not in self._servers:
+            self._servers[drafters] = S2DServer(config)
+        return self._servers[drafters]
 
-    def _config(self, nested: bool) -> ClusterConfig:
+    def _config(self, drafters: Pool) -> ClusterConfig:
         config = self.server_config
         engine = config.models[0].engine
         sizes = {"max_num_seqs": max(engine.max_num_seqs, self.concurrency)}
@@ -54,11 +58,14 @@ class EngineContext:
         widened = engine.model_copy(update=sizes)
         models = (config.models[0].model_copy(update={"engine": widened}), *config.models[1:])
         pool = config.draft_pool
-        if nested and pool.nested is None:
+        if drafters == "nested" and pool.nested is None:
             layers = NestedDrafterConfig(source=self.source, exits=(2, 4), kv_blocks=256)
             pool = pool.model_copy(update={"nested": layers})
-        model_free = tuple(d for d in pool.drafters if d != "nested") or MODEL_FREE
-        pool = pool.model_copy(update={"drafters": (*model_free, "nested") if nested else model_free})
+        if drafters == "nested" and "nested" not in pool.drafters:
+            pool = pool.model_copy(update={"drafters": (*pool.drafters, "nested")})
+        if drafters == "model-free":
+            kept = tuple(d for d in pool.drafters if d != "nested") or MODEL_FREE
+            pool = pool.model_copy(update={"drafters": kept})
         return config.model_copy(update={"models": models, "draft_pool": pool})
 
 
@@ -66,8 +73,8 @@ Factory = Callable[[str, EngineContext], BenchEngine]
 """Builds an engine that is not started, under the given name. May raise EngineUnavailableError."""
 
 
-def _s2d(nested: bool = False, **speculation: Any) -> Factory:
-    return lambda name, context: S2DEngine(name, context.server(nested), speculation)
+def _s2d(pool: Pool = "configured", **speculation: Any) -> Factory:
+    return lambda name, context: S2DEngine(name, context.server(pool), speculation)
 
 
 def _peer(build: Callable[[PeerOptions], BenchEngine]) -> Factory:
@@ -86,9 +93,11 @@ def _peer(build: Callable[[PeerOptions], BenchEngine]) -> Factory:
 FACTORIES: Mapping[str, Factory] = {
     "s2d-plain": _s2d(enabled=False),
     "s2d-auto": _s2d(),
-    "s2d-prompt_lookup": _s2d(drafter="prompt_lookup"),
-    "s2d-token_recycling": _s2d(drafter="token_recycling"),
-    "s2d-nested": _s2d(nested=True, drafter="nested"),
+    "s2d-model-free": _s2d("model-free"),
+    "s2d-prompt_lookup": _s2d("model-free", drafter="prompt_lookup"),
+    "s2d-token_recycling": _s2d("model-free", drafter="token_recycling"),
+    "s2d-nested": _s2d("nested", drafter="nested"),
+    "s2d-all": _s2d("nested"),
     **{name: _peer(build) for name, build in PEERS.items()},
 }
 
