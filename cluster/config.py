@@ -166,6 +166,9 @@ class GatewayConfig(ConfigModel):
     api_key: str | None = Field(None, description="Bearer token that clients must send; null for none.")
     max_body_bytes: int = Field(4 * 1024 * 1024, ge=1024, description="Larger HTTP bodies get 413.")
     request_timeout_s: float = Field(600.0, gt=0, description="Longest time one request may take.")
+    max_resumes: int = Field(
+        3, ge=0, description="Times that a request goes on at another replica when its target worker is lost."
+    )
     stream_interval_ms: float | None = Field(
         None,
         ge=0,

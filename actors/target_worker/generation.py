@@ -73,7 +73,7 @@ class GenerationService:
             so_far = request.output_ids_so_far
             choices: dict[str, ChoiceStream] = {}
             engine_requests: list[EngineRequest] = []
-            for index in range(request.n):
+            for index in range(request.first_choice, request.first_choice + request.n):
                 engine_id = f"{request.request_id}-{serial}-{index}"
                 choice = ChoiceStream(self._tokenizer, index, prompt, sampling, request.stop, so_far)
                 if choice.finished or (sampling.max_tokens == 0 and sampling.prompt_logprobs is None):
@@ -84,7 +84,7 @@ class GenerationService:
                 interval_s = 0.0 if request.stop else self._interval.seconds(0)
                 engine_requests.append(
                     EngineRequest(
-                        engine_id, prompt.ids, sampling, request.speculation, index, so_far, interval_s
+                        engine_id, prompt.ids, sampling, request.speculation, index, so_far or (), interval_s
                     )
                 )
             stream = self._engine.submit(engine_requests)

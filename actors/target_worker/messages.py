@@ -22,7 +22,9 @@ class GenerationRequest:
 
     max_tokens None means: what the context still holds. `sampling.max_tokens` is overwritten from it by the
     worker, and `sampling.eos_token_ids` filled in from the model. echo prepends the prompt to the text.
-    `output_ids_so_far` (one choice only) resumes a request.
+    `output_ids_so_far` (one choice only) resumes a request whose first chunks came from elsewhere, with the
+    tokens that they brought, if any. Choices are numbered from `first_choice` on; each number has noise of
+    its own.
     """
 
     request_id: str
@@ -35,7 +37,8 @@ class GenerationRequest:
     stop: tuple[str, ...] = ()
     echo: bool = False
     speculation: SpeculationParams = field(default_factory=SpeculationParams)
-    output_ids_so_far: tuple[int, ...] = ()
+    output_ids_so_far: tuple[int, ...] | None = None
+    first_choice: int = 0
 
     def __post_init__(self) -> None:
         given = [p is not None for p in (self.prompt_text, self.prompt_ids, self.messages)]

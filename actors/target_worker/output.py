@@ -54,7 +54,7 @@ class ChoiceStream:
         prompt: Prompt,
         sampling: SamplingParams,
         stop: Sequence[str] = (),
-        output_ids_so_far: Sequence[int] = (),
+        output_ids_so_far: Sequence[int] | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._index = index
@@ -71,8 +71,8 @@ class ChoiceStream:
         self._drafted = 0
         self._by_drafter: dict[str, tuple[int, int]] = {}
         self._opened = False
-        self._resumed = bool(output_ids_so_far)
-        for token_id in output_ids_so_far:
+        self._resumed = output_ids_so_far is not None
+        for token_id in output_ids_so_far or ():
             if self._finish is None:
                 self._advance(token_id)
 

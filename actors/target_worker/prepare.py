@@ -37,14 +37,16 @@ async def prepare(
     """
     if request.n < 1:
         raise ParameterError("n", "must be at least 1")
+    if request.first_choice < 0:
+        raise ParameterError("first_choice", "must not be negative")
     if any(not stop for stop in request.stop):
         raise ParameterError("stop", "must not contain empty strings")
-    if request.output_ids_so_far and request.n != 1:
+    if request.output_ids_so_far is not None and request.n != 1:
         raise ParameterError("n", "must be 1 when a request is resumed")
     sampling = request.sampling
     _check_ids(sampling.logit_bias, limits, "logit_bias")
     _check_ids(sampling.stop_token_ids, limits, "stop_token_ids")
-    _check_ids(request.output_ids_so_far, limits, "output_ids_so_far")
+    _check_ids(request.output_ids_so_far or (), limits, "output_ids_so_far")
     check_speculation(request.speculation, limits)
     prompt = await _prompt(request, tokenizer, limits)
     param = "prompt" if request.messages is None else "messages"

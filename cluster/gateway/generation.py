@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 from actors.target_worker.messages import (
@@ -18,6 +18,7 @@ from actors.target_worker.messages import (
 from cluster.gateway.errors import ApiError, from_request_error, internal, not_ready
 from cluster.gateway.models import ModelClient
 from cluster.gateway.openai_params import Job
+from cluster.gateway.resume import generate
 
 logger = logging.getLogger(__name__)
 QUEUE_CHUNKS = 64
@@ -56,17 +57,23 @@ class InFlight:
 
 
 async def run_job(
-    job: Job, client: ModelClient, timeout_s: float, in_flight: InFlight
+    job: Job,
+    client: ModelClient,
+    in_flight: InFlight,
+    *,
+    timeout_s: float,
+    max_resumes: int,
+    on_resume: Callable[[], None] = lambda: None,
 ) -> AsyncGenerator[tuple[int, GenerationChunk], None]:
-    """Yield (prompt index, chunk) of all prompts as they come.
+    """Yield (prompt index, chunk) of all prompts as they come, resumed where a worker is lost.
 
     Closing the generator cancels every request at its worker at once. Raises `ApiError` for an error chunk,
-    504 after `timeout_s`, 503 while draining and when a worker's stream ends before its choices do.
+    504 after `timeout_s`, 503 while draining and when resuming `max_resumes` times did not help.
     """
     queue: asyncio.Queue[tuple[int, GenerationChunk | ApiError | None]] = asyncio.Queue(QUEUE_CHUNKS)
 
     async def pump(index: int) -> None:
-        stream = client.generate(job.requests[index])
+        stream = generate(client, job.requests[index], max_resumes, on_resume)
         try:
             async for chunk in stream:
                 await queue.put((index, chunk))
@@ -77,13 +84,12 @@ async def run_job(
             logger.exception("the stream of request %s failed", job.requests[index].request_id)
             await queue.put((index, internal("the target worker failed")))
         finally:
-            await aclose(stream)
+            await stream.aclose()
 
     # A deadline, because a generator may be resumed from another task than the one that began it.
     deadline = time.monotonic() + timeout_s
     with in_flight.track():
         pumps = [asyncio.create_task(pump(i)) for i in range(len(job.requests))]
-        unfinished = {(p, c) for p in range(len(job.requests)) for c in range(job.choices_per_prompt)}
         open_streams = len(pumps)
         try:
             while open_streams:
@@ -97,8 +103,6 @@ async def run_job(
                     raise item
                 if item.error is not None:
                     raise from_request_error(item.error, job.param_names)
-                if item.finish_reason is not None:
-                    unfinished.discard((index, item.index))
                 yield index, item
         except TimeoutError as error:
             message = f"the request took longer than {timeout_s:g} s"
@@ -107,15 +111,6 @@ async def run_job(
             for task in pumps:
                 task.cancel()
             await asyncio.gather(*pumps, return_exceptions=True)
-    if unfinished:
-        raise not_ready("the worker ended the stream early; send the request again")
-
-
-async def aclose(stream: AsyncIterator[GenerationChunk]) -> None:
-    """Close a stream if it can be closed (async generators can)."""
-    close = getattr(stream, "aclose", None)
-    if close is not None:
-        await close()
 
 
 async def prefetch(

@@ -15,7 +15,7 @@ import grpc
 
 from actors.target_worker.messages import GenerationChunk, TargetInfo
 from cluster.gateway.errors import ApiError, invalid, not_ready
-from cluster.gateway.generation import JobTotals, run_job
+from cluster.gateway.generation import JobTotals
 from cluster.gateway.grpc_convert import (
     chat_request_job,
     chunk_message,
@@ -104,7 +104,7 @@ class GenerationServicer:
             job = build(info)
             totals = JobTotals(job)
             context.set_trailing_metadata(_trailers(request_id))
-            run = run_job(job, model.client, self._gateway.config.request_timeout_s, self._gateway.in_flight)
+            run = self._gateway.run(job, model.client)
             unfinished = job.choices
             async for _, chunk in run:
                 totals.add(chunk)

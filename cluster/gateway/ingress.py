@@ -22,6 +22,7 @@ from cluster.gateway.routes import Gateway
 from cluster.gateway.serve_clients import LeasedDraftPool, ServeModelClient
 from cluster.registry import RegistryClient
 from cluster.telemetry.collect import collect
+from cluster.telemetry.metrics import GatewayMetrics
 from protos.s2d.v1 import generation_pb2 as pb
 
 
@@ -42,6 +43,7 @@ class GatewayDeployment:
             directory=ModelDirectory({name: ServeModelClient(handle) for name, handle in targets.items()}),
             draft_pool=LeasedDraftPool(parsed.draft_pool, RegistryClient()),
             in_flight=InFlight(),
+            on_resume=GatewayMetrics().resumed,
         )
         self._servicer = GenerationServicer(self._gateway)
         self._health = HealthServicer(self._gateway)

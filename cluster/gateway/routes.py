@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request
 from pydantic import ValidationError
 from starlette.responses import Response
 
-from actors.target_worker.messages import TargetInfo
+from actors.target_worker.messages import GenerationChunk, TargetInfo
 from cluster.config import GatewayConfig
 from cluster.gateway import openai_chat, openai_completions
 from cluster.gateway.errors import ApiError, from_validation_error, invalid, not_ready
@@ -43,6 +43,18 @@ class Gateway:
     directory: ModelDirectory
     draft_pool: DraftPoolView
     in_flight: InFlight
+    on_resume: Callable[[str], None] = lambda model: None
+    """Called with the model's name whenever a request goes on at another replica."""
+
+    def run(self, job: Job, client: ModelClient) -> AsyncGenerator[tuple[int, GenerationChunk], None]:
+        return run_job(
+            job,
+            client,
+            self.in_flight,
+            timeout_s=self.config.request_timeout_s,
+            max_resumes=self.config.max_resumes,
+            on_resume=lambda: self.on_resume(job.model),
+        )
 
     def named(self, name: str | None) -> ServedModel:
         """The model asked for; the only one where none is named."""
@@ -142,7 +154,7 @@ async def answer_job(
     chat = isinstance(body, ChatBody)
     answer_id = job.job_id
     prompt_ids: Sequence[tuple[int, ...] | None] = await unary(known_prompt_ids(job, client), request)
-    run = run_job(job, client, gateway.config.request_timeout_s, gateway.in_flight)
+    run = gateway.run(job, client)
     if not body.stream:
         collected = (
             openai_chat.collect(job, run, answer_id, prompt_ids[0])

@@ -123,6 +123,20 @@ class TargetMetrics:
             _increase(self._prompt_tokens, chunk.usage.prompt_tokens)
 
 
+class GatewayMetrics:
+    """Metrics of the gateway; create it inside the gateway's process."""
+
+    def __init__(self) -> None:
+        self._resumed = Counter(
+            "s2d_requests_resumed",
+            description="Times that a request went on at another replica after its target worker was lost.",
+            tag_keys=_MODEL,
+        )
+
+    def resumed(self, model_name: str) -> None:
+        self._resumed.inc(1, {"model_name": model_name})
+
+
 def _increase(counter: Counter, amount: int, tags: dict[str, str] | None = None) -> None:
     """Counters refuse zero and negative steps (an engine that restarted counts from zero again)."""
     if amount > 0:

@@ -217,7 +217,8 @@ async def test_client_retries_before_the_first_chunk_only() -> None:
         return target.chunks(request)
 
     target.script = sometimes
-    async with serving(gateway(target), retry=RetryPolicy(attempts=3, initial_backoff_s=0.01)) as client:
+    retry = RetryPolicy(attempts=3, initial_backoff_s=0.01)
+    async with serving(gateway(target, max_resumes=0), retry=retry) as client:
         assert "".join([c.text async for c in client.generate(MODEL, "x")]) == "abcd"
         assert attempts == 3
         target.requests.clear()

@@ -1,0 +1,140 @@
+"""Generation that outlives a target replica: where one is lost, another goes on from the prompt and what was
+emitted. Noise depends on seed and position alone, so the text is the one that the first would have written.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+
+from actors.target_worker.messages import GenerationChunk, GenerationRequest
+from cluster.gateway.errors import ApiError, from_request_error, not_ready
+from cluster.gateway.models import ModelClient
+
+logger = logging.getLogger(__name__)
+FIRST_DELAY_S = 0.25
+LONGEST_DELAY_S = 2.0
+"""Between a loss and the next try: a router needs a moment to notice that a replica is gone."""
+_QUEUE_CHUNKS = 16
+
+
+@dataclass(slots=True)
+class _Choice:
+    token_ids: list[int] = field(default_factory=list)
+    opened: bool = False
+    finished: bool = False
+
+
+async def generate(
+    client: ModelClient,
+    request: GenerationRequest,
+    max_resumes: int,
+    on_resume: Callable[[], None] = lambda: None,
+) -> AsyncGenerator[GenerationChunk, None]:
+    """Chunks of all choices, as `client.generate` yields them. When the worker becomes unavailable, what is
+    unfinished is asked for again, `max_resumes` times at most; each time calls `on_resume`. Speculation
+    statistics of a resumed choice cover what its last replica emitted.
+
+    Raises ApiError: 503 when resuming did not help, others as they come.
+    """
+    choices = [_Choice() for _ in range(request.n)]
+    resumes = 0
+    while True:
+        failure: ApiError = not_ready("the worker ended the stream early; send the request again")
+        async with aclosing(_merged(client, _rest(request, choices))) as chunks:
+            try:
+                async for chunk in chunks:
+                    if chunk.error is not None and chunk.error.kind == "unavailable":
+                        failure = from_request_error(chunk.error)
+                        break
+                    _note(choices[chunk.index], chunk)
+                    yield chunk
+                    if chunk.error is not None:
+                        return
+            except ApiError as error:
+                if error.status != 503:
+                    raise
+                failure = error
+        if all(choice.finished for choice in choices):
+            return
+        if resumes == max_resumes:
+            raise failure
+        resumes += 1
+        on_resume()
+        logger.warning("request %s is resumed (%d): %s", request.request_id, resumes, failure.message)
+        await asyncio.sleep(min(LONGEST_DELAY_S, FIRST_DELAY_S * 2 ** (resumes - 1)))
+
+
+def _note(choice: _Choice, chunk: GenerationChunk) -> None:
+    choice.opened = True
+    choice.token_ids.extend(chunk.token_ids)
+    choice.finished = chunk.finish_reason is not None
+
+
+def _rest(request: GenerationRequest, choices: Sequence[_Choice]) -> list[GenerationRequest]:
+    """What is still to be done: the request itself, or one request for each unfinished choice."""
+    if not any(choice.opened for choice in choices):
+        return [request]
+    # What concerns the prompt came with a choice's first chunk.
+    sampling = replace(request.sampling, prompt_logprobs=None)
+    return [
+        replace(
+            request, n=1, first_choice=index, sampling=sampling, output_ids_so_far=tuple(choice.token_ids)
+        )
+        if choice.opened
+        else replace(request, n=1, first_choice=index)
+        for index, choice in enumerate(choices)
+        if not choice.finished
+    ]
+
+
+async def _merged(
+    client: ModelClient, requests: Sequence[GenerationRequest]
+) -> AsyncGenerator[GenerationChunk, None]:
+    """Chunks of several requests as they come; the first failure ends all."""
+    if len(requests) == 1:
+        stream = client.generate(requests[0])
+        try:
+            async for chunk in stream:
+                yield chunk
+        finally:
+            await aclose(stream)
+        return
+    queue: asyncio.Queue[GenerationChunk | BaseException | None] = asyncio.Queue(_QUEUE_CHUNKS)
+
+    async def pump(request: GenerationRequest) -> None:
+        stream = client.generate(request)
+        try:
+            async for chunk in stream:
+                await queue.put(chunk)
+            await queue.put(None)
+        except Exception as error:
+            await queue.put(error)
+        finally:
+            await aclose(stream)
+
+    pumps = [asyncio.create_task(pump(request)) for request in requests]
+    try:
+        running = len(pumps)
+        while running:
+            item = await queue.get()
+            if item is None:
+                running -= 1
+            elif isinstance(item, BaseException):
+                raise item
+            else:
+                yield item
+    finally:
+        for task in pumps:
+            task.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)
+
+
+async def aclose(stream: AsyncIterator[GenerationChunk]) -> None:
+    """Close a stream if it can be closed (async generators can)."""
+    close = getattr(stream, "aclose", None)
+    if close is not None:
+        await close()
