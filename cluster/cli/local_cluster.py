@@ -35,6 +35,8 @@ RAY_ENVIRONMENT = {
     "RAY_worker_niceness": "0",
     # A machine that is busy loading weights may be slow to start Ray.
     "RAY_raylet_start_wait_time_s": "120",
+    # Chunks travel from worker to gateway to proxy as gRPC messages, not as objects of Ray's store.
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
 }
 CROWDED_ENVIRONMENT = {
     # Ten times a second by default, which takes 3 % of a core. Health is looked at every few seconds.
