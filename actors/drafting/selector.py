@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +18,7 @@ from actors.drafting.interface import (
     SessionOpen,
     SessionUpdate,
 )
+from actors.drafting.worth import DraftWorth
 from actors.sampling.params import MAX_DRAFT_TOKENS
 
 logger = logging.getLogger(__name__)
@@ -69,11 +71,12 @@ class DrafterPool:
     """Drafters in order of preference, driven from one thread.
 
     Every session is opened in, and every verdict told to, all drafters, so that any may be asked next. A
-    session is served by the drafter it pins, otherwise by the first that has a guess. A drafter that raises
-    loses the sessions concerned (they can be opened again); the others go on.
+    session is served by the drafter it pins, otherwise by the one whose guess promises most (`DraftWorth`): a
+    drafter is asked where no earlier one has a guess, or where it promises more than that. A drafter that
+    raises loses the sessions concerned (they can be opened again); the others go on.
 
     Args:
-        drafters: distinct names, most preferred first.
+        drafters: distinct names, in the order in which they are asked: the cheapest first.
         max_sessions: open sessions at most; one more is refused with code "capacity".
     """
 
@@ -85,6 +88,7 @@ class DrafterPool:
         self._by_name = dict(zip(names, self._drafters, strict=True))
         self._max_sessions = max_sessions
         self._sessions: dict[int, _Session] = {}
+        self._worth = DraftWorth()
 
     @property
     def drafters(self) -> tuple[str, ...]:
@@ -125,6 +129,7 @@ class DrafterPool:
         if len(state.missing) == len(self._drafters):
             raise next(iter(state.missing.values()))
         self._sessions[sid] = state
+        self._worth.opened(sid)
 
     def apply(self, update: SessionUpdate) -> None:
         """Commit a verdict in every drafter. Raises `DrafterError` "unknown_session" or "stale_epoch"."""
@@ -135,6 +140,7 @@ class DrafterPool:
         if update.epoch != state.epoch + 1:
             raise DrafterError("stale_epoch", f"epoch {update.epoch} does not follow {state.epoch}")
         state.epoch = update.epoch
+        self._worth.committed(sid, update.new_tokens)
         for drafter in self._drafters:
             if drafter.name in state.missing:
                 continue
@@ -154,21 +160,35 @@ class DrafterPool:
                 drafts[i] = _failed(update, error)
             elif update.budget > 0:
                 waiting[i] = update
+        held: dict[int, SessionDraft] = {}
         for drafter in self._drafters:
-            asked = {i: u for i, u in waiting.items() if self._eligible(drafter, u)}
+            asked = {
+                i: u
+                for i, u in waiting.items()
+                if self._eligible(drafter, u)
+                and self._worth.wants(drafter.name, u.session_id, u.budget, held.get(i))
+            }
             if not asked:
                 continue
-            for i, draft in zip(asked, self._ask(drafter, list(asked.values())), strict=True):
+            started = time.perf_counter()
+            answers = self._ask(drafter, list(asked.values()))
+            self._worth.drafted(drafter.name, answers, time.perf_counter() - started)
+            for i, draft in zip(asked, answers, strict=True):
                 if draft.token_ids:
-                    drafts[i] = draft
-                    del waiting[i]
+                    before = held.get(i)
+                    if before is None or self._worth.of(draft) > self._worth.of(before):
+                        held[i] = draft
                 elif draft.error is not None:
                     drafts[i] = draft
+        for draft in held.values():
+            self._worth.taken(draft)
+        drafts |= held
         return [drafts.get(i) or SessionDraft(u.session_id, u.epoch) for i, u in enumerate(updates)]
 
     def close(self, session_id: int) -> None:
         """Forget a session; unknown ids are ignored."""
         state = self._sessions.pop(session_id, None)
+        self._worth.closed(session_id)
         if state is not None:
             for drafter in self._drafters:
                 if drafter.name not in state.missing:
@@ -176,6 +196,7 @@ class DrafterPool:
 
     def reset(self) -> None:
         """Forget what sessions share, in every drafter."""
+        self._worth.reset()
         for drafter in self._drafters:
             self._guarded(drafter.name, drafter.reset)
 

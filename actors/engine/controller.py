@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from actors.engine.acceptance import AcceptanceModel, RequestAcceptance
+from actors.drafting.acceptance_model import AcceptanceModel, RequestAcceptance
 from actors.engine.account import DraftAccount
 from actors.engine.costs import CostModel
 

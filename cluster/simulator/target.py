@@ -7,8 +7,8 @@ import random
 from dataclasses import dataclass, field
 from functools import partial
 
+from actors.drafting.acceptance_model import RequestAcceptance
 from actors.drafting.interface import SessionDraft
-from actors.engine.acceptance import RequestAcceptance
 from actors.engine.controller import Candidate, Controller, ControlState
 from cluster.router.goodput import cost_model
 from cluster.router.reports import Assignment, ExitAcceptance, TargetReport

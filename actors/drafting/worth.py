@@ -1,0 +1,114 @@
+"""Which drafter to ask, and whose guess to take: the one that promises more accepted tokens.
+
+A guess is worth the number of its tokens that can be expected to be accepted, by its drafter's confidence. A
+drafter that has not been asked yet promises what its record says of this session, less the tokens that could
+be decoded in the time that it takes to draft.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from actors.drafting.acceptance_model import AcceptanceModel, RequestAcceptance
+from actors.drafting.interface import SessionDraft
+
+_SMOOTHING = 0.05
+_LONGEST_PAUSE_S = 1.0
+"""A session that commits nothing for longer waits for something else than its target's next token."""
+_EXPLORE_INTERVAL = 64
+"""A drafter that promises too little is asked all the same every so many times."""
+
+
+@dataclass(slots=True)
+class _Cost:
+    """Averages over what a drafter was asked for: seconds a token, tokens a draft."""
+
+    token_s: float = 0.0
+    length: float = 0.0
+    passed_over: int = 0
+
+    def observe(self, seconds: float, drafts: int, tokens: int) -> None:
+        if not tokens:
+            return
+        first = self.length == 0.0
+        share = 1.0 if first else _SMOOTHING
+        self.token_s += share * (seconds / tokens - self.token_s)
+        self.length += share * (tokens / drafts - self.length)
+
+
+@dataclass(slots=True)
+class _Session:
+    acceptance: RequestAcceptance = field(default_factory=RequestAcceptance)
+    committed_at: float | None = None
+
+
+class DraftWorth:
+    """What the drafters of one pool are worth, for its sessions. `clock` in seconds."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._model = AcceptanceModel()
+        self._costs: dict[str, _Cost] = {}
+        self._sessions: dict[int, _Session] = {}
+        self._pace_s: float | None = None
+        """Seconds that a session takes for a token, drafting included."""
+
+    def opened(self, session_id: int) -> None:
+        self._sessions[session_id] = _Session()
+
+    def closed(self, session_id: int) -> None:
+        self._sessions.pop(session_id, None)
+
+    def reset(self) -> None:
+        self._model.reset()
+        self._costs.clear()
+
+    def committed(self, session_id: int, new_tokens: Sequence[int]) -> None:
+        """The target's tokens: they score the last draft and tell the pace."""
+        session = self._sessions[session_id]
+        if not new_tokens:
+            return
+        self._model.emitted(session.acceptance, new_tokens)
+        now, before = self._clock(), session.committed_at
+        session.committed_at = now
+        if before is not None and now - before <= _LONGEST_PAUSE_S:
+            pace = (now - before) / len(new_tokens)
+            self._pace_s = pace if self._pace_s is None else self._pace_s + _SMOOTHING * (pace - self._pace_s)
+
+    def drafted(self, name: str, drafts: Sequence[SessionDraft], seconds: float) -> None:
+        """What asking a drafter gave, and how long it took for all sessions together."""
+        tokens = sum(len(draft.token_ids) for draft in drafts)
+        self._costs.setdefault(name, _Cost()).observe(seconds, max(1, len(drafts)), tokens)
+
+    def taken(self, draft: SessionDraft) -> None:
+        """The draft that is sent, to be scored by what the target emits next."""
+        self._model.proposed(self._sessions[draft.session_id].acceptance, draft, ())
+
+    def of(self, draft: SessionDraft) -> float:
+        """Tokens of a draft that can be expected to be accepted."""
+        if not draft.confidence:
+            return sum(self._survival(draft.session_id, draft.drafter, len(draft.token_ids)))
+        product, total = 1.0, 0.0
+        for confidence in draft.confidence:
+            product *= confidence
+            total += product
+        return total
+
+    def wants(self, name: str, session_id: int, budget: int, held: SessionDraft | None) -> bool:
+        """Whether to ask drafter `name` for up to `budget` tokens, with the guess `held` in hand already."""
+        if held is None or self._promise(name, session_id, budget) > self.of(held):
+            return True
+        cost = self._costs.setdefault(name, _Cost())
+        cost.passed_over += 1
+        return cost.passed_over % _EXPLORE_INTERVAL == 0
+
+    def _promise(self, name: str, session_id: int, budget: int) -> float:
+        cost = self._costs.get(name, _Cost())
+        length = min(budget, round(cost.length)) if cost.length else budget
+        price = cost.token_s / self._pace_s if self._pace_s else 0.0
+        return sum(self._survival(session_id, name, length)) - length * price
+
+    def _survival(self, session_id: int, name: str, length: int) -> list[float]:
+        return self._model.survival(self._sessions[session_id].acceptance, name, length)

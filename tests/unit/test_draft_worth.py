@@ -1,0 +1,124 @@
+"""The pool asks, and takes, what promises most: by record, by confidence, drafting time counted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from actors.drafting.interface import DraftQuery, DraftSampling, SessionDraft, SessionOpen, SessionUpdate
+from actors.drafting.selector import DrafterPool
+from actors.drafting.worth import DraftWorth
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def draft(name: str, tokens: Sequence[int], confidence: Sequence[float] = ()) -> SessionDraft:
+    return SessionDraft(0, 1, tuple(tokens), drafter=name, confidence=tuple(confidence))
+
+
+def worth_with(accepted: int, rounds: int = 200, token_s: float = 0.0) -> tuple[DraftWorth, Clock]:
+    """Drafter "n" whose drafts of two had `accepted` right, on a target that takes 10 ms a round."""
+    clock = Clock()
+    worth = DraftWorth(clock)
+    worth.opened(0)
+    for _ in range(rounds):
+        offered = draft("n", (1, 2))
+        worth.drafted("n", [offered], 2 * token_s)
+        worth.taken(offered)
+        clock.now += 0.01
+        worth.committed(0, [(9,), (1,), (1, 2)][accepted])
+        if accepted == 1:
+            clock.now += 0.01
+            worth.committed(0, (9,))
+    return worth, clock
+
+
+def test_a_guess_is_worth_the_tokens_that_it_promises() -> None:
+    worth, _ = worth_with(0)
+    assert worth.of(draft("x", (1, 2, 3), (0.5, 0.5, 0.2))) == pytest.approx(0.5 + 0.25 + 0.05)
+    assert worth.of(draft("n", (1, 2))) < 0.05
+    assert worth_with(2)[0].of(draft("n", (1, 2))) > 1.8
+
+
+@pytest.mark.parametrize(
+    ("accepted", "token_s", "held", "asked"),
+    [
+        (2, 0.0, 1.5, True),  # promises nearly two tokens
+        (2, 0.0, 2.0, False),
+        (2, 0.002, 1.3, False),  # two tokens of 2 ms cost 0.8 of those that come every 5 ms
+        (2, 0.002, 1.0, True),
+        (0, 0.0, 0.1, False),
+        (1, 0.0, 0.5, True),
+    ],
+)
+def test_who_promises_more_is_asked_too(accepted: int, token_s: float, held: float, asked: bool) -> None:
+    worth, _ = worth_with(accepted, token_s=token_s)
+    in_hand = draft("x", (5, 6, 7), (min(1.0, held), max(0.0, held - 1.0), 0.0))
+    assert worth.of(in_hand) == pytest.approx(held)
+    assert worth.wants("n", 0, 6, in_hand) is asked
+    assert worth.wants("n", 0, 6, None)
+
+
+def test_who_is_passed_over_is_tried_again() -> None:
+    worth, _ = worth_with(0)
+    good = draft("x", (5,), (0.9,))
+    assert sum(worth.wants("n", 0, 6, good) for _ in range(640)) == 10
+
+
+def test_pauses_are_not_the_targets_pace() -> None:
+    worth, clock = worth_with(2, token_s=0.002)
+    before = worth._pace_s
+    clock.now += 5.0
+    worth.committed(0, (3,))
+    assert worth._pace_s == before
+
+
+class Scripted:
+    """Proposes the same two tokens with the same confidence; counts how often it is asked."""
+
+    learns = False
+
+    def __init__(self, name: str, token: int, confidence: float) -> None:
+        self.name, self._token, self._confidence, self.asked = name, token, confidence, 0
+
+    def open(self, session: SessionOpen) -> None: ...
+
+    def commit(self, session_id: int, new_tokens: Sequence[int], candidates: object = ()) -> None: ...
+
+    def propose(self, queries: Sequence[DraftQuery]) -> list[SessionDraft]:
+        self.asked += len(queries)
+        sure = (self._confidence,) * 2
+        return [
+            SessionDraft(q.session_id, q.epoch, (self._token,) * 2, drafter=self.name, confidence=sure)
+            for q in queries
+        ]
+
+    def close(self, session_id: int) -> None: ...
+
+    def reset(self) -> None: ...
+
+
+def test_the_pool_learns_whom_to_take() -> None:
+    """The first is unsure and mostly wrong, the second right: soon the second drafts. A sure first keeps it
+    from being asked."""
+    first, second = Scripted("first", 1, 0.2), Scripted("second", 2, 0.8)
+    pool = DrafterPool([first, second])
+    pool.open(SessionOpen(0, (7,), 1, DraftSampling(1)))
+    taken = []
+    for epoch in range(1, 201):
+        update = SessionUpdate(0, epoch, (2, 2), 2)
+        pool.apply(update)
+        taken.append(pool.propose([update])[0].drafter)
+    assert taken[-100:] == ["second"] * 100
+    first._confidence, second.asked = 0.99, 0
+    for epoch in range(201, 301):
+        update = SessionUpdate(0, epoch, (1, 1), 2)
+        pool.apply(update)
+        pool.propose([update])
+    assert second.asked <= 3
