@@ -102,6 +102,12 @@ class NestedDrafterConfig(ConfigModel):
         description="A draft ends once the probability that one of its tokens is rejected exceeds this "
         "(SpecDec++); null never ends one early.",
     )
+    in_target: bool | None = Field(
+        None,
+        description="Whether a target with the draft's tokenizer holds a copy and drafts itself where that "
+        "is measured to be faster than asking a worker. Null: where its compute threads take every core, so "
+        "that a worker on the same machine would compute on them anyway.",
+    )
 
     @field_validator("exits")
     @classmethod

@@ -8,7 +8,7 @@ import logging
 import secrets
 import socket
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -25,32 +25,13 @@ from actors.drafting.token_recycling import TokenRecyclingDrafter
 from protos.s2d.v1 import drafting_pb2 as pb
 from protos.s2d.v1 import drafting_pb2_grpc as pb_grpc
 
+if TYPE_CHECKING:
+    from actors.drafting.nested_load import NestedConfig
+
 logger = logging.getLogger(__name__)
 
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["DraftService"].full_name
 _OPEN_PREFIX = f"/{health.SERVICE_NAME}/"
-
-
-class NestedConfig(Protocol):
-    """See `cluster.config.NestedDrafterConfig`."""
-
-    @property
-    def source(self) -> str: ...
-
-    @property
-    def artifact(self) -> str | None: ...
-
-    @property
-    def exits(self) -> tuple[int, ...] | None: ...
-
-    @property
-    def dtype(self) -> Literal["bfloat16", "float32", "int8"]: ...
-
-    @property
-    def kv_blocks(self) -> int: ...
-
-    @property
-    def stop_threshold(self) -> float | None: ...
 
 
 class PoolConfig(Protocol):
@@ -256,8 +237,14 @@ def build_pool(config: PoolConfig) -> tuple[DrafterPool, DraftVocabulary | None]
         elif name == "token_recycling":
             drafters.append(TokenRecyclingDrafter(max_sessions=config.max_sessions))
         elif name == "nested" and config.nested is not None:
-            nested, vocabulary = _load_nested(config.nested, config.max_sessions, config.threads)
-            drafters.append(nested)
+            # Imported here because a worker without a model needs neither torch nor transformers.
+            from actors.drafting.nested_load import load_nested
+            from actors.drafting.retokenised import RetokenisedDrafter
+
+            nested = load_nested(config.nested, config.max_sessions, config.threads)
+            drafters.append(RetokenisedDrafter(nested.drafter, nested.vocab_size))
+            tokenizer = nested.tokenizer
+            vocabulary = DraftVocabulary(nested.vocab_size, tokenizer.vocab_hash, tokenizer)
         else:
             raise ValueError(f"drafters: {name!r} is unknown or not configured")
     return DrafterPool(drafters, config.max_sessions), vocabulary
@@ -275,31 +262,3 @@ def build_draft_server(config: PoolConfig, worker_id: str) -> DraftServer:
         tls=config.tls,
         vocabulary=vocabulary,
     )
-
-
-def _load_nested(config: NestedConfig, max_sessions: int, threads: int) -> tuple[Drafter, DraftVocabulary]:
-    # Imported here because a worker without a model needs neither torch nor transformers.
-    from actors.drafting.draft_load import load_draft
-    from actors.drafting.early_stop import EarlyStop
-    from actors.drafting.nested import NestedDrafter
-    from actors.drafting.retokenised import RetokenisedDrafter
-
-    loaded = load_draft(
-        config.source,
-        config.artifact,
-        exits=config.exits,
-        dtype=config.dtype,
-        kv_blocks=config.kv_blocks,
-        threads=threads,
-    )
-    nested = NestedDrafter(
-        loaded.runner,
-        loaded.exits,
-        max_sessions=max_sessions,
-        heads=loaded.heads,
-        window=loaded.window,
-        early_stop=EarlyStop(loaded.calibration, config.stop_threshold),
-    )
-    tokenizer = loaded.tokenizer
-    vocabulary = DraftVocabulary(loaded.vocab_size, tokenizer.vocab_hash, tokenizer)
-    return RetokenisedDrafter(nested, loaded.vocab_size), vocabulary

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from actors.drafting.interface import DraftSource, TargetIdentity
+from actors.drafting.interface import Drafter, DraftSource, TargetIdentity
 from actors.drafting.local_source import LocalDraftSource
 from actors.drafting.placed_source import PlacedDraftSource
 from actors.drafting.prompt_lookup import PromptLookupDrafter
@@ -22,7 +22,7 @@ from actors.sampling.grammar import GrammarCompiler
 from actors.target_worker.generation import StreamInterval
 from actors.target_worker.startup import StartupClock
 from actors.target_worker.worker import TargetWorker
-from cluster.config import DraftPoolConfig, ModelConfig
+from cluster.config import DraftPoolConfig, ModelConfig, NestedDrafterConfig
 
 logger = logging.getLogger(__name__)
 STREAM_INTERVAL = StreamInterval(least_ms=20.0)
@@ -32,20 +32,45 @@ Ray Serve, so that 16 streams in chunks every 100 ms would take more than a core
 Leases = Callable[[], Sequence[Mapping[str, object]]]
 
 
-def local_drafters(max_sessions: int) -> DrafterPool:
-    """The model-free pair: what a target falls back to, and all it has without a draft pool."""
-    drafters = (
+def local_drafters(max_sessions: int, nested: Drafter | None = None) -> DrafterPool:
+    """The model-free pair: what a target falls back to, and all it has without a draft pool. And a copy of
+    the nested drafter, where it holds one."""
+    drafters: list[Drafter] = [
         PromptLookupDrafter(max_sessions=max_sessions),
         TokenRecyclingDrafter(max_sessions=max_sessions),
-    )
-    return DrafterPool(drafters, max_sessions)
+    ]
+    return DrafterPool(drafters if nested is None else [*drafters, nested], max_sessions)
+
+
+def own_nested(
+    config: NestedDrafterConfig, identity: TargetIdentity, max_sessions: int, threads: int
+) -> Drafter | None:
+    """A copy of the nested drafter for this process; None for a target with another tokenizer, which only a
+    draft worker re-tokenises for."""
+    from actors.drafting.nested_load import load_nested
+
+    loaded = load_nested(config, max_sessions, threads)
+    if loaded.tokenizer.vocab_hash != identity.tokenizer_hash:
+        logger.info("%s has another tokenizer than the draft: a draft worker drafts for it", identity.model)
+        return None
+    return loaded.drafter
 
 
 def draft_source(
-    pool: DraftPoolConfig, leases: Leases, max_sessions: int, identity: TargetIdentity
+    pool: DraftPoolConfig,
+    leases: Leases,
+    max_sessions: int,
+    own_nested_threads: int | None,
+    identity: TargetIdentity,
 ) -> DraftSource:
-    """The draft pool with a local fallback, or local drafters alone when the pool is empty."""
-    local = LocalDraftSource(local_drafters(max_sessions))
+    """The draft pool with a local fallback, or local drafters alone when the pool is empty.
+
+    `own_nested_threads`: compute threads of a copy of the nested drafter in this process; None for no copy.
+    """
+    nested = None
+    if own_nested_threads is not None and pool.nested is not None and "nested" in pool.drafters:
+        nested = own_nested(pool.nested, identity, max_sessions, own_nested_threads)
+    local = LocalDraftSource(local_drafters(max_sessions, nested))
     if not pool.replicas:
         return local
     remote = RemoteDraftSource(
@@ -80,18 +105,23 @@ def build_target_worker(
     clock = clock or StartupClock()
     clock.mark("imports")
     max_sessions = config.engine.max_num_seqs + config.engine.max_queued
+    crowded = choose_device(config.device).type == "cpu" and takes_every_core(config.engine.threads)
     if stream_interval_ms is not None:
         interval = StreamInterval(least_ms=stream_interval_ms)
     else:
-        crowded = choose_device(config.device).type == "cpu" and takes_every_core(config.engine.threads)
         interval = CROWDED_INTERVAL if crowded else STREAM_INTERVAL
-    nested = pool.nested if pool.replicas and "nested" in pool.drafters else None
+    nested = pool.nested if "nested" in pool.drafters else None
+    copied = nested is not None and (
+        crowded and pool.local_drafting if nested.in_target is None else nested.in_target
+    )
     return TargetWorker(
         config,
         load=partial(load_runner, progress=logger.info),
-        build_draft_source=partial(draft_source, pool, leases, max_sessions),
+        build_draft_source=partial(
+            draft_source, pool, leases, max_sessions, config.engine.threads if copied else None
+        ),
         build_engine=engine,
-        exits=nested.resolved_exits() if nested is not None else (),
+        exits=nested.resolved_exits() if nested is not None and (pool.replicas or copied) else (),
         replica_id=replica_id,
         stream_interval=interval,
         clock=clock,

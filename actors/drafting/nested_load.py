@@ -1,0 +1,64 @@
+"""The nested drafter from its configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from actors.drafting.draft_load import load_draft
+from actors.drafting.early_stop import EarlyStop
+from actors.drafting.nested import NestedDrafter
+from actors.text.tokenizer import TextTokenizer
+
+
+class NestedConfig(Protocol):
+    """See `cluster.config.NestedDrafterConfig`."""
+
+    @property
+    def source(self) -> str: ...
+
+    @property
+    def artifact(self) -> str | None: ...
+
+    @property
+    def exits(self) -> tuple[int, ...] | None: ...
+
+    @property
+    def dtype(self) -> Literal["bfloat16", "float32", "int8"]: ...
+
+    @property
+    def kv_blocks(self) -> int: ...
+
+    @property
+    def stop_threshold(self) -> float | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedNested:
+    """`vocab_size` includes padding; `tokenizer` is the base's."""
+
+    drafter: NestedDrafter
+    vocab_size: int
+    tokenizer: TextTokenizer
+
+
+def load_nested(config: NestedConfig, max_sessions: int, threads: int) -> LoadedNested:
+    """Blocking, about a second. `threads`: compute threads, 0 takes the physical cores. Raises what
+    `load_draft` raises."""
+    loaded = load_draft(
+        config.source,
+        config.artifact,
+        exits=config.exits,
+        dtype=config.dtype,
+        kv_blocks=config.kv_blocks,
+        threads=threads,
+    )
+    drafter = NestedDrafter(
+        loaded.runner,
+        loaded.exits,
+        max_sessions=max_sessions,
+        heads=loaded.heads,
+        window=loaded.window,
+        early_stop=EarlyStop(loaded.calibration, config.stop_threshold),
+    )
+    return LoadedNested(drafter, loaded.vocab_size, loaded.tokenizer)

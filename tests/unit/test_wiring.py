@@ -1,0 +1,62 @@
+"""Where a target's drafts come from: which drafters it holds itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from actors.drafting.interface import DraftSampling, SessionOpen, SessionUpdate, TargetIdentity
+from actors.drafting.local_source import LocalDraftSource
+from actors.drafting.placed_source import PlacedDraftSource
+from actors.text.tokenizer import TextTokenizer
+from cluster.config import DraftPoolConfig, NestedDrafterConfig
+from cluster.deployments.wiring import draft_source
+from tests.toy_draft import toy_base, toy_draft
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy_base(tmp_path_factory.mktemp("base"))
+
+
+def pool(base: Path, artifact: Path, **fields: object) -> DraftPoolConfig:
+    nested = NestedDrafterConfig(source=str(base), artifact=str(artifact), dtype="float32", kv_blocks=16)
+    values = {"drafters": ("prompt_lookup", "nested"), "nested": nested, **fields}
+    return DraftPoolConfig.model_validate(values)
+
+
+def identity(base: Path, tokenizer_hash: str | None = None) -> TargetIdentity:
+    tokenizer = TextTokenizer(base)
+    return TargetIdentity("t", "m", tokenizer.vocab_size, tokenizer_hash or tokenizer.vocab_hash)
+
+
+def test_a_target_with_the_drafts_tokenizer_may_hold_a_copy(base: Path, tmp_path: Path) -> None:
+    toy_draft(tmp_path / "d.safetensors", base)
+    config = pool(base, tmp_path / "d.safetensors", replicas=0)
+    source = draft_source(config, list, 4, 1, identity(base))
+    assert isinstance(source, LocalDraftSource)
+    assert source.drafters == ("prompt_lookup", "token_recycling", "nested")
+    source.open(SessionOpen(0, (5, 6, 7), 3, DraftSampling(1)))
+    source.submit([SessionUpdate(0, 1, (), 3, drafter="nested")])
+    draft = source.collect({0: 1}, 1.0)[0]
+    assert (draft.drafter, len(draft.token_ids), draft.error) == ("nested", 3, None)
+    source.close()
+
+
+def test_no_copy_where_none_is_wanted_or_none_would_fit(base: Path, tmp_path: Path) -> None:
+    toy_draft(tmp_path / "d.safetensors", base)
+    config = pool(base, tmp_path / "d.safetensors", replicas=0)
+    model_free = ("prompt_lookup", "token_recycling")
+    assert draft_source(config, list, 4, None, identity(base)).drafters == model_free
+    assert draft_source(config, list, 4, 1, identity(base, "another")).drafters == model_free
+
+
+def test_with_a_pool_both_places_have_the_drafter(base: Path, tmp_path: Path) -> None:
+    toy_draft(tmp_path / "d.safetensors", base)
+    source = draft_source(pool(base, tmp_path / "d.safetensors"), list, 4, 1, identity(base))
+    assert isinstance(source, PlacedDraftSource)
+    local = source.stats()["local"]
+    assert isinstance(local, dict)
+    assert local["drafters"] == ["prompt_lookup", "token_recycling", "nested"]
+    source.close()
