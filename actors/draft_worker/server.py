@@ -181,6 +181,11 @@ class DraftServer:
         """A snapshot; safe from any thread."""
         return self._batcher.state()
 
+    @property
+    def pool(self) -> DrafterPool:
+        """For names, limits and step times; everything else belongs to the drafting thread."""
+        return self._batcher.pool
+
     async def stop(self, grace: float = 1.0) -> None:
         """Report NOT_SERVING, end streams after `grace` seconds, stop the drafting thread."""
         if self._server is not None:
@@ -300,6 +305,7 @@ def _load_nested(config: NestedConfig, max_sessions: int, threads: int) -> tuple
         window=loaded.window,
         early_stop=EarlyStop(loaded.calibration, config.stop_threshold),
     )
+    nested.profile()
     tokenizer = loaded.tokenizer
     vocabulary = DraftVocabulary(loaded.vocab_size, tokenizer.vocab_hash, tokenizer)
     return RetokenisedDrafter(nested, loaded.vocab_size), vocabulary

@@ -83,6 +83,10 @@ def update_to_proto(update: SessionUpdate) -> pb.SessionUpdate:
         budget=update.budget,
         drafter=update.drafter or "",
         exit_depth=update.exit_depth or 0,
+        nested_exit=update.nested_exit or 0,
+        nested_cap=update.nested_cap,
+        shadow_exit=update.shadow_exit or 0,
+        shadow_length=update.shadow_length,
     )
 
 
@@ -97,6 +101,10 @@ def update_from_proto(message: pb.SessionUpdate, scope: int = 0) -> SessionUpdat
         candidates=tuple((c.token_id, tuple(c.next_ids)) for c in message.candidates),
         drafter=message.drafter or None,
         exit_depth=message.exit_depth or None,
+        nested_exit=message.nested_exit or None,
+        nested_cap=message.nested_cap if message.HasField("nested_cap") else None,
+        shadow_exit=message.shadow_exit or None,
+        shadow_length=message.shadow_length,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol, TypeVar, runtime_checkable
@@ -37,12 +37,22 @@ class BackgroundWorker(Protocol):
 
 
 @runtime_checkable
-class NestedExits(Protocol):
+class NestedExits(Drafter, Protocol):
     """A drafter whose sub-models a request may pin by depth."""
 
     @property
     def exits(self) -> tuple[int, ...]:
         """Exit depths in layers, ascending."""
+        ...
+
+
+@runtime_checkable
+class TimedExits(Protocol):
+    """A drafter that measures what its exits cost."""
+
+    def step_s_by_exit(self) -> Mapping[int, Mapping[int, float]]:
+        """Seconds of a draft step that adds a token to each of n sessions, by exit depth and n. Safe from any
+        thread."""
         ...
 
 
@@ -83,6 +93,8 @@ class DrafterPool:
             raise ValueError("need at least one drafter, with distinct names")
         self._drafters = tuple(drafters)
         self._by_name = dict(zip(names, self._drafters, strict=True))
+        # Found once: checking a protocol costs more than the drafts of a lookup.
+        self._nested = next((d for d in self._drafters if isinstance(d, NestedExits)), None)
         self._max_sessions = max_sessions
         self._sessions: dict[int, _Session] = {}
 
@@ -97,7 +109,15 @@ class DrafterPool:
     @property
     def exits(self) -> tuple[int, ...]:
         """Exit depths a session may pin; empty without a nested drafter."""
-        return next((d.exits for d in self._drafters if isinstance(d, NestedExits)), ())
+        return self._nested.exits if self._nested is not None else ()
+
+    def step_s_by_exit(self) -> Mapping[int, Mapping[int, float]]:
+        """See `TimedExits`; empty without such a drafter."""
+        return next((d.step_s_by_exit() for d in self._drafters if isinstance(d, TimedExits)), {})
+
+    @property
+    def max_sessions(self) -> int:
+        return self._max_sessions
 
     @property
     def num_sessions(self) -> int:
@@ -166,6 +186,23 @@ class DrafterPool:
                     drafts[i] = draft
         return [drafts.get(i) or SessionDraft(u.session_id, u.epoch) for i, u in enumerate(updates)]
 
+    def shadow(self, update: SessionUpdate) -> SessionDraft | None:
+        """What `update.shadow_exit` would have drafted, for scoring; None when it cannot be drafted, or the
+        session has gone on since the update."""
+        state = self._sessions.get(update.session_id)
+        nested = self._nested
+        if state is None or state.epoch != update.epoch or nested is None or nested.name in state.missing:
+            return None
+        if update.shadow_exit not in nested.exits:
+            return None
+        length = min(update.shadow_length, MAX_DRAFT_TOKENS)
+        query = DraftQuery(update.session_id, update.epoch, length, update.shadow_exit)
+        answer = self._guarded(nested.name, partial(nested.propose, [query]))
+        if isinstance(answer, DrafterError):
+            self._drop(nested, update.session_id, state, answer)
+            return None
+        return answer[0] if answer[0].token_ids else None
+
     def close(self, session_id: int) -> None:
         """Forget a session; unknown ids are ignored."""
         state = self._sessions.pop(session_id, None)
@@ -195,8 +232,8 @@ class DrafterPool:
         if name is not None and name not in self._by_name:
             return DrafterError("unsupported", f"no drafter {name!r}; there are {', '.join(self._by_name)}")
         if update.exit_depth is not None:
-            named = self._by_name[name] if name is not None else None
-            exits = self.exits if named is None else named.exits if isinstance(named, NestedExits) else ()
+            named = self._nested if name is None else self._by_name[name]
+            exits = self.exits if named is self._nested else ()
             if update.exit_depth not in exits:
                 return DrafterError("unsupported", f"no exit at depth {update.exit_depth}; there are {exits}")
         if name is not None and name in state.missing:
@@ -206,15 +243,14 @@ class DrafterPool:
     def _eligible(self, drafter: Drafter, update: SessionUpdate) -> bool:
         if update.drafter is not None and update.drafter != drafter.name:
             return False
-        if update.exit_depth is not None and not isinstance(drafter, NestedExits):
+        nested = drafter is self._nested
+        if (update.exit_depth is not None and not nested) or (update.nested_cap == 0 and nested):
             return False
         return drafter.name not in self._sessions[update.session_id].missing
 
     def _ask(self, drafter: Drafter, updates: Sequence[SessionUpdate]) -> list[SessionDraft]:
         """Ask one drafter for a batch; when the batch fails, each session alone, to find the culprit."""
-        queries = [
-            DraftQuery(u.session_id, u.epoch, min(u.budget, MAX_DRAFT_TOKENS), u.exit_depth) for u in updates
-        ]
+        queries = [self._query(drafter, update) for update in updates]
         answer = self._guarded(drafter.name, partial(drafter.propose, queries))
         if not isinstance(answer, DrafterError):
             return answer
@@ -223,6 +259,15 @@ class DrafterPool:
         update = updates[0]
         self._drop(drafter, update.session_id, self._sessions[update.session_id], answer)
         return [_failed(update, answer)]
+
+    def _query(self, drafter: Drafter, update: SessionUpdate) -> DraftQuery:
+        budget, depth = min(update.budget, MAX_DRAFT_TOKENS), update.exit_depth
+        if drafter is self._nested:
+            if update.nested_cap is not None:
+                budget = min(budget, update.nested_cap)
+            if depth is None and update.nested_exit in self.exits:
+                depth = update.nested_exit
+        return DraftQuery(update.session_id, update.epoch, budget, depth)
 
     def _drop(self, drafter: Drafter, sid: int, state: _Session, error: DrafterError) -> None:
         """The drafter lost step with the session: say so once, then ask for it to be opened again."""

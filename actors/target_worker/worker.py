@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
+from actors.drafting.assignment import DraftAssignment
 from actors.drafting.interface import DraftSource, TargetIdentity
 from actors.engine.async_engine import AsyncEngine
 from actors.engine.interface import TargetEngine
@@ -172,6 +173,10 @@ class TargetWorker:
             else (),
             startup=self._startup,
         )
+
+    def assign(self, assignment: DraftAssignment) -> None:
+        """Draft as assigned from the next round on. Raises EngineUnavailable."""
+        self._engine.assign(assignment)
 
     async def reset(self) -> None:
         """Drop what requests share: prefix cache, recycling matrices, acceptance averages."""
