@@ -7,7 +7,7 @@ import hmac
 import logging
 import secrets
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import grpc
@@ -181,10 +181,9 @@ class DraftServer:
         """A snapshot; safe from any thread."""
         return self._batcher.state()
 
-    @property
-    def pool(self) -> DrafterPool:
-        """For names, limits and step times; everything else belongs to the drafting thread."""
-        return self._batcher.pool
+    def step_s_by_exit(self) -> Mapping[int, Mapping[int, float]]:
+        """Measured seconds of a draft step by exit depth and number of sessions; safe from any thread."""
+        return self._batcher.pool.step_s_by_exit()
 
     async def stop(self, grace: float = 1.0) -> None:
         """Report NOT_SERVING, end streams after `grace` seconds, stop the drafting thread."""

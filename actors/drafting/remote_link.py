@@ -62,8 +62,8 @@ class LinkOptions:
     token: shared secret. tls: files for a mutual TLS connection; server_name overrides the name that the
     worker's certificate must carry. keepalive_s: a ping after this long, and as long to wait for its echo, so
     that a dead peer is noticed within twice that. stuck_s: a round unanswered for this long ends the
-    connection. avoid_s: a preferred worker that could not be reached is not tried before others for this long.
-    vanished_polls: consecutive looks at the leases without ours that end it.
+    connection. avoid_s: for this long a preferred worker that could not be reached is not tried before others.
+    vanished_polls: consecutive looks at the leases without ours that end a connection.
     """
 
     connect_timeout_s: float = 3.0
@@ -248,7 +248,7 @@ class RemoteLink:
         self._thread.start()
 
     def prefer(self, worker_id: str | None) -> None:
-        """From any thread. A worker that is not there, or cannot be reached, costs nothing: another serves."""
+        """From any thread. While the worker is not there, or cannot be reached, another serves."""
         if worker_id != self._preferred:
             self._avoided_until = 0.0
             self._preferred = worker_id

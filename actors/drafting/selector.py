@@ -116,10 +116,6 @@ class DrafterPool:
         return next((d.step_s_by_exit() for d in self._drafters if isinstance(d, TimedExits)), {})
 
     @property
-    def max_sessions(self) -> int:
-        return self._max_sessions
-
-    @property
     def num_sessions(self) -> int:
         return len(self._sessions)
 

@@ -29,8 +29,8 @@ MAX_OPEN_TOKENS = 1 << 18
 class _Session:
     """`tokens` is the whole sequence. `unsent` of its last tokens are not known to the worker. `wire_epoch`
     is the last one used; `asked` the caller's epoch that its answer belongs to, None when no draft is wanted;
-    `open_epoch` the wire epoch of the last open, answers up to which belong to a former life. `shadow`: (wire epoch, caller's epoch) of a draft for scoring
-    that is under way."""
+    `open_epoch` the wire epoch of the last open, answers up to which belong to a former life. `shadow`: (wire
+    epoch, caller's epoch) of a draft for scoring that is under way."""
 
     tokens: list[int]
     prompt_len: int
@@ -115,7 +115,9 @@ class SessionLedger:
             wants = update.budget > 0 and may_ask
             shadows = update.shadow_length > 0 and may_ask
             if not session.opened:
-                if not (wants or shadows) or (open_tokens and open_tokens + len(session.tokens) > MAX_OPEN_TOKENS):
+                if not (wants or shadows) or (
+                    open_tokens and open_tokens + len(session.tokens) > MAX_OPEN_TOKENS
+                ):
                     continue
                 open_tokens += len(session.tokens)
                 message.opens.append(self._open_message(update.session_id, session))

@@ -1,4 +1,4 @@
-"""What a draft step costs on this machine, by exit and number of sessions: profiled once, refined by every step."""
+"""What a draft step costs here, by exit and number of sessions: profiled once, refined by every step."""
 
 from __future__ import annotations
 

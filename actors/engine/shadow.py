@@ -73,9 +73,8 @@ class ShadowScorer:
             if (draft.session_id, draft.epoch) == (pending.seq.session_id, pending.epoch):
                 pending.draft = draft
         pending.rounds += 1
-        if pending.draft is not None and self._score(pending, pending.draft):
-            self._pending = None
-        elif pending.rounds > _PATIENCE_ROUNDS or not pending.seq.session_open:
+        done = pending.draft is not None and self._score(pending, pending.draft)
+        if done or pending.rounds > _PATIENCE_ROUNDS or not pending.seq.session_open:
             self._pending = None
 
     def _score(self, pending: _Pending, draft: SessionDraft) -> bool:

@@ -12,6 +12,7 @@ from actors.drafting.assignment import DraftAssignment
 from actors.drafting.interface import DraftSource, TargetIdentity
 from actors.engine.async_engine import AsyncEngine
 from actors.engine.interface import TargetEngine
+from actors.engine.messages import EngineStats
 from actors.models.load import LoadedModel, load_runner
 from actors.sampling.grammar import GrammarCompiler
 from actors.sampling.params import ParameterError
@@ -173,6 +174,10 @@ class TargetWorker:
             else (),
             startup=self._startup,
         )
+
+    async def stats(self) -> EngineStats:
+        """The engine's own snapshot. Raises TimeoutError or EngineUnavailable."""
+        return await self._engine.stats()
 
     def assign(self, assignment: DraftAssignment) -> None:
         """Draft as assigned from the next round on. Raises EngineUnavailable."""

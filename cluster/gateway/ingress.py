@@ -21,6 +21,7 @@ from cluster.gateway.models import ModelDirectory
 from cluster.gateway.routes import Gateway
 from cluster.gateway.serve_clients import LeasedDraftPool, ServeModelClient
 from cluster.registry import RegistryClient
+from cluster.router_actor import RouterClient
 from cluster.telemetry.collect import collect
 from protos.s2d.v1 import generation_pb2 as pb
 
@@ -42,6 +43,7 @@ class GatewayDeployment:
             directory=ModelDirectory({name: ServeModelClient(handle) for name, handle in targets.items()}),
             draft_pool=LeasedDraftPool(parsed.draft_pool, RegistryClient()),
             in_flight=InFlight(),
+            router=None if parsed.routed is None else RouterClient(parsed.routed.interval_s),
         )
         self._servicer = GenerationServicer(self._gateway)
         self._health = HealthServicer(self._gateway)

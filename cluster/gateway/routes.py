@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import APIRouter, Request
 from pydantic import ValidationError
@@ -29,6 +29,9 @@ from cluster.gateway.openai_params import (
 from cluster.gateway.openai_schema import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from cluster.gateway.sse import EventStreamResponse, JsonResponse, until_disconnect
 
+if TYPE_CHECKING:
+    from cluster.gateway.router_api import RouterControl
+
 B = TypeVar("B", bound=Body)
 DRAIN_BODY_FACTOR = 16
 DRAIN_BODY_S = 5.0
@@ -43,6 +46,8 @@ class Gateway:
     directory: ModelDirectory
     draft_pool: DraftPoolView
     in_flight: InFlight
+    router: RouterControl | None = None
+    """None where no router runs."""
 
     def named(self, name: str | None) -> ServedModel:
         """The model asked for; the only one where none is named."""
