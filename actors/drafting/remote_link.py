@@ -62,7 +62,7 @@ class LinkOptions:
     token: shared secret. tls: files for a mutual TLS connection; server_name overrides the name that the
     worker's certificate must carry. keepalive_s: a ping after this long, and as long to wait for its echo, so
     that a dead peer is noticed within twice that. stuck_s: a round unanswered for this long ends the
-    connection. avoid_s: for this long a preferred worker that could not be reached is not tried before others.
+    connection. avoid_s: for so long a preferred worker that could not be reached is not tried before others.
     vanished_polls: consecutive looks at the leases without ours that end a connection.
     """
 
