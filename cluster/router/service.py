@@ -60,7 +60,8 @@ class RouterService:
         self._drafts: dict[str, tuple[float, DraftReport]] = {}
         self._decisions: dict[str, Decision] = {}
         self._pins: dict[str, Pin] = {}
-        self._next_step_at: float | None = None
+        self._settled_at: float | None = None
+        self._tried_at = float("-inf")
         self._stepped_at: float | None = None
         self._steps = 0
         self._error = ""
@@ -121,13 +122,13 @@ class RouterService:
 
     def _step_if_due(self, now: float, interval_s: float) -> None:
         self._interval_s = interval_s
-        if self._next_step_at is None:
-            self._next_step_at = now + SETTLE_INTERVALS * interval_s
-        if now >= self._next_step_at:
+        if self._settled_at is None:
+            self._settled_at = now + SETTLE_INTERVALS * interval_s
+        if now >= max(self._settled_at, self._tried_at + interval_s):
             self._step(now)
 
     def _step(self, now: float) -> None:
-        self._next_step_at = now + self._interval_s
+        self._tried_at = now
         self._expire(now)
         reports = [report for _, report in self._targets.values()]
         self._apply_pins(reports)
