@@ -41,9 +41,8 @@ def load_state() -> RouterService:
         return RouterService()
 
 
-def save_state(state: dict[str, Any]) -> None:
-    """Blocking: JSON and one call to the control service."""
-    data = json.dumps(state)
+def save_state(data: str) -> None:
+    """Blocking: one call to the control service, which waits for it when it is away."""
     internal_kv._internal_kv_put(STATE_KEY, data, overwrite=True, namespace=REGISTRY_NAMESPACE)
 
 
@@ -110,7 +109,8 @@ class RouterActor:
         try:
             await asyncio.sleep(max(0.0, self._saved_at + SAVE_INTERVAL_S - time.monotonic()))
             self._saved_at = time.monotonic()
-            await asyncio.to_thread(save_state, self._service.export_state())
+            # Written out here: the state goes on changing while the thread waits.
+            await asyncio.to_thread(save_state, json.dumps(self._service.export_state()))
         except Exception as error:  # the next step tries again
             logger.warning("the router's state was not saved: %s: %s", type(error).__name__, error)
         finally:
