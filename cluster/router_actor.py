@@ -157,8 +157,9 @@ class RouterClient:
         await self._call("report_draft", report, self._interval_s)
 
     async def forget_draft(self, worker_id: str) -> None:
-        """Raises RouterUnavailableError."""
-        await self._call("forget_draft", worker_id)
+        """Raises RouterUnavailableError. A router that was not reached so far is not started for this."""
+        if self._actor is not None:
+            await self._call("forget_draft", worker_id)
 
     async def pin(self, target: str, pin: Pin) -> None:
         """Raises PinError, RouterUnavailableError."""

@@ -240,7 +240,7 @@ class DraftBatcher:
             except DrafterError as error:
                 answer.drafts[place] = _failed(update, error)
                 continue
-            if update.shadow_length > 0:
+            if update.nested is not None and update.nested.shadow_length > 0:
                 self._shadows[round_.stream_id] = (round_, update)
             if update.budget > 0:
                 yield place, update

@@ -56,6 +56,22 @@ class SessionOpen:
 
 
 @dataclass(frozen=True, slots=True)
+class NestedWish:
+    """How the nested drafter is to draft for a session.
+
+    exit: depth in layers where the session pins none; None for the drafter's own choice.
+    cap: longest draft, 0 to pass the drafter over; None for no limit but the budget.
+    shadow_exit, shadow_length: also draft so many tokens at that exit, for scoring only, once nobody waits; a
+        length of 0 asks for none.
+    """
+
+    exit: int | None = None
+    cap: int | None = None
+    shadow_exit: int | None = None
+    shadow_length: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class SessionUpdate:
     """The verdict of the last round and the wish for the next.
 
@@ -65,10 +81,7 @@ class SessionUpdate:
     candidates: (input token id, its most probable next ids, best first) of verified rows, for learning
         drafters; empty unless the source asked for them.
     budget: draft tokens wanted next, 0 for none. drafter, exit_depth: pinned, or None.
-    nested_exit, nested_cap: exit and longest draft of a nested drafter for a session that does not pin them;
-        None for the drafter's own choice, a cap of 0 passes it over.
-    shadow_exit, shadow_length: also draft so many tokens at that exit, for scoring only, once nobody waits;
-        a length of 0 asks for none.
+    nested: what a router wants of the nested drafter, None for nothing.
     """
 
     session_id: int
@@ -80,10 +93,7 @@ class SessionUpdate:
     candidates: tuple[tuple[int, tuple[int, ...]], ...] = ()
     drafter: str | None = None
     exit_depth: int | None = None
-    nested_exit: int | None = None
-    nested_cap: int | None = None
-    shadow_exit: int | None = None
-    shadow_length: int = 0
+    nested: NestedWish | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,7 +104,7 @@ class PlacedDraftSource:
         if update.drafter is not None:
             return update.drafter in self._local.drafters
         wanted = set(self._remote.drafters)
-        if update.nested_cap == 0:  # passed over: the others decide
+        if update.nested is not None and update.nested.cap == 0:  # passed over: the others decide
             wanted.discard(NESTED)
         return bool(wanted) and wanted <= set(self._local.drafters)
 

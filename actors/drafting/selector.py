@@ -183,16 +183,16 @@ class DrafterPool:
         return [drafts.get(i) or SessionDraft(u.session_id, u.epoch) for i, u in enumerate(updates)]
 
     def shadow(self, update: SessionUpdate) -> SessionDraft | None:
-        """What `update.shadow_exit` would have drafted, for scoring; None when it cannot be drafted, or the
-        session has gone on since the update."""
+        """What `update.nested.shadow_exit` would have drafted, for scoring; None when it cannot be drafted,
+        or the session has gone on since the update."""
         state = self._sessions.get(update.session_id)
-        nested = self._nested
+        nested, wish = self._nested, update.nested
         if state is None or state.epoch != update.epoch or nested is None or nested.name in state.missing:
             return None
-        if update.shadow_exit not in nested.exits:
+        if wish is None or wish.shadow_exit not in nested.exits:
             return None
-        length = min(update.shadow_length, MAX_DRAFT_TOKENS)
-        query = DraftQuery(update.session_id, update.epoch, length, update.shadow_exit)
+        length = min(wish.shadow_length, MAX_DRAFT_TOKENS)
+        query = DraftQuery(update.session_id, update.epoch, length, wish.shadow_exit)
         answer = self._guarded(nested.name, partial(nested.propose, [query]))
         if isinstance(answer, DrafterError):
             self._drop(nested, update.session_id, state, answer)
@@ -239,14 +239,19 @@ class DrafterPool:
     def _eligible(self, drafter: Drafter, update: SessionUpdate) -> bool:
         if update.drafter is not None and update.drafter != drafter.name:
             return False
-        nested = drafter is self._nested
-        if (update.exit_depth is not None and not nested) or (update.nested_cap == 0 and nested):
+        if drafter is self._nested:
+            if update.nested is not None and update.nested.cap == 0:
+                return False
+        elif update.exit_depth is not None:
             return False
         return drafter.name not in self._sessions[update.session_id].missing
 
     def _ask(self, drafter: Drafter, updates: Sequence[SessionUpdate]) -> list[SessionDraft]:
         """Ask one drafter for a batch; when the batch fails, each session alone, to find the culprit."""
-        queries = [self._query(drafter, update) for update in updates]
+        if drafter is self._nested:
+            queries = [self._nested_query(update) for update in updates]
+        else:
+            queries = [DraftQuery(u.session_id, u.epoch, min(u.budget, MAX_DRAFT_TOKENS)) for u in updates]
         answer = self._guarded(drafter.name, partial(drafter.propose, queries))
         if not isinstance(answer, DrafterError):
             return answer
@@ -256,13 +261,13 @@ class DrafterPool:
         self._drop(drafter, update.session_id, self._sessions[update.session_id], answer)
         return [_failed(update, answer)]
 
-    def _query(self, drafter: Drafter, update: SessionUpdate) -> DraftQuery:
-        budget, depth = min(update.budget, MAX_DRAFT_TOKENS), update.exit_depth
-        if drafter is self._nested:
-            if update.nested_cap is not None:
-                budget = min(budget, update.nested_cap)
-            if depth is None and update.nested_exit in self.exits:
-                depth = update.nested_exit
+    def _nested_query(self, update: SessionUpdate) -> DraftQuery:
+        budget, depth, wish = min(update.budget, MAX_DRAFT_TOKENS), update.exit_depth, update.nested
+        if wish is not None:
+            if wish.cap is not None:
+                budget = min(budget, wish.cap)
+            if depth is None and wish.exit in self.exits:
+                depth = wish.exit
         return DraftQuery(update.session_id, update.epoch, budget, depth)
 
     def _drop(self, drafter: Drafter, sid: int, state: _Session, error: DrafterError) -> None:

@@ -113,7 +113,7 @@ class SessionLedger:
             self._absorb(session, update)
             may_ask = now >= session.retry_at
             wants = update.budget > 0 and may_ask
-            shadows = update.shadow_length > 0 and may_ask
+            shadows = update.nested is not None and update.nested.shadow_length > 0 and may_ask
             if not session.opened:
                 if not (wants or shadows) or (
                     open_tokens and open_tokens + len(session.tokens) > MAX_OPEN_TOKENS
@@ -189,10 +189,7 @@ class SessionLedger:
             candidates=[pb.Candidates(token_id=t, next_ids=ids) for t, ids in session.candidates],
             drafter=update.drafter or "",
             exit_depth=update.exit_depth or 0,
-            nested_exit=update.nested_exit or 0,
-            nested_cap=update.nested_cap,
-            shadow_exit=(update.shadow_exit or 0) if shadows else 0,
-            shadow_length=update.shadow_length if shadows else 0,
+            nested=codec.nested_to_proto(update.nested),
         )
         session.unsent = session.drafted = session.accepted = 0
         session.candidates.clear()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from actors.drafting.assignment import UNRESTRICTED, DraftAssignment
 from actors.drafting.interface import (
     DraftSampling,
     DraftSource,
+    NestedWish,
     SessionDraft,
     SessionOpen,
     SessionUpdate,
@@ -67,6 +68,7 @@ class Speculator:
         self._max_model_len = max_model_len
         self._shadow = ShadowScorer(controller.acceptance)
         self._assigned = UNRESTRICTED
+        self._nested_wish: NestedWish | None = None
         self._asked_tokens = 0
         self._counts: dict[str, _Counts] = {}
         self._closed_since_submit = False
@@ -80,6 +82,9 @@ class Speculator:
         if assignment.worker_id != self._assigned.worker_id:
             self.source.assign(assignment.worker_id)
         self._assigned = assignment
+        self._nested_wish = (
+            None if assignment == UNRESTRICTED else NestedWish(assignment.exit_depth, assignment.nested_cap)
+        )
 
     def open(self, seq: EngineSequence) -> None:
         """Tell the source about a sequence that speculates (once)."""
@@ -181,12 +186,11 @@ class Speculator:
 
     def _update(self, seq: EngineSequence, budget: int, shadowed: bool) -> SessionUpdate:
         seq.epoch += 1
-        speculation, assigned = seq.request.speculation, self._assigned
-        cap = None if _pinned(seq) else assigned.nested_cap
-        if shadowed:
-            self._shadow.asked(seq)
+        speculation, nested = seq.request.speculation, self._nested_wish
+        if nested is not None:
+            nested = self._wish(seq, nested, shadowed)
+        cap = nested.cap if nested is not None else None
         self._asked_tokens += budget if cap is None else min(budget, cap)
-        shadow = assigned.shadow if shadowed else None
         update = SessionUpdate(
             session_id=seq.session_id,
             epoch=seq.epoch,
@@ -197,15 +201,22 @@ class Speculator:
             candidates=tuple(seq.unsent_candidates),
             drafter=speculation.drafter,
             exit_depth=speculation.exit_depth,
-            nested_exit=assigned.exit_depth,
-            nested_cap=cap,
-            shadow_exit=shadow.exit if shadow is not None else None,
-            shadow_length=shadow.length if shadow is not None else 0,
+            nested=nested,
         )
         seq.unsent_tokens.clear()
         seq.unsent_candidates.clear()
         seq.unsent_drafted = seq.unsent_accepted = 0
         return update
+
+    def _wish(self, seq: EngineSequence, wish: NestedWish, shadowed: bool) -> NestedWish:
+        """`wish` for one sequence, whose epoch is that of the update."""
+        if _pinned(seq):
+            wish = replace(wish, cap=None)
+        shadow = self._assigned.shadow
+        if shadowed and shadow is not None:
+            self._shadow.asked(seq)
+            wish = replace(wish, shadow_exit=shadow.exit, shadow_length=shadow.length)
+        return wish
 
     def _timeout(self, asked: Iterable[EngineSequence]) -> float:
         return self._timeouts.forced_s if any(seq.forced for seq in asked) else self._timeouts.round_s

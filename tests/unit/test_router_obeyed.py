@@ -12,7 +12,7 @@ import pytest
 
 from actors.draft_worker.server import DraftServer
 from actors.drafting.assignment import UNRESTRICTED, DraftAssignment, Shadow
-from actors.drafting.interface import DraftSampling, SessionOpen, SessionUpdate, TargetIdentity
+from actors.drafting.interface import DraftSampling, NestedWish, SessionOpen, SessionUpdate, TargetIdentity
 from actors.drafting.local_source import LocalDraftSource
 from actors.drafting.nested import NestedDrafter
 from actors.drafting.placed_source import PlacedDraftSource
@@ -119,9 +119,9 @@ def test_the_nested_cap_leaves_other_drafters_alone(folder: Path) -> None:
         return draft.drafter, len(draft.token_ids)
 
     assert drafted() == ("nested", 4)
-    assert drafted(nested_cap=2) == ("nested", 2)
-    assert drafted(nested_cap=0) == ("prompt_lookup", 4)
-    assert drafted(nested_cap=0, budget=0) == ("", 0)
+    assert drafted(nested=NestedWish(cap=2)) == ("nested", 2)
+    assert drafted(nested=NestedWish(cap=0)) == ("prompt_lookup", 4)
+    assert drafted(nested=NestedWish(cap=0), budget=0) == ("", 0)
 
 
 def test_sessions_the_nested_drafter_passes_over_may_be_drafted_here() -> None:
@@ -132,8 +132,8 @@ def test_sessions_the_nested_drafter_passes_over_may_be_drafted_here() -> None:
     local = LocalDraftSource(DrafterPool([PromptLookupDrafter()]))
     placed = PlacedDraftSource(Remote(DrafterPool([PromptLookupDrafter()])), local)
     assert not placed._served_by_both(update())
-    assert placed._served_by_both(update(nested_cap=0))
-    assert not placed._served_by_both(update(nested_cap=0, exit_depth=2))
+    assert placed._served_by_both(update(nested=NestedWish(cap=0)))
+    assert not placed._served_by_both(update(nested=NestedWish(cap=0), exit_depth=2))
 
 
 def test_what_the_router_says_becomes_what_the_engine_obeys() -> None:

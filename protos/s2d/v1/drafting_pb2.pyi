@@ -94,8 +94,20 @@ class Candidates(_message.Message):
     next_ids: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, token_id: _Optional[int] = ..., next_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
+class NestedWish(_message.Message):
+    __slots__ = ("exit", "cap", "shadow_exit", "shadow_length")
+    EXIT_FIELD_NUMBER: _ClassVar[int]
+    CAP_FIELD_NUMBER: _ClassVar[int]
+    SHADOW_EXIT_FIELD_NUMBER: _ClassVar[int]
+    SHADOW_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    exit: int
+    cap: int
+    shadow_exit: int
+    shadow_length: int
+    def __init__(self, exit: _Optional[int] = ..., cap: _Optional[int] = ..., shadow_exit: _Optional[int] = ..., shadow_length: _Optional[int] = ...) -> None: ...
+
 class SessionUpdate(_message.Message):
-    __slots__ = ("session_id", "epoch", "new_token_ids", "drafted", "accepted", "candidates", "budget", "drafter", "exit_depth", "nested_exit", "nested_cap", "shadow_exit", "shadow_length")
+    __slots__ = ("session_id", "epoch", "new_token_ids", "drafted", "accepted", "candidates", "budget", "drafter", "exit_depth", "nested")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     NEW_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -105,10 +117,7 @@ class SessionUpdate(_message.Message):
     BUDGET_FIELD_NUMBER: _ClassVar[int]
     DRAFTER_FIELD_NUMBER: _ClassVar[int]
     EXIT_DEPTH_FIELD_NUMBER: _ClassVar[int]
-    NESTED_EXIT_FIELD_NUMBER: _ClassVar[int]
-    NESTED_CAP_FIELD_NUMBER: _ClassVar[int]
-    SHADOW_EXIT_FIELD_NUMBER: _ClassVar[int]
-    SHADOW_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    NESTED_FIELD_NUMBER: _ClassVar[int]
     session_id: int
     epoch: int
     new_token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -118,11 +127,8 @@ class SessionUpdate(_message.Message):
     budget: int
     drafter: str
     exit_depth: int
-    nested_exit: int
-    nested_cap: int
-    shadow_exit: int
-    shadow_length: int
-    def __init__(self, session_id: _Optional[int] = ..., epoch: _Optional[int] = ..., new_token_ids: _Optional[_Iterable[int]] = ..., drafted: _Optional[int] = ..., accepted: _Optional[int] = ..., candidates: _Optional[_Iterable[_Union[Candidates, _Mapping]]] = ..., budget: _Optional[int] = ..., drafter: _Optional[str] = ..., exit_depth: _Optional[int] = ..., nested_exit: _Optional[int] = ..., nested_cap: _Optional[int] = ..., shadow_exit: _Optional[int] = ..., shadow_length: _Optional[int] = ...) -> None: ...
+    nested: NestedWish
+    def __init__(self, session_id: _Optional[int] = ..., epoch: _Optional[int] = ..., new_token_ids: _Optional[_Iterable[int]] = ..., drafted: _Optional[int] = ..., accepted: _Optional[int] = ..., candidates: _Optional[_Iterable[_Union[Candidates, _Mapping]]] = ..., budget: _Optional[int] = ..., drafter: _Optional[str] = ..., exit_depth: _Optional[int] = ..., nested: _Optional[_Union[NestedWish, _Mapping]] = ...) -> None: ...
 
 class DraftRound(_message.Message):
     __slots__ = ("round_id", "hello", "opens", "closes", "updates", "deadline_us", "reset_shared_state")
