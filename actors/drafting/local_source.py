@@ -106,6 +106,16 @@ class LocalDraftSource:
         self._pool.apply(told)
         return told
 
+    def take_shadows(self) -> Sequence[SessionDraft]:
+        """None: there is no drafter with exits here."""
+        return ()
+
+    def assign(self, worker_id: str | None) -> None:
+        """There is no draft worker to choose."""
+
+    def latency_s(self) -> Mapping[str, float]:
+        return {}
+
     def close_session(self, session_id: int) -> None:
         self._pool.close(session_id)
         self._sessions.pop(session_id, None)

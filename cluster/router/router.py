@@ -219,6 +219,7 @@ class Router:
             gain=choice.gain,
             load=choice.load,
             shadow=shadow,
+            cap_pinned=c.pin.cap is not None,
         )
 
     # State.
