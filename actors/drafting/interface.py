@@ -189,6 +189,11 @@ class DraftSource(Protocol):
         ...
 
     @property
+    def own_drafters(self) -> Collection[str]:
+        """Those of them that draft in this process."""
+        ...
+
+    @property
     def wants_candidates(self) -> int:
         """Candidates wanted per verified row, 0 for none."""
         ...

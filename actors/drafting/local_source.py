@@ -46,6 +46,10 @@ class LocalDraftSource:
         return self._pool.drafters
 
     @property
+    def own_drafters(self) -> Collection[str]:
+        return self._pool.drafters
+
+    @property
     def wants_candidates(self) -> int:
         return self._pool.wants_candidates
 

@@ -85,6 +85,10 @@ class PlacedDraftSource:
         return tuple(dict.fromkeys((*self._remote.drafters, *self._local.drafters)))
 
     @property
+    def own_drafters(self) -> Collection[str]:
+        return self._local.own_drafters
+
+    @property
     def wants_candidates(self) -> int:
         return max(self._remote.wants_candidates, self._local.wants_candidates)
 

@@ -76,6 +76,10 @@ class RemoteDraftSource:
         return self._drafters
 
     @property
+    def own_drafters(self) -> Collection[str]:
+        return ()
+
+    @property
     def wants_candidates(self) -> int:
         return self._candidates
 

@@ -102,6 +102,7 @@ class DraftingMeasurements:
     by position and tokens scored there, by exit depth. asked_tokens: draft tokens asked for, of a nested
     drafter at most its cap. wait_s: average time that a round stood still for drafts, 0 before the first.
     latency_s: of a round trip without the drafting, by draft worker. shadow_tokens: scored in shadow.
+    holds_draft: whether the nested drafter also drafts in this process.
     """
 
     cost_s_by_rows: dict[int, float] = field(default_factory=dict)
@@ -110,6 +111,7 @@ class DraftingMeasurements:
     wait_s: float = 0.0
     latency_s: dict[str, float] = field(default_factory=dict)
     shadow_tokens: int = 0
+    holds_draft: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from actors.drafting.acceptance_model import AcceptanceModel
 from actors.drafting.assignment import Shadow
 from actors.drafting.interface import SessionDraft
-from actors.drafting.acceptance_model import AcceptanceModel
 from actors.engine.sequence import Sequence as EngineSequence
 
 _PATIENCE_ROUNDS = 64

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from actors.drafting.assignment import UNRESTRICTED, DraftAssignment
 from actors.drafting.interface import (
+    NESTED,
     DraftSampling,
     DraftSource,
     NestedWish,
@@ -244,6 +245,7 @@ class Speculator:
             wait_s=self.controller.wait_s,
             latency_s=dict(self.source.latency_s()),
             shadow_tokens=self._shadow.scored,
+            holds_draft=NESTED in self.source.own_drafters,
         )
 
     def drafter_stats(self) -> dict[str, DrafterStats]:

@@ -41,22 +41,37 @@ class MeasuredDrafts(Protocol):
     def step_s_by_exit(self) -> Mapping[int, Mapping[int, float]]: ...
 
 
-def engine_assignment(assignment: Assignment, *, only_nested: bool) -> DraftAssignment:
+def engine_assignment(
+    assignment: Assignment, *, only_nested: bool, holds_draft: bool = False
+) -> DraftAssignment:
     """A router's assignment as an engine obeys it.
 
     The router knows the nested drafter only: its cap is that of the nested drafter, unless there is no other
     in the pool, or an operator fixed it. Without a draft worker the drafters in the target's own process are
-    not its business either.
+    not its business either, and neither is the copy of a target that `holds_draft`: what it costs there is
+    measured there, and only what an operator fixed holds for it.
     """
+    if holds_draft and assignment.worker_id is not None:
+        return DraftAssignment(
+            worker_id=assignment.worker_id,
+            exit_depth=assignment.depth or None if assignment.exits_pinned else None,
+            nested_cap=assignment.cap if assignment.cap_pinned else None,
+            cap=assignment.cap if assignment.cap_pinned else MAX_DRAFT_TOKENS,
+            shadow=_shadow(assignment),
+        )
     everything = assignment.cap_pinned or (only_nested and assignment.worker_id is not None)
-    shadow = assignment.shadow
     return DraftAssignment(
         worker_id=assignment.worker_id,
         exit_depth=assignment.depth or None,
         nested_cap=assignment.cap,
         cap=assignment.cap if everything else MAX_DRAFT_TOKENS,
-        shadow=None if shadow is None else Shadow(shadow.exit, shadow.length, shadow.share),
+        shadow=_shadow(assignment),
     )
+
+
+def _shadow(assignment: Assignment) -> Shadow | None:
+    shadow = assignment.shadow
+    return None if shadow is None else Shadow(shadow.exit, shadow.length, shadow.share)
 
 
 @dataclass(slots=True)
@@ -132,10 +147,15 @@ class TargetRouting:
     async def once(self) -> None:
         """One report and its answer. While the router does not answer, the last assignment stays."""
         try:
-            report = self._reports.build(time.monotonic(), await self._worker.stats())
+            stats = await self._worker.stats()
+            report = self._reports.build(time.monotonic(), stats)
             answer = await self._client.report_target(report) if report is not None else None
             if answer is not None:
-                self._follow(engine_assignment(answer, only_nested=self._only_nested))
+                self._follow(
+                    engine_assignment(
+                        answer, only_nested=self._only_nested, holds_draft=stats.drafting.holds_draft
+                    )
+                )
         except RouterUnavailableError as error:
             self._say(f"the router does not answer ({error}); the last assignment stays")
         except (EngineUnavailable, TimeoutError) as error:

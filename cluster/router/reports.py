@@ -114,7 +114,7 @@ class Assignment:
 
     gain: predicted speed over plain decoding, 1.0 for none. load: predicted share of the draft worker's time.
     cap_pinned: an operator fixed the cap, so that it holds for drafters without a model too, which the router
-        does not know.
+        does not know. exits_pinned: he fixed the exit, which then binds a target that drafts itself too.
     """
 
     target_id: str
@@ -126,6 +126,7 @@ class Assignment:
     load: float = 0.0
     shadow: ShadowScoring | None = None
     cap_pinned: bool = False
+    exits_pinned: bool = False
 
     @property
     def depth(self) -> int:

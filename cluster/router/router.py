@@ -220,6 +220,7 @@ class Router:
             load=choice.load,
             shadow=shadow,
             cap_pinned=c.pin.cap is not None,
+            exits_pinned=c.pin.exits is not None,
         )
 
     # State.
