@@ -115,7 +115,7 @@ class AcceptanceModel:
         self._exits.setdefault(exit_depth, _Averages()).record(min(position, MAX_POSITIONS - 1), hit)
 
     def adopt(self, drafter: str, exit_depth: int) -> None:
-        """`drafter` goes on at another exit: from now on what is known of that exit, if anything, holds for it."""
+        """`drafter` goes on at another exit: what is known of that exit, if anything, holds for it."""
         known = self._exits.get(exit_depth)
         self._averages[drafter] = _Averages() if known is None else deepcopy(known)
 
