@@ -8,6 +8,7 @@ nobody verified costs nothing and lets a drafter that is switched off prove itse
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import dataclass, field
 
 from actors.drafting.interface import SessionDraft
@@ -112,6 +113,11 @@ class AcceptanceModel:
     def observe_exit(self, exit_depth: int, position: int, hit: bool) -> None:
         """A token that an exit drafted was scored; those before it in its draft were right."""
         self._exits.setdefault(exit_depth, _Averages()).record(min(position, MAX_POSITIONS - 1), hit)
+
+    def adopt(self, drafter: str, exit_depth: int) -> None:
+        """`drafter` goes on at another exit: what is known of that exit, if anything, holds for it."""
+        known = self._exits.get(exit_depth)
+        self._averages[drafter] = _Averages() if known is None else deepcopy(known)
 
     def survival(self, request: RequestAcceptance, drafter: str, length: int) -> list[float]:
         """P(the first j + 1 tokens are all accepted) for j < length."""

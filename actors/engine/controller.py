@@ -82,6 +82,11 @@ class Controller:
         """Average time that a round stood still for drafts, in seconds; 0 before the first."""
         return self._wait_s if self._waited else 0.0
 
+    def adopt(self, drafter: str, exit_depth: int) -> None:
+        """`drafter` drafts at another exit from now on; whether that pays is looked at in the next round."""
+        self.acceptance.adopt(drafter, exit_depth)
+        self._rounds_to_look = 0
+
     def observe_accepted(self, accepted: int) -> None:
         """Draft tokens of one request, not forced, that the round which `trim` planned brought."""
         self.account.earn(accepted, self._plain_s, self._emitting)

@@ -82,6 +82,8 @@ class Speculator:
         """Obey `assignment` from the next round on."""
         if assignment.worker_id != self._assigned.worker_id:
             self.source.assign(assignment.worker_id)
+        if assignment.exit_depth not in (None, self._assigned.exit_depth):
+            self.controller.adopt(NESTED, assignment.exit_depth)
         self._assigned = assignment
         self._nested_wish = (
             None if assignment == UNRESTRICTED else NestedWish(assignment.exit_depth, assignment.nested_cap)
