@@ -56,7 +56,7 @@ class ContenderBuilder:
         return contender
 
     def _held(self, c: Contender, known: TargetMemory) -> Choice | None:
-        """The present choice with today's figures. One that has stopped to pay counts as not drafting: where
+        """The present choice with today's figures. One that no longer pays counts as not drafting: where
         other drafters share the worker, it would stand in their way."""
         held = c.same(known.exit, known.length)
         if held is not None and held.gain < self._settings.keep_draft_gain and not c.must_draft:

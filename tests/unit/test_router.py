@@ -160,7 +160,7 @@ def test_what_never_pays_is_not_drafted_and_says_so() -> None:
     assert Router().step(0.0, [target("t")], [])["t"].reason.startswith("no drafting: no draft worker lives")
 
 
-def test_what_stops_to_pay_is_given_up_although_nothing_better_is_there() -> None:
+def test_what_no_longer_pays_is_given_up_although_nothing_better_is_there() -> None:
     router = Router(RouterSettings(dwell_s=1000.0))
     assert router.step(0.0, [target("t", trials=40)], [worker()])["t"].cap > 0
     trials = 40
