@@ -123,12 +123,15 @@ class PlacedDraftSource:
         if here:
             started = time.perf_counter()
             drafts.update(self._local.collect(here, timeout_s))
-            self._choice.local.observe(time.perf_counter() - started)
+            # A round that absorbed a piece of a prompt instead of drafting says nothing of later ones.
+            if any(drafts[sid].token_ids for sid in here if sid in drafts):
+                self._choice.local.observe(time.perf_counter() - started)
         if there:
             started = time.perf_counter()
             drafts.update(self._remote.collect(there, timeout_s))
             if self._remote.connected:
-                self._choice.remote.observe(time.perf_counter() - started)
+                if any(drafts[sid].token_ids for sid in there if sid in drafts):
+                    self._choice.remote.observe(time.perf_counter() - started)
             else:
                 self._fall_back(there, drafts, timeout_s)
         return drafts
