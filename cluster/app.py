@@ -14,7 +14,7 @@ from typing import Any
 from ray import serve
 from ray.serve.deployment import Application
 
-from cluster.config import ClusterConfig, DraftPoolConfig, ModelConfig
+from cluster.config import ClusterConfig, ModelConfig
 from cluster.deployments.draft import DraftPool
 from cluster.deployments.target import Target
 from cluster.gateway.ingress import Ingress
@@ -72,10 +72,16 @@ def target_app(model: ModelConfig, config: ClusterConfig) -> Application:
         model.model_dump(mode="json"),
         config.draft_pool.model_dump(mode="json"),
         config.gateway.stream_interval_ms,
+        _routed(config),
     )
 
 
-def draft_pool_app(pool: DraftPoolConfig) -> Application:
+def _routed(config: ClusterConfig) -> dict[str, Any] | None:
+    return None if config.routed is None else config.routed.model_dump(mode="json")
+
+
+def draft_pool_app(config: ClusterConfig) -> Application:
+    pool = config.draft_pool
     deployment = serve.deployment(
         name=DRAFT_POOL,
         num_replicas=pool.replicas,
@@ -87,7 +93,7 @@ def draft_pool_app(pool: DraftPoolConfig) -> Application:
         max_constructor_retry_count=3,
         ray_actor_options=_actor_options(pool.num_cpus, pool.num_gpus, thread_env(pool.threads)),
     )
-    return deployment(DraftPool).bind(pool.model_dump(mode="json"))
+    return deployment(DraftPool).bind(pool.model_dump(mode="json"), _routed(config))
 
 
 def build_app(args: dict[str, Any] | ClusterConfig) -> Application:
@@ -107,7 +113,7 @@ def build_app(args: dict[str, Any] | ClusterConfig) -> Application:
     return gateway(Ingress).bind(
         config.model_dump(mode="json"),
         {model.name: target_app(model, config) for model in config.models},
-        draft_pool_app(pool) if pool.replicas else None,
+        draft_pool_app(config) if pool.replicas else None,
     )
 
 

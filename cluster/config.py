@@ -186,12 +186,30 @@ class GatewayConfig(ConfigModel):
     num_cpus: float = Field(0.2, gt=0)
 
 
+class RouterConfig(ConfigModel):
+    """Who drafts for whom, for the whole cluster. Runs where the draft pool has the nested drafter."""
+
+    enabled: bool = Field(
+        True,
+        description="Whether the router assigns draft workers, exits and draft lengths. Without it every "
+        "target drafts with the least loaded worker at the drafter's own exit.",
+    )
+    interval_s: float = Field(1.0, ge=0.2, le=60.0, description="Seconds between two reports and decisions.")
+
+
 class ClusterConfig(ConfigModel):
     """Everything `s2d serve -c FILE` reads."""
 
     models: tuple[ModelConfig, ...] = Field(min_length=1)
     draft_pool: DraftPoolConfig = Field(default_factory=DraftPoolConfig)
+    router: RouterConfig = Field(default_factory=RouterConfig)
     gateway: GatewayConfig = Field(default_factory=GatewayConfig)
+
+    @property
+    def routed(self) -> RouterConfig | None:
+        """The router's configuration where it runs."""
+        nested = self.draft_pool.replicas > 0 and "nested" in self.draft_pool.drafters
+        return self.router if self.router.enabled and nested else None
 
     @model_validator(mode="after")
     def _unique_names(self) -> ClusterConfig:

@@ -35,6 +35,8 @@ class Round:
     updates: tuple[SessionUpdate, ...] = ()
     reset: bool = False
     deadline: float = float("inf")
+    shadow_reply: ReplyCallback | None = None
+    """Called at most once, after `reply`, with a draft for scoring, empty when there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,8 @@ class BatcherState:
     kv_blocks_free: int
     rounds: int
     drafted_tokens: int
+    busy_s: float = 0.0
+    """Seconds since start that the drafting thread drafted, background work not included."""
 
 
 @dataclass(slots=True)
@@ -61,8 +65,8 @@ class DraftBatcher:
 
     A round is answered by one reply, with a draft for each update that has
     a budget or an error. When `max_queued` rounds wait, further ones are answered with error "capacity" at
-    once; their closes still count, and their sessions have to be opened again. Background work (prompt
-    prefill) is done in small pieces while no round waits.
+    once; their closes still count, and their sessions have to be opened again. Background work (drafts for
+    scoring, one a stream at most, then prompt prefill) is done in small pieces while no round waits.
     """
 
     def __init__(self, pool: DrafterPool, max_queued: int = 256) -> None:
@@ -81,6 +85,8 @@ class DraftBatcher:
         self._open: dict[int, set[int]] = {}
         self._rounds = 0
         self._drafted = 0
+        self._busy_s = 0.0
+        self._shadows: dict[int, tuple[Round, SessionUpdate]] = {}
         self._thread = threading.Thread(target=self._run, name="s2d-drafting", daemon=True)
 
     @property
@@ -135,6 +141,7 @@ class DraftBatcher:
             kv_blocks_free=free,
             rounds=self._rounds,
             drafted_tokens=self._drafted,
+            busy_s=self._busy_s,
         )
 
     def _run(self) -> None:
@@ -151,13 +158,28 @@ class DraftBatcher:
             for sid in closing:
                 self._close(sid)
             if rounds:
+                started = time.monotonic()
                 self._serve(rounds)
+                self._busy_s += time.monotonic() - started
             for stream_id in ended:
+                self._shadows.pop(stream_id, None)
                 for sid in self._open.pop(stream_id, ()):
                     self._pool.close(sid)
             if stopped:
                 return
-            idle = not rounds and not self._pool.work()
+            idle = not rounds and not self._shadow() and not self._pool.work()
+
+    def _shadow(self) -> bool:
+        """One draft for scoring, if somebody wants one."""
+        if not self._shadows:
+            return False
+        round_, update = self._shadows.pop(next(iter(self._shadows)))
+        started = time.monotonic()
+        draft = self._pool.shadow(update)
+        self._busy_s += time.monotonic() - started
+        if round_.shadow_reply is not None:
+            round_.shadow_reply([draft or SessionDraft(update.session_id, update.epoch)])
+        return True
 
     def _serve(self, rounds: list[Round]) -> None:
         answers = [_Answers(r) for r in rounds]
@@ -218,6 +240,8 @@ class DraftBatcher:
             except DrafterError as error:
                 answer.drafts[place] = _failed(update, error)
                 continue
+            if update.nested is not None and update.nested.shadow_length > 0:
+                self._shadows[round_.stream_id] = (round_, update)
             if update.budget > 0:
                 yield place, update
 

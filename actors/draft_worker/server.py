@@ -7,7 +7,7 @@ import hmac
 import logging
 import secrets
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import grpc
@@ -161,6 +161,10 @@ class DraftServer:
     def state(self) -> BatcherState:
         """A snapshot; safe from any thread."""
         return self._batcher.state()
+
+    def step_s_by_exit(self) -> Mapping[int, Mapping[int, float]]:
+        """Measured seconds of a draft step by exit depth and number of sessions; safe from any thread."""
+        return self._batcher.pool.step_s_by_exit()
 
     async def stop(self, grace: float = 1.0) -> None:
         """Report NOT_SERVING, end streams after `grace` seconds, stop the drafting thread."""

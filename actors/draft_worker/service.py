@@ -72,7 +72,7 @@ class DraftService(pb_grpc.DraftServiceServicer):
                     reply.drafters.extend(self._batcher.pool.drafters)
                     greeted = True
                 yield reply
-                stream.taken()
+                stream.taken(reply)
             if stream.violation:
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, stream.violation)
         finally:
@@ -166,9 +166,10 @@ class _Stream:
     async def next_reply(self) -> pb.DraftReply | None:
         return await self._replies.get()
 
-    def taken(self) -> None:
+    def taken(self, reply: pb.DraftReply) -> None:
         """A reply was written: its round no longer counts."""
-        self._room.release()
+        if not reply.shadows:
+            self._room.release()
 
     def end(self) -> None:
         self._batcher.detach(self._id)
@@ -191,6 +192,19 @@ class _Stream:
             except RuntimeError:
                 logger.debug("round %d was answered after its loop had closed", round_id)
 
+        def shadow_reply(drafts: list[SessionDraft]) -> None:
+            shadows = [codec.draft_to_proto(draft) for draft in drafts]
+            encoded = pb.DraftReply(
+                round_id=round_id,
+                incarnation=self._incarnation,
+                candidates_wanted=self._batcher.pool.wants_candidates,
+                shadows=shadows,
+            )
+            try:
+                self._loop.call_soon_threadsafe(self._put_shadow, encoded)
+            except RuntimeError:
+                logger.debug("a draft for scoring came after its loop had closed")
+
         deadline = received + message.deadline_us * 1e-6 if message.deadline_us else float("inf")
         self._batcher.submit(
             Round(
@@ -201,8 +215,14 @@ class _Stream:
                 updates=tuple(codec.update_from_proto(update, self._scope) for update in message.updates),
                 reset=message.reset_shared_state,
                 deadline=deadline,
+                shadow_reply=shadow_reply,
             )
         )
+
+    def _put_shadow(self, reply: pb.DraftReply) -> None:
+        # Never in the way of drafts: a target that does not take its replies gets none.
+        if self._replies.qsize() < MAX_UNANSWERED:
+            self._replies.put_nowait(reply)
 
     def _open(self, message: pb.SessionOpen) -> SessionOpen:
         session = codec.open_from_proto(message, self._scope)

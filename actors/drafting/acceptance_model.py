@@ -8,6 +8,7 @@ nobody verified costs nothing and lets a drafter that is switched off prove itse
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import dataclass, field
 
 from actors.drafting.interface import SessionDraft
@@ -18,6 +19,8 @@ _GLOBAL_SMOOTHING = 0.02
 _LOCAL_DECAY = 0.95
 _LOCAL_PRIOR_WEIGHT = 3.0
 _MAX_RATE = 0.98
+Evidence = tuple[tuple[float, ...], tuple[int, ...]]
+"""(conditional acceptance by position, tokens scored there), up to the last position that was scored."""
 
 
 @dataclass(slots=True)
@@ -30,6 +33,10 @@ class _Averages:
         self.trials[at] += 1
         step = max(_GLOBAL_SMOOTHING, 1.0 / (self.trials[at] + 2))
         self.accept[at] += step * (hit - self.accept[at])
+
+    def evidence(self) -> Evidence:
+        used = max((i + 1 for i, n in enumerate(self.trials) if n), default=0)
+        return tuple(self.accept[:used]), tuple(self.trials[:used])
 
 
 @dataclass(slots=True)
@@ -45,6 +52,7 @@ class _Local:
 class _Pending:
     drafter: str
     token_ids: tuple[int, ...]
+    exit_depth: int | None = None
     position: int = 0
 
 
@@ -62,9 +70,11 @@ class AcceptanceModel:
 
     def __init__(self) -> None:
         self._averages: dict[str, _Averages] = {}
+        self._exits: dict[int, _Averages] = {}
 
     def reset(self) -> None:
         self._averages.clear()
+        self._exits.clear()
 
     def proposed(self, request: RequestAcceptance, draft: SessionDraft | None, names: Iterable[str]) -> None:
         """Start scoring a proposal (None or empty: nobody had a guess)."""
@@ -74,7 +84,7 @@ class AcceptanceModel:
             local.available += 0.2 * ((name == answered) - local.available)
         if answered is not None and draft is not None:
             request.drafters.setdefault(answered, _Local())
-            request.pending = _Pending(answered, draft.token_ids)
+            request.pending = _Pending(answered, draft.token_ids, draft.exit_depth)
         else:
             request.pending = None
 
@@ -97,6 +107,17 @@ class AcceptanceModel:
         local.hits = local.hits * _LOCAL_DECAY + hit
         local.expected = local.expected * _LOCAL_DECAY + averages.accept[at]
         averages.record(at, hit)
+        if pending.exit_depth is not None:
+            self.observe_exit(pending.exit_depth, at, hit)
+
+    def observe_exit(self, exit_depth: int, position: int, hit: bool) -> None:
+        """A token that an exit drafted was scored; those before it in its draft were right."""
+        self._exits.setdefault(exit_depth, _Averages()).record(min(position, MAX_POSITIONS - 1), hit)
+
+    def adopt(self, drafter: str, exit_depth: int) -> None:
+        """`drafter` goes on at another exit: what is known of that exit, if anything, holds for it."""
+        known = self._exits.get(exit_depth)
+        self._averages[drafter] = _Averages() if known is None else deepcopy(known)
 
     def survival(self, request: RequestAcceptance, drafter: str, length: int) -> list[float]:
         """P(the first j + 1 tokens are all accepted) for j < length."""
@@ -123,11 +144,10 @@ class AcceptanceModel:
         """Conditional acceptance by drafter and position, for people."""
         return {name: [round(a, 3) for a in averages.accept[:8]] for name, averages in self._averages.items()}
 
-    def evidence(self) -> dict[str, tuple[tuple[float, ...], tuple[int, ...]]]:
-        """(conditional acceptance by position, tokens scored there) by drafter, up to the last position that
-        was scored."""
-        result = {}
-        for name, averages in self._averages.items():
-            used = max((i + 1 for i, n in enumerate(averages.trials) if n), default=0)
-            result[name] = (tuple(averages.accept[:used]), tuple(averages.trials[:used]))
-        return result
+    def evidence(self) -> dict[str, Evidence]:
+        """By drafter."""
+        return {name: averages.evidence() for name, averages in self._averages.items()}
+
+    def exit_evidence(self) -> dict[int, Evidence]:
+        """By exit depth of the nested drafter, shadow scoring included."""
+        return {depth: averages.evidence() for depth, averages in self._exits.items()}

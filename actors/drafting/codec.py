@@ -11,6 +11,7 @@ from typing import get_args
 from actors.drafting.interface import (
     DraftErrorCode,
     DraftSampling,
+    NestedWish,
     SessionDraft,
     SessionOpen,
     SessionUpdate,
@@ -83,6 +84,7 @@ def update_to_proto(update: SessionUpdate) -> pb.SessionUpdate:
         budget=update.budget,
         drafter=update.drafter or "",
         exit_depth=update.exit_depth or 0,
+        nested=nested_to_proto(update.nested),
     )
 
 
@@ -97,6 +99,27 @@ def update_from_proto(message: pb.SessionUpdate, scope: int = 0) -> SessionUpdat
         candidates=tuple((c.token_id, tuple(c.next_ids)) for c in message.candidates),
         drafter=message.drafter or None,
         exit_depth=message.exit_depth or None,
+        nested=_nested_from_proto(message.nested) if message.HasField("nested") else None,
+    )
+
+
+def nested_to_proto(wish: NestedWish | None) -> pb.NestedWish | None:
+    if wish is None:
+        return None
+    return pb.NestedWish(
+        exit=wish.exit or 0,
+        cap=wish.cap,
+        shadow_exit=wish.shadow_exit or 0,
+        shadow_length=wish.shadow_length,
+    )
+
+
+def _nested_from_proto(message: pb.NestedWish) -> NestedWish:
+    return NestedWish(
+        exit=message.exit or None,
+        cap=message.cap if message.HasField("cap") else None,
+        shadow_exit=message.shadow_exit or None,
+        shadow_length=message.shadow_length,
     )
 
 

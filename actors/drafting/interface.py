@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from actors.drafting.foreign import ForeignTarget
     from actors.text.tokenizer_file import TokenizerFile
 
+NESTED = "nested"
+"""Name of the nested drafter, whose exits a router assigns."""
 MAX_HELD_CANDIDATES = 256
 """Verified rows of a session that a source keeps for learning drafters until it tells them; older ones are
 dropped."""
@@ -54,6 +56,22 @@ class SessionOpen:
 
 
 @dataclass(frozen=True, slots=True)
+class NestedWish:
+    """How the nested drafter is to draft for a session.
+
+    exit: depth in layers where the session pins none; None for the drafter's own choice.
+    cap: longest draft, 0 to pass the drafter over; None for no limit but the budget.
+    shadow_exit, shadow_length: also draft so many tokens at that exit, for scoring only, once nobody waits; a
+        length of 0 asks for none.
+    """
+
+    exit: int | None = None
+    cap: int | None = None
+    shadow_exit: int | None = None
+    shadow_length: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class SessionUpdate:
     """The verdict of the last round and the wish for the next.
 
@@ -63,6 +81,7 @@ class SessionUpdate:
     candidates: (input token id, its most probable next ids, best first) of verified rows, for learning
         drafters; empty unless the source asked for them.
     budget: draft tokens wanted next, 0 for none. drafter, exit_depth: pinned, or None.
+    nested: what a router wants of the nested drafter, None for nothing.
     """
 
     session_id: int
@@ -74,6 +93,7 @@ class SessionUpdate:
     candidates: tuple[tuple[int, tuple[int, ...]], ...] = ()
     drafter: str | None = None
     exit_depth: int | None = None
+    nested: NestedWish | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +189,11 @@ class DraftSource(Protocol):
         ...
 
     @property
+    def own_drafters(self) -> Collection[str]:
+        """Those of them that draft in this process."""
+        ...
+
+    @property
     def wants_candidates(self) -> int:
         """Candidates wanted per verified row, 0 for none."""
         ...
@@ -182,6 +207,19 @@ class DraftSource(Protocol):
 
     def collect(self, wanted: Mapping[int, int], timeout_s: float) -> dict[int, SessionDraft]:
         """Drafts for `wanted` (session id -> epoch) that arrive within `timeout_s`; late ones are dropped."""
+        ...
+
+    def take_shadows(self) -> Sequence[SessionDraft]:
+        """Drafts for scoring that arrived since the last call, with the epoch that asked for them."""
+        ...
+
+    def assign(self, worker_id: str | None) -> None:
+        """Draft with this worker from now on; None, or one that is away: with any."""
+        ...
+
+    def latency_s(self) -> Mapping[str, float]:
+        """Average seconds of a round trip without the drafting, by draft worker; empty where nothing is
+        remote."""
         ...
 
     def close_session(self, session_id: int) -> None: ...

@@ -46,6 +46,10 @@ class LocalDraftSource:
         return self._pool.drafters
 
     @property
+    def own_drafters(self) -> Collection[str]:
+        return self._pool.drafters
+
+    @property
     def wants_candidates(self) -> int:
         return self._pool.wants_candidates
 
@@ -105,6 +109,16 @@ class LocalDraftSource:
         session.candidates.clear()
         self._pool.apply(told)
         return told
+
+    def take_shadows(self) -> Sequence[SessionDraft]:
+        """None: there is no drafter with exits here."""
+        return ()
+
+    def assign(self, worker_id: str | None) -> None:
+        """There is no draft worker to choose."""
+
+    def latency_s(self) -> Mapping[str, float]:
+        return {}
 
     def close_session(self, session_id: int) -> None:
         self._pool.close(session_id)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
@@ -15,7 +16,8 @@ from actors.drafting.draw import CutVocabulary, Draw, draw_tokens
 from actors.drafting.early_stop import EarlyStop
 from actors.drafting.errors import DrafterError
 from actors.drafting.exit_heads import ExitHeads
-from actors.drafting.interface import DraftQuery, DraftSampling, SessionDraft, SessionOpen
+from actors.drafting.interface import NESTED, DraftQuery, DraftSampling, SessionDraft, SessionOpen
+from actors.drafting.step_times import StepTimes
 from actors.models.runner import LayeredRunner
 from actors.sampling.params import GREEDY_TEMPERATURE
 
@@ -94,7 +96,7 @@ class NestedDrafter:
         early_stop: turns confidence into acceptance, and says when a draft ends before its budget.
     """
 
-    name = "nested"
+    name = NESTED
     learns = False
 
     def __init__(
@@ -137,6 +139,7 @@ class NestedDrafter:
         self._sessions: dict[int, _Session] = {}
         self._shared: WeakKeyDictionary[SharedTokens, SharedColumns] = WeakKeyDictionary()
         self._clock = 0
+        self._steps = StepTimes(self.exits)
 
     @property
     def kv_blocks_used(self) -> int:
@@ -145,6 +148,14 @@ class NestedDrafter:
     @property
     def kv_blocks_free(self) -> int:
         return self._kv.blocks_free
+
+    def step_s_by_exit(self) -> Mapping[int, Mapping[int, float]]:
+        """Measured seconds of a draft step by exit depth and number of sessions in it."""
+        return self._steps.seconds()
+
+    def profile(self) -> None:
+        """Measure steps at every exit, before the first session."""
+        self._steps.profile(self, min(self._max_sessions, self._kv.blocks_free))
 
     def open(self, session: SessionOpen) -> None:
         if session.session_id not in self._sessions and len(self._sessions) >= self._max_sessions:
@@ -209,7 +220,12 @@ class NestedDrafter:
         active = [a for a in answers if isinstance(a, _Proposal)]
         with torch.inference_mode():
             while active:
+                started = time.perf_counter()
+                waiting = sum(1 if p.draws else p.session.backlog(self._segment(p)) for p in active)
                 self._draft_position(active)
+                # Steps that mix exits, or catch up with much, are not what a step of one exit costs.
+                if len({p.exit for p in active}) == 1 and waiting <= 2 * len(active):
+                    self._steps.observe(active[0].exit, len(active), time.perf_counter() - started)
                 active = [
                     p for p in active if len(p.draws) < p.budget and not self._early_stop.ends(p.survival)
                 ]
@@ -246,6 +262,10 @@ class NestedDrafter:
                 if todo:
                     self._kv.advance([seq for seq, _ in todo], segment, [count for _, count in todo])
         return bool(chosen)
+
+    def _segment(self, proposal: _Proposal) -> int:
+        """The segment that a proposal is read after."""
+        return self._kv.exit_segment(proposal.exit or 0)
 
     def _wants(self, session: _Session, segment: int) -> bool:
         """Whether the session's proposals need the segment: with thresholds they may be read anywhere."""

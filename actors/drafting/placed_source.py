@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from actors.drafting.interface import DraftSource, SessionDraft, SessionOpen, SessionUpdate
+from actors.drafting.interface import NESTED, DraftSource, SessionDraft, SessionOpen, SessionUpdate
 
 _TRIALS = 8
 """Rounds that each place is given before the two are compared."""
@@ -85,6 +85,10 @@ class PlacedDraftSource:
         return tuple(dict.fromkeys((*self._remote.drafters, *self._local.drafters)))
 
     @property
+    def own_drafters(self) -> Collection[str]:
+        return self._local.own_drafters
+
+    @property
     def wants_candidates(self) -> int:
         return max(self._remote.wants_candidates, self._local.wants_candidates)
 
@@ -101,8 +105,12 @@ class PlacedDraftSource:
     def _served_by_both(self, update: SessionUpdate) -> bool:
         if not self._adaptive or update.exit_depth is not None or not self._remote.connected:
             return False
-        wanted = self._remote.drafters if update.drafter is None else (update.drafter,)
-        return set(wanted) <= set(self._local.drafters)
+        if update.drafter is not None:
+            return update.drafter in self._local.drafters
+        wanted = set(self._remote.drafters)
+        if update.nested is not None and update.nested.cap == 0:  # passed over: the others decide
+            wanted.discard(NESTED)
+        return bool(wanted) and wanted <= set(self._local.drafters)
 
     def _for_remote(self, update: SessionUpdate) -> SessionUpdate:
         return replace(update, budget=0) if update.session_id in self._here else update
@@ -136,6 +144,15 @@ class PlacedDraftSource:
             # Only the remote has the drafter that is pinned: no draft for now, but no error either.
             drafts[sid] = SessionDraft(sid, draft.epoch) if draft.error == "unsupported" else draft
         self._fallback_rounds += bool(missing)
+
+    def take_shadows(self) -> Sequence[SessionDraft]:
+        return self._remote.take_shadows()
+
+    def assign(self, worker_id: str | None) -> None:
+        self._remote.assign(worker_id)
+
+    def latency_s(self) -> Mapping[str, float]:
+        return self._remote.latency_s()
 
     def close_session(self, session_id: int) -> None:
         self._remote.close_session(session_id)

@@ -62,7 +62,8 @@ class LinkOptions:
     token: shared secret. tls: files for a mutual TLS connection; server_name overrides the name that the
     worker's certificate must carry. keepalive_s: a ping after this long, and as long to wait for its echo, so
     that a dead peer is noticed within twice that. stuck_s: a round unanswered for this long ends the
-    connection. vanished_polls: consecutive looks at the leases without ours that end it.
+    connection. avoid_s: for so long a preferred worker that could not be reached is not tried before others.
+    vanished_polls: consecutive looks at the leases without ours that end a connection.
     """
 
     connect_timeout_s: float = 3.0
@@ -71,6 +72,7 @@ class LinkOptions:
     keepalive_s: float = 1.0
     stuck_s: float = 10.0
     lease_poll_s: float = 1.0
+    avoid_s: float = 10.0
     vanished_polls: int = 3
     send_queue: int = 64
     token: str | None = None
@@ -226,7 +228,8 @@ class Connection:
 
 
 class RemoteLink:
-    """Keeps one `Connection` up while there is a lease to connect to."""
+    """Keeps one `Connection` up while there is a lease to connect to: the preferred worker's (`prefer`), or
+    the least loaded one's."""
 
     def __init__(
         self, leases: LeaseProvider, identity: TargetIdentity, options: LinkOptions, events: LinkEvents
@@ -236,10 +239,19 @@ class RemoteLink:
         self._options = options
         self._events = events
         self._stop = threading.Event()
+        self._preferred: str | None = None
+        self._avoided_until = 0.0
+        """Monotonic time until which the preferred worker is not tried first."""
         self._thread = threading.Thread(target=self._run, name="s2d-draft-link", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
+
+    def prefer(self, worker_id: str | None) -> None:
+        """From any thread. While the worker is not there, or cannot be reached, another serves."""
+        if worker_id != self._preferred:
+            self._avoided_until = 0.0
+            self._preferred = worker_id
 
     def close(self, timeout_s: float = 5.0) -> None:
         self._stop.set()
@@ -256,9 +268,12 @@ class RemoteLink:
                 if connection.up.is_set() and not connection.down.is_set():
                     backoff = self._options.backoff_s
                     self._watch(connection)
+                elif not connection.wants_tokenizer:
+                    self._avoid(connection)
                 sent = connection.wants_tokenizer and connection.send_tokenizer()
                 connection.close()
                 if connection.refused or (connection.wants_tokenizer and not sent):
+                    self._avoid(connection)
                     backoff = self._options.max_backoff_s
             # Full jitter would let a fleet of targets reconnect at once now and then; half keeps a floor.
             self._stop.wait(backoff * random.uniform(0.5, 1.0))
@@ -274,7 +289,19 @@ class RemoteLink:
 
     def _choose(self) -> Lease | None:
         leases = self._current()
-        return min(leases, key=_load, default=None) if leases else None
+        if not leases:
+            return None
+        return self._preferred_lease(leases) or min(leases, key=_load)
+
+    def _avoid(self, connection: Connection) -> None:
+        if connection.worker_id == self._preferred:
+            self._avoided_until = time.monotonic() + self._options.avoid_s
+
+    def _preferred_lease(self, leases: Sequence[Lease]) -> Lease | None:
+        """The preferred worker's lease, where it is worth a try."""
+        if time.monotonic() < self._avoided_until:
+            return None
+        return next((lease for lease in leases if lease["id"] == self._preferred), None)
 
     def _watch(self, connection: Connection) -> None:
         """Return when the connection is over, has to be given up, or the link is closed."""
@@ -283,6 +310,7 @@ class RemoteLink:
         while not self._stop.is_set() and not connection.down.wait(0.1):
             if connection.oldest_wait() > self._options.stuck_s:
                 logger.warning("draft worker %s does not answer; reconnecting", connection.address)
+                self._avoid(connection)
                 return
             if time.monotonic() < next_poll:
                 continue
@@ -295,6 +323,9 @@ class RemoteLink:
             replaced = ours is not None and ours.get("incarnation") != connection.lease_incarnation
             if replaced or missed >= self._options.vanished_polls:
                 logger.info("the lease of draft worker %s is gone; reconnecting", connection.worker_id)
+                return
+            if connection.worker_id != self._preferred and self._preferred_lease(leases) is not None:
+                logger.info("leaving draft worker %s for %s", connection.worker_id, self._preferred)
                 return
 
 

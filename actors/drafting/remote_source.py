@@ -19,12 +19,14 @@ from protos.s2d.v1 import drafting_pb2 as pb
 
 logger = logging.getLogger(__name__)
 
+_MAX_WORKERS = 64
+"""Draft workers whose latency is remembered."""
 _AVERAGE_WEIGHT = 0.05
 """Weight of the newest round in the averages of `stats`."""
 
 
 class RemoteDraftSource:
-    """`DraftSource` over one stream to the least loaded draft worker.
+    """`DraftSource` over one stream to the assigned draft worker, otherwise to the least loaded one.
 
     Called from one engine thread; the link's threads meet it in a condition. Sessions are opened on the
     worker when a draft is first wanted, and again, with all their tokens, after a reconnect or when the
@@ -53,6 +55,8 @@ class RemoteDraftSource:
         self._ledger = SessionLedger(flush_tokens)
         self._connection: Connection | None = None
         self._drafts: dict[int, SessionDraft] = {}
+        self._shadows: list[SessionDraft] = []
+        self._latency_s: dict[str, float] = {}
         self._drafters = tuple(expected_drafters)
         self._candidates = expected_candidates
         self._rounds = self._late = self._connects = self._dropped = 0
@@ -70,6 +74,10 @@ class RemoteDraftSource:
     @property
     def drafters(self) -> Collection[str]:
         return self._drafters
+
+    @property
+    def own_drafters(self) -> Collection[str]:
+        return ()
 
     @property
     def wants_candidates(self) -> int:
@@ -104,6 +112,19 @@ class RemoteDraftSource:
                 self._changed.wait(remaining)
             drafts = {sid: self._drafts.pop(sid) for sid in wanted if sid in self._drafts}
         return {sid: draft for sid, draft in drafts.items() if draft.epoch == wanted[sid]}
+
+    def take_shadows(self) -> Sequence[SessionDraft]:
+        with self._changed:
+            shadows, self._shadows = self._shadows, []
+        return shadows
+
+    def assign(self, worker_id: str | None) -> None:
+        """Takes effect when the link next looks at the leases, within a second."""
+        self._link.prefer(worker_id)
+
+    def latency_s(self) -> Mapping[str, float]:
+        with self._changed:
+            return dict(self._latency_s)
 
     def close_session(self, session_id: int) -> None:
         with self._changed:
@@ -163,13 +184,21 @@ class RemoteDraftSource:
                 self._round_trip_s = _average(self._round_trip_s, waited)
                 self._service_s = _average(self._service_s, reply.service_us * 1e-6)
                 self._draft_s += reply.service_us * 1e-6
+                self._observe_latency(connection.worker_id, max(0.0, waited - reply.service_us * 1e-6))
             self._candidates = reply.candidates_wanted
             now = time.monotonic()
+            self._shadows += [s for draft in reply.shadows if (s := self._ledger.shadow(draft)) is not None]
             for draft in reply.drafts:
                 answer = self._ledger.answer(draft, now)
                 if answer is not None:
                     self._drafts[answer.session_id] = answer
             self._changed.notify_all()
+
+    def _observe_latency(self, worker_id: str, seconds: float) -> None:
+        before = self._latency_s.pop(worker_id, None)
+        self._latency_s[worker_id] = _average(before, seconds)
+        while len(self._latency_s) > _MAX_WORKERS:
+            del self._latency_s[next(iter(self._latency_s))]
 
     def link_idle(self, connection: Connection) -> None:
         with self._changed:

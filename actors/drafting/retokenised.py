@@ -9,7 +9,7 @@ only ways to guess.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -37,6 +37,8 @@ class RewindableDrafter(Drafter, Protocol):
 
     @property
     def kv_blocks_free(self) -> int: ...
+
+    def step_s_by_exit(self) -> Mapping[int, Mapping[int, float]]: ...
 
     def rewind(self, session_id: int, num_tokens: int) -> None:
         """Forget the committed tokens after the first `num_tokens` >= 1."""
@@ -96,6 +98,10 @@ class RetokenisedDrafter:
     @property
     def kv_blocks_free(self) -> int:
         return self._inner.kv_blocks_free
+
+    def step_s_by_exit(self) -> Mapping[int, Mapping[int, float]]:
+        """The inner drafter's; re-tokenising is not part of a step."""
+        return self._inner.step_s_by_exit()
 
     def open(self, session: SessionOpen) -> None:
         self.close(session.session_id)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol, TypeVar, runtime_checkable
@@ -39,12 +39,22 @@ class BackgroundWorker(Protocol):
 
 
 @runtime_checkable
-class NestedExits(Protocol):
+class NestedExits(Drafter, Protocol):
     """A drafter whose sub-models a request may pin by depth."""
 
     @property
     def exits(self) -> tuple[int, ...]:
         """Exit depths in layers, ascending."""
+        ...
+
+
+@runtime_checkable
+class TimedExits(Protocol):
+    """A drafter that measures what its exits cost."""
+
+    def step_s_by_exit(self) -> Mapping[int, Mapping[int, float]]:
+        """Seconds of a draft step that adds a token to each of n sessions, by exit depth and n. Safe from any
+        thread."""
         ...
 
 
@@ -86,6 +96,8 @@ class DrafterPool:
             raise ValueError("need at least one drafter, with distinct names")
         self._drafters = tuple(drafters)
         self._by_name = dict(zip(names, self._drafters, strict=True))
+        # Found once: checking a protocol costs more than the drafts of a lookup.
+        self._nested = next((d for d in self._drafters if isinstance(d, NestedExits)), None)
         self._max_sessions = max_sessions
         self._sessions: dict[int, _Session] = {}
         self._worth = DraftWorth()
@@ -101,7 +113,11 @@ class DrafterPool:
     @property
     def exits(self) -> tuple[int, ...]:
         """Exit depths a session may pin; empty without a nested drafter."""
-        return next((d.exits for d in self._drafters if isinstance(d, NestedExits)), ())
+        return self._nested.exits if self._nested is not None else ()
+
+    def step_s_by_exit(self) -> Mapping[int, Mapping[int, float]]:
+        """See `TimedExits`; empty without such a drafter."""
+        return next((d.step_s_by_exit() for d in self._drafters if isinstance(d, TimedExits)), {})
 
     @property
     def num_sessions(self) -> int:
@@ -185,6 +201,23 @@ class DrafterPool:
         drafts |= held
         return [drafts.get(i) or SessionDraft(u.session_id, u.epoch) for i, u in enumerate(updates)]
 
+    def shadow(self, update: SessionUpdate) -> SessionDraft | None:
+        """What `update.nested.shadow_exit` would have drafted, for scoring; None when it cannot be drafted,
+        or the session has gone on since the update."""
+        state = self._sessions.get(update.session_id)
+        nested, wish = self._nested, update.nested
+        if state is None or state.epoch != update.epoch or nested is None or nested.name in state.missing:
+            return None
+        if wish is None or wish.shadow_exit not in nested.exits:
+            return None
+        length = min(wish.shadow_length, MAX_DRAFT_TOKENS)
+        query = DraftQuery(update.session_id, update.epoch, length, wish.shadow_exit)
+        answer = self._guarded(nested.name, partial(nested.propose, [query]))
+        if isinstance(answer, DrafterError):
+            self._drop(nested, update.session_id, state, answer)
+            return None
+        return answer[0] if answer[0].token_ids else None
+
     def close(self, session_id: int) -> None:
         """Forget a session; unknown ids are ignored."""
         state = self._sessions.pop(session_id, None)
@@ -216,8 +249,8 @@ class DrafterPool:
         if name is not None and name not in self._by_name:
             return DrafterError("unsupported", f"no drafter {name!r}; there are {', '.join(self._by_name)}")
         if update.exit_depth is not None:
-            named = self._by_name[name] if name is not None else None
-            exits = self.exits if named is None else named.exits if isinstance(named, NestedExits) else ()
+            named = self._nested if name is None else self._by_name[name]
+            exits = self.exits if named is self._nested else ()
             if update.exit_depth not in exits:
                 return DrafterError("unsupported", f"no exit at depth {update.exit_depth}; there are {exits}")
         if name is not None and name in state.missing:
@@ -227,15 +260,19 @@ class DrafterPool:
     def _eligible(self, drafter: Drafter, update: SessionUpdate) -> bool:
         if update.drafter is not None and update.drafter != drafter.name:
             return False
-        if update.exit_depth is not None and not isinstance(drafter, NestedExits):
+        if drafter is self._nested:
+            if update.nested is not None and update.nested.cap == 0:
+                return False
+        elif update.exit_depth is not None:
             return False
         return drafter.name not in self._sessions[update.session_id].missing
 
     def _ask(self, drafter: Drafter, updates: Sequence[SessionUpdate]) -> list[SessionDraft]:
         """Ask one drafter for a batch; when the batch fails, each session alone, to find the culprit."""
-        queries = [
-            DraftQuery(u.session_id, u.epoch, min(u.budget, MAX_DRAFT_TOKENS), u.exit_depth) for u in updates
-        ]
+        if drafter is self._nested:
+            queries = [self._nested_query(update) for update in updates]
+        else:
+            queries = [DraftQuery(u.session_id, u.epoch, min(u.budget, MAX_DRAFT_TOKENS)) for u in updates]
         answer = self._guarded(drafter.name, partial(drafter.propose, queries))
         if not isinstance(answer, DrafterError):
             return answer
@@ -244,6 +281,15 @@ class DrafterPool:
         update = updates[0]
         self._drop(drafter, update.session_id, self._sessions[update.session_id], answer)
         return [_failed(update, answer)]
+
+    def _nested_query(self, update: SessionUpdate) -> DraftQuery:
+        budget, depth, wish = min(update.budget, MAX_DRAFT_TOKENS), update.exit_depth, update.nested
+        if wish is not None:
+            if wish.cap is not None:
+                budget = min(budget, wish.cap)
+            if depth is None and wish.exit in self.exits:
+                depth = wish.exit
+        return DraftQuery(update.session_id, update.epoch, budget, depth)
 
     def _drop(self, drafter: Drafter, sid: int, state: _Session, error: DrafterError) -> None:
         """The drafter lost step with the session: say so once, then ask for it to be opened again."""

@@ -29,7 +29,8 @@ MAX_OPEN_TOKENS = 1 << 18
 class _Session:
     """`tokens` is the whole sequence. `unsent` of its last tokens are not known to the worker. `wire_epoch`
     is the last one used; `asked` the caller's epoch that its answer belongs to, None when no draft is wanted;
-    `open_epoch` the wire epoch of the last open, answers up to which belong to a former life."""
+    `open_epoch` the wire epoch of the last open, answers up to which belong to a former life. `shadow`: (wire
+    epoch, caller's epoch) of a draft for scoring that is under way."""
 
     tokens: list[int]
     prompt_len: int
@@ -38,6 +39,7 @@ class _Session:
     wire_epoch: int = 0
     open_epoch: int = -1
     asked: int | None = None
+    shadow: tuple[int, int] | None = None
     unsent: int = 0
     candidates: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
     drafted: int = 0
@@ -82,7 +84,7 @@ class SessionLedger:
         self._closes.clear()
         for session in self._sessions.values():
             session.opened = False
-            session.asked = None
+            session.asked = session.shadow = None
 
     def awaits(self, session_id: int, epoch: int) -> bool:
         """Whether an answer to the caller's `epoch` is under way."""
@@ -109,15 +111,19 @@ class SessionLedger:
             if session is None:
                 continue
             self._absorb(session, update)
-            wants = update.budget > 0 and now >= session.retry_at
+            may_ask = now >= session.retry_at
+            wants = update.budget > 0 and may_ask
+            shadows = update.nested is not None and update.nested.shadow_length > 0 and may_ask
             if not session.opened:
-                if not wants or (open_tokens and open_tokens + len(session.tokens) > MAX_OPEN_TOKENS):
+                if not (wants or shadows) or (
+                    open_tokens and open_tokens + len(session.tokens) > MAX_OPEN_TOKENS
+                ):
                     continue
                 open_tokens += len(session.tokens)
                 message.opens.append(self._open_message(update.session_id, session))
-            elif not wants and session.unsent < self._flush_tokens:
+            elif not (wants or shadows) and session.unsent < self._flush_tokens:
                 continue
-            message.updates.append(self._update_message(session, update, wants))
+            message.updates.append(self._update_message(session, update, wants, shadows))
         self._add_pending(message)
         return message if message.updates or message.closes or message.reset_shared_state else None
 
@@ -139,6 +145,14 @@ class SessionLedger:
         epoch, session.asked = session.asked, None
         return codec.draft_from_proto(draft, epoch)
 
+    def shadow(self, draft: pb.SessionDraft) -> SessionDraft | None:
+        """A draft for scoring with the caller's epoch; None when nobody waits for it."""
+        session = self._sessions.get(draft.session_id)
+        if session is None or session.shadow is None or session.shadow[0] != draft.epoch:
+            return None
+        epoch, session.shadow = session.shadow[1], None
+        return codec.draft_from_proto(draft, epoch)
+
     def _absorb(self, session: _Session, update: SessionUpdate) -> None:
         session.tokens.extend(update.new_tokens)
         session.unsent += len(update.new_tokens)
@@ -158,8 +172,12 @@ class SessionLedger:
             )
         )
 
-    def _update_message(self, session: _Session, update: SessionUpdate, wants: bool) -> pb.SessionUpdate:
+    def _update_message(
+        self, session: _Session, update: SessionUpdate, wants: bool, shadows: bool
+    ) -> pb.SessionUpdate:
         session.wire_epoch += 1
+        if shadows:
+            session.shadow = (session.wire_epoch, update.epoch)
         session.asked = update.epoch if wants else None
         message = pb.SessionUpdate(
             session_id=update.session_id,
@@ -171,6 +189,7 @@ class SessionLedger:
             candidates=[pb.Candidates(token_id=t, next_ids=ids) for t, ids in session.candidates],
             drafter=update.drafter or "",
             exit_depth=update.exit_depth or 0,
+            nested=codec.nested_to_proto(update.nested),
         )
         session.unsent = session.drafted = session.accepted = 0
         session.candidates.clear()

@@ -8,8 +8,9 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Literal
 
+from actors.drafting.assignment import DraftAssignment
 from actors.engine.interface import TargetEngine
-from actors.engine.loop import Abort, Add, Call, EngineLoop, Event, Rejected, Reply, Stop
+from actors.engine.loop import Abort, Add, Assign, Call, EngineLoop, Event, Rejected, Reply, Stop
 from actors.engine.messages import EngineRequest, EngineStats, RequestOutput
 from actors.sampling.params import ParameterError
 
@@ -186,6 +187,13 @@ class AsyncEngine:
     async def reset(self) -> None:
         """Drop what requests share. Raises TimeoutError or EngineUnavailable."""
         await self._call("reset")
+
+    def assign(self, assignment: DraftAssignment) -> None:
+        """Draft as assigned from the next round on. Raises EngineUnavailable."""
+        self._start()
+        if not self._thread.alive:
+            raise EngineUnavailable("the engine has stopped")
+        self._thread.send(Assign(assignment))
 
     async def drain(self, timeout_s: float) -> bool:
         """Admit nothing more and wait for what is inside. False when some had to be aborted."""

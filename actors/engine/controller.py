@@ -59,6 +59,7 @@ class Controller:
         self.account = DraftAccount()
         self._wait_s = 1e-3
         self._last_wait_s = 0.0
+        self._waited = False
         self._plain_s = 0.0
         self._emitting = 1
         self._rounds_to_look = 0
@@ -73,7 +74,18 @@ class Controller:
     def observe_wait(self, seconds: float) -> None:
         """Time the engine stood still for drafts in one round."""
         self._last_wait_s = seconds
+        self._waited = True
         self._wait_s += _WAIT_SMOOTHING * (min(seconds, 0.1) - self._wait_s)
+
+    @property
+    def wait_s(self) -> float:
+        """Average time that a round stood still for drafts, in seconds; 0 before the first."""
+        return self._wait_s if self._waited else 0.0
+
+    def adopt(self, drafter: str, exit_depth: int) -> None:
+        """`drafter` drafts at another exit from now on; whether that pays is looked at in the next round."""
+        self.acceptance.adopt(drafter, exit_depth)
+        self._rounds_to_look = 0
 
     def observe_accepted(self, accepted: int) -> None:
         """Draft tokens of one request, not forced, that the round which `trim` planned brought."""

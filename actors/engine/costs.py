@@ -31,8 +31,8 @@ class CostModel:
         """Add a measurement. A stray outlier (a stolen core) moves the average by a bounded amount."""
         known = self._seconds.get(rows)
         if known is None:
+            self._seconds[rows] = seconds  # first, for `measured` in another thread
             self._rows.insert(bisect_left(self._rows, rows), rows)
-            self._seconds[rows] = seconds
         else:
             bounded = min(max(seconds, known / _OUTLIER), known * _OUTLIER)
             self._seconds[rows] = known + _SMOOTHING * (bounded - known)
@@ -72,6 +72,10 @@ class CostModel:
         run = self._rows[-1] - self._rows[-2]
         slope = (self._fitted[-1] - self._fitted[-2]) / run
         return self._fitted[-1] + slope * (rows - self._rows[-1])
+
+    def measured(self) -> dict[int, float]:
+        """Seconds by row count, as averaged so far. Safe from any thread."""
+        return {rows: self._seconds[rows] for rows in tuple(self._rows)}
 
     def table(self) -> dict[str, float]:
         """Milliseconds by row count, for people."""

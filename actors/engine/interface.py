@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from actors.drafting.assignment import DraftAssignment
 from actors.engine.messages import EngineRequest, EngineStats, RequestOutput
 
 
@@ -26,6 +27,10 @@ class TargetEngine(Protocol):
     def has_work(self) -> bool: ...
 
     def stats(self) -> EngineStats: ...
+
+    def assign(self, assignment: DraftAssignment) -> None:
+        """Draft as assigned from the next round on."""
+        ...
 
     def reset_shared_state(self) -> None:
         """Drop what requests share: prefix cache, recycling matrices, acceptance averages."""

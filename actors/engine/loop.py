@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from actors.drafting.assignment import DraftAssignment
 from actors.engine.interface import TargetEngine
 from actors.engine.messages import EngineRequest, EngineStats, RequestOutput
 from actors.sampling.params import ParameterError
@@ -45,11 +46,18 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
+class Assign:
+    """Draft as assigned from now on."""
+
+    assignment: DraftAssignment
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     pass
 
 
-Message = Add | Abort | Call | Stop
+Message = Add | Abort | Call | Assign | Stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,13 +172,15 @@ class EngineLoop:
         finally:
             self._idle_s += time.perf_counter() - started
 
-    def _handle(self, message: Add | Abort | Call) -> None:
+    def _handle(self, message: Add | Abort | Call | Assign) -> None:
         if isinstance(message, Add):
             self._add(message.request)
         elif isinstance(message, Abort):
             self._live.pop(message.request_id, None)
             self._engine.abort(message.request_id)
             self._has_work = True  # asked anew in the next step
+        elif isinstance(message, Assign):
+            self._engine.assign(message.assignment)
         else:
             self._call(message)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from actors.drafting.assignment import UNRESTRICTED, DraftAssignment
 from actors.sampling.params import SamplingParams, SpeculationParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -94,6 +95,26 @@ class DrafterStats:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftingMeasurements:
+    """What a router needs to know of a target; counts since start, times in seconds.
+
+    cost_s_by_rows: of a round, by token rows in its forward pass. acceptance_by_exit: conditional acceptance
+    by position and tokens scored there, by exit depth. asked_tokens: draft tokens asked for, of a nested
+    drafter at most its cap. wait_s: average time that a round stood still for drafts, 0 before the first.
+    latency_s: of a round trip without the drafting, by draft worker. shadow_tokens: scored in shadow.
+    holds_draft: whether the nested drafter also drafts in this process.
+    """
+
+    cost_s_by_rows: dict[int, float] = field(default_factory=dict)
+    acceptance_by_exit: dict[int, tuple[tuple[float, ...], tuple[int, ...]]] = field(default_factory=dict)
+    asked_tokens: int = 0
+    wait_s: float = 0.0
+    latency_s: dict[str, float] = field(default_factory=dict)
+    shadow_tokens: int = 0
+    holds_draft: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """A snapshot, read directly from the engine thread's last step."""
 
@@ -120,3 +141,6 @@ class EngineStats:
     """State of the source of drafts: connected workers, late rounds, reconnects."""
     controller: dict[str, object] = field(default_factory=dict)
     """Measured costs and acceptance, and the lengths last chosen, with the reason."""
+    drafting: DraftingMeasurements = field(default_factory=DraftingMeasurements)
+    assignment: DraftAssignment = UNRESTRICTED
+    """What the router allows, as the engine obeys it."""

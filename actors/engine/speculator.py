@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from actors.drafting.assignment import UNRESTRICTED, DraftAssignment
 from actors.drafting.interface import (
+    NESTED,
     DraftSampling,
     DraftSource,
+    NestedWish,
     SessionDraft,
     SessionOpen,
     SessionUpdate,
 )
 from actors.engine.controller import Candidate, Controller
-from actors.engine.messages import DrafterStats
+from actors.engine.messages import DrafterStats, DraftingMeasurements
 from actors.engine.sequence import Sequence as EngineSequence
+from actors.engine.shadow import ShadowScorer
 from actors.sampling.grammar import GrammarError
 from actors.sampling.params import MAX_DRAFT_TOKENS
 
@@ -63,8 +67,27 @@ class Speculator:
         self.controller = controller
         self._timeouts = timeouts
         self._max_model_len = max_model_len
+        self._shadow = ShadowScorer(controller.acceptance)
+        self._assigned = UNRESTRICTED
+        self._nested_wish: NestedWish | None = None
+        self._asked_tokens = 0
         self._counts: dict[str, _Counts] = {}
         self._closed_since_submit = False
+
+    @property
+    def assignment(self) -> DraftAssignment:
+        return self._assigned
+
+    def assign(self, assignment: DraftAssignment) -> None:
+        """Obey `assignment` from the next round on."""
+        if assignment.worker_id != self._assigned.worker_id:
+            self.source.assign(assignment.worker_id)
+        if assignment.exit_depth not in (None, self._assigned.exit_depth):
+            self.controller.adopt(NESTED, assignment.exit_depth)
+        self._assigned = assignment
+        self._nested_wish = (
+            None if assignment == UNRESTRICTED else NestedWish(assignment.exit_depth, assignment.nested_cap)
+        )
 
     def open(self, seq: EngineSequence) -> None:
         """Tell the source about a sequence that speculates (once)."""
@@ -147,18 +170,30 @@ class Speculator:
         """
         decoding = [seq for seq in running if seq.session_open and seq.decoding]
         budgets = self.controller.plan([self._candidate(seq) for seq in decoding], prompt_rows)
+        shadowed = self._shadow_round(decoding)
         updates = []
         for seq, budget in zip(decoding, budgets, strict=True):
             seq.asked = budget > 0
-            if seq.asked or len(seq.unsent_tokens) >= _HELD_BACK:
-                updates.append(self._update(seq, budget))
+            if seq.asked or len(seq.unsent_tokens) >= _HELD_BACK or seq is shadowed:
+                updates.append(self._update(seq, budget, seq is shadowed))
         if updates or self._closed_since_submit:
             self.source.submit(updates, self._timeout(seq for seq in decoding if seq.asked))
             self._closed_since_submit = False
 
-    @staticmethod
-    def _update(seq: EngineSequence, budget: int) -> SessionUpdate:
+    def _shadow_round(self, decoding: Sequence[EngineSequence]) -> EngineSequence | None:
+        """Score what arrived; the sequence that asks for a shadow draft in the coming round."""
+        if self._shadow.waiting:
+            self._shadow.round(self.source.take_shadows())
+        shadow = self._assigned.shadow
+        return None if shadow is None else self._shadow.choose(shadow, decoding)
+
+    def _update(self, seq: EngineSequence, budget: int, shadowed: bool) -> SessionUpdate:
         seq.epoch += 1
+        speculation, nested = seq.request.speculation, self._nested_wish
+        if nested is not None:
+            nested = self._wish(seq, nested, shadowed)
+        cap = nested.cap if nested is not None else None
+        self._asked_tokens += budget if cap is None else min(budget, cap)
         update = SessionUpdate(
             session_id=seq.session_id,
             epoch=seq.epoch,
@@ -167,13 +202,24 @@ class Speculator:
             drafted=seq.unsent_drafted,
             accepted=seq.unsent_accepted,
             candidates=tuple(seq.unsent_candidates),
-            drafter=seq.request.speculation.drafter,
-            exit_depth=seq.request.speculation.exit_depth,
+            drafter=speculation.drafter,
+            exit_depth=speculation.exit_depth,
+            nested=nested,
         )
         seq.unsent_tokens.clear()
         seq.unsent_candidates.clear()
         seq.unsent_drafted = seq.unsent_accepted = 0
         return update
+
+    def _wish(self, seq: EngineSequence, wish: NestedWish, shadowed: bool) -> NestedWish:
+        """`wish` for one sequence, whose epoch is that of the update."""
+        if _pinned(seq):
+            wish = replace(wish, cap=None)
+        shadow = self._assigned.shadow
+        if shadowed and shadow is not None:
+            self._shadow.asked(seq)
+            wish = replace(wish, shadow_exit=shadow.exit, shadow_length=shadow.length)
+        return wish
 
     def _timeout(self, asked: Iterable[EngineSequence]) -> float:
         return self._timeouts.forced_s if any(seq.forced for seq in asked) else self._timeouts.round_s
@@ -184,11 +230,30 @@ class Speculator:
 
     def _candidate(self, seq: EngineSequence) -> Candidate:
         limit = min(seq.max_draft_tokens, seq.room_for_drafts(self._max_model_len))
+        if limit > self._assigned.cap and not _pinned(seq):
+            limit = self._assigned.cap
         return Candidate(seq.control, limit, self._names(seq), seq.forced)
 
     def reset(self) -> None:
         self.source.reset()
         self.controller.reset()
 
+    def measurements(self) -> DraftingMeasurements:
+        """For reports; a copy."""
+        return DraftingMeasurements(
+            cost_s_by_rows=self.controller.costs.measured(),
+            acceptance_by_exit=self.controller.acceptance.exit_evidence(),
+            asked_tokens=self._asked_tokens,
+            wait_s=self.controller.wait_s,
+            latency_s=dict(self.source.latency_s()),
+            shadow_tokens=self._shadow.scored,
+            holds_draft=NESTED in self.source.own_drafters,
+        )
+
     def drafter_stats(self) -> dict[str, DrafterStats]:
         return {name: counts.stats() for name, counts in self._counts.items()}
+
+
+def _pinned(seq: EngineSequence) -> bool:
+    """Whether the request decides for itself what is drafted."""
+    return seq.forced or seq.request.speculation.exit_depth is not None

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from actors.drafting.assignment import DraftAssignment
 from actors.drafting.interface import SessionDraft
 from actors.engine.batch import RowSpan, build_batch
 from actors.engine.messages import EngineRequest, EngineStats, RequestOutput, RoundReport
@@ -338,7 +339,12 @@ class TorchEngine:
             drafters=self._speculator.drafter_stats(),
             draft_source=self._speculator.source.stats(),
             controller=self._speculator.controller.table(self._speculator.source.drafters),
+            drafting=self._speculator.measurements(),
+            assignment=self._speculator.assignment,
         )
+
+    def assign(self, assignment: DraftAssignment) -> None:
+        self._speculator.assign(assignment)
 
     def reset_shared_state(self) -> None:
         self._scheduler.pool.reset_cache()

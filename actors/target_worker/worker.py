@@ -8,9 +8,11 @@ from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
+from actors.drafting.assignment import DraftAssignment
 from actors.drafting.interface import DraftSource, TargetIdentity
 from actors.engine.async_engine import AsyncEngine
 from actors.engine.interface import TargetEngine
+from actors.engine.messages import EngineStats
 from actors.models.load import LoadedModel, load_runner
 from actors.sampling.grammar import GrammarCompiler
 from actors.sampling.params import ParameterError
@@ -172,6 +174,14 @@ class TargetWorker:
             else (),
             startup=self._startup,
         )
+
+    async def stats(self) -> EngineStats:
+        """The engine's own snapshot. Raises TimeoutError or EngineUnavailable."""
+        return await self._engine.stats()
+
+    def assign(self, assignment: DraftAssignment) -> None:
+        """Draft as assigned from the next round on. Raises EngineUnavailable."""
+        self._engine.assign(assignment)
 
     async def reset(self) -> None:
         """Drop what requests share: prefix cache, recycling matrices, acceptance averages."""

@@ -8,6 +8,7 @@ from cluster.cli.bench import bench
 from cluster.cli.chat import chat
 from cluster.cli.draft import draft
 from cluster.cli.generate import generate
+from cluster.cli.router import router
 from cluster.cli.serve import serve
 from cluster.cli.simulate import simulate
 from cluster.cli.status import models, status
@@ -27,6 +28,7 @@ app.command()(models)
 app.command()(simulate)
 app.add_typer(bench, name="bench")
 app.add_typer(draft, name="draft")
+app.add_typer(router, name="router")
 
 if __name__ == "__main__":
     app()

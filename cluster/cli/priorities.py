@@ -22,6 +22,7 @@ NICENESS = {
     ":gateway": ON_THE_WAY,
     "ServeController": MANAGING,
     "RegistryActor": MANAGING,
+    "RouterActor": MANAGING,
     "gcs_server": MANAGING,
     "DashboardAgent": MANAGING,
     "dashboard/dashboard.py": MANAGING,

@@ -6,14 +6,17 @@ Serve only starts, restarts and stops the process; drafts never pass through it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from dataclasses import replace
 from typing import Any
 
 from ray import serve
 
-from cluster.config import DraftPoolConfig
+from cluster.config import DraftPoolConfig, RouterConfig
+from cluster.deployments.routing import DraftReports
 from cluster.registry import RENEW_INTERVAL_S, Lease, RegistryClient
+from cluster.router_actor import RouterClient, RouterUnavailableError
 
 logger = logging.getLogger(__name__)
 STOP_GRACE_S = 2.0
@@ -22,7 +25,9 @@ STOP_GRACE_S = 2.0
 class DraftPool:
     """One draft worker. The lease is renewed every second while the server runs."""
 
-    async def __init__(self, config: dict[str, Any]) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self, config: dict[str, Any], router: dict[str, Any] | None = None
+    ) -> None:
         # Imported here: it pulls in torch, which whoever only builds the application need not load.
         from actors.draft_worker.server import build_draft_server
 
@@ -38,6 +43,13 @@ class DraftPool:
             exits=nested.resolved_exits() if nested is not None else (),
         )
         self._renewer = asyncio.create_task(self._renew_forever())
+        self._router = (
+            None if router is None else RouterClient(RouterConfig.model_validate(router).interval_s)
+        )
+        self._reporter: asyncio.Task[None] | None = None
+        if self._router is not None:
+            reports = DraftReports(worker_id, self._server, self._config)
+            self._reporter = asyncio.create_task(reports.run(self._router))
         logger.info("draft worker %s listens on %s", worker_id, self._lease.address)
 
     async def _renew_forever(self) -> None:
@@ -49,12 +61,20 @@ class DraftPool:
     async def check_health(self) -> None:
         if self._renewer.done():
             raise RuntimeError("the lease is no longer renewed")
+        if self._reporter is not None and self._reporter.done():
+            raise RuntimeError("nothing is reported to the router any more")
 
     async def __del__(self) -> None:
         renewer = getattr(self, "_renewer", None)
         if renewer is None:  # the constructor failed
             return
         renewer.cancel()
-        await asyncio.gather(renewer, return_exceptions=True)
+        reporter = getattr(self, "_reporter", None)
+        if reporter is not None:
+            reporter.cancel()
+        await asyncio.gather(*filter(None, (renewer, reporter)), return_exceptions=True)
+        if self._router is not None:
+            with contextlib.suppress(RouterUnavailableError):
+                await self._router.forget_draft(self._lease.id)
         await self._registry.release(self._lease.id, self._lease.incarnation)
         await self._server.stop(STOP_GRACE_S)

@@ -17,8 +17,10 @@ from actors.target_worker.messages import (
     TargetState,
 )
 from actors.target_worker.startup import StartupClock
-from cluster.config import DraftPoolConfig, ModelConfig
+from cluster.config import DraftPoolConfig, ModelConfig, RouterConfig
+from cluster.deployments.routing import TargetReports, TargetRouting, only_nested
 from cluster.registry import LeaseWatcher, RegistryClient
+from cluster.router_actor import RouterClient
 from cluster.telemetry.metrics import TargetMetrics
 
 logger = logging.getLogger(__name__)
@@ -33,20 +35,25 @@ class Target:
     """
 
     async def __init__(  # type: ignore[misc]
-        self, model: dict[str, Any], draft_pool: dict[str, Any], stream_interval_ms: float | None
+        self,
+        model: dict[str, Any],
+        draft_pool: dict[str, Any],
+        stream_interval_ms: float | None,
+        router: dict[str, Any] | None = None,
     ) -> None:
         clock = StartupClock()
         # Imported here: it pulls in torch, which whoever only builds the application need not load.
         from cluster.deployments.wiring import build_target_worker
 
         config = ModelConfig.model_validate(model)
+        pool = DraftPoolConfig.model_validate(draft_pool)
         replica_id = serve.get_replica_context().replica_tag
         self._leases = LeaseWatcher(RegistryClient())
         self._leases.start()
         self._worker = await asyncio.to_thread(
             build_target_worker,
             config,
-            DraftPoolConfig.model_validate(draft_pool),
+            pool,
             self._leases.leases,
             replica_id=replica_id,
             stream_interval_ms=stream_interval_ms,
@@ -54,6 +61,15 @@ class Target:
         )
         self._metrics = TargetMetrics(config.name)
         self._reporter = asyncio.create_task(self._report_forever())
+        self._router: asyncio.Task[None] | None = None
+        if router is not None:
+            routing = TargetRouting(
+                self._worker,
+                RouterClient(RouterConfig.model_validate(router).interval_s),
+                TargetReports(replica_id, config.name, config.speculation),
+                only_nested=only_nested(pool),
+            )
+            self._router = asyncio.create_task(routing.run())
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationChunk]:
         """Cancelling the Serve call aborts the request in the engine at once."""
@@ -89,6 +105,8 @@ class Target:
         self._worker.check_health()
         if self._reporter.done():
             raise RuntimeError("metrics are no longer reported")
+        if self._router is not None and self._router.done():
+            raise RuntimeError("nothing is reported to the router any more")
 
     async def _report_forever(self) -> None:
         while True:
@@ -104,8 +122,10 @@ class Target:
         reporter = getattr(self, "_reporter", None)
         if reporter is None:  # the constructor failed
             return
-        reporter.cancel()
-        await asyncio.gather(reporter, return_exceptions=True)
+        tasks = [task for task in (reporter, getattr(self, "_router", None)) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._leases.close()
         await self._worker.drain(DRAIN_TIMEOUT_S)
         await self._worker.close()

@@ -1,4 +1,4 @@
-"""Endpoints for operators: /health, /ready, /metrics, /state and POST /admin/reset."""
+"""Endpoints for operators: /health, /ready, /metrics, /state and POST /admin/reset; see also `router_api`."""
 
 from __future__ import annotations
 

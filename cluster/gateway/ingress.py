@@ -21,6 +21,7 @@ from cluster.gateway.models import ModelDirectory
 from cluster.gateway.routes import Gateway
 from cluster.gateway.serve_clients import LeasedDraftPool, ServeModelClient
 from cluster.registry import RegistryClient
+from cluster.router_actor import RouterClient
 from cluster.telemetry.collect import collect
 from cluster.telemetry.metrics import GatewayMetrics
 from protos.s2d.v1 import generation_pb2 as pb
@@ -44,6 +45,7 @@ class GatewayDeployment:
             draft_pool=LeasedDraftPool(parsed.draft_pool, RegistryClient()),
             in_flight=InFlight(),
             on_resume=GatewayMetrics().resumed,
+            router=None if parsed.routed is None else RouterClient(parsed.routed.interval_s),
         )
         self._servicer = GenerationServicer(self._gateway)
         self._health = HealthServicer(self._gateway)

@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import APIRouter, Request
 from pydantic import ValidationError
@@ -29,6 +29,9 @@ from cluster.gateway.openai_params import (
 from cluster.gateway.openai_schema import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from cluster.gateway.sse import EventStreamResponse, JsonResponse, until_disconnect
 
+if TYPE_CHECKING:
+    from cluster.gateway.router_api import RouterControl
+
 B = TypeVar("B", bound=Body)
 DRAIN_BODY_FACTOR = 16
 DRAIN_BODY_S = 5.0
@@ -45,6 +48,8 @@ class Gateway:
     in_flight: InFlight
     on_resume: Callable[[str], None] = lambda model: None
     """Called with the model's name whenever a request goes on at another replica."""
+    router: RouterControl | None = None
+    """None where no router runs."""
 
     def run(self, job: Job, client: ModelClient) -> AsyncGenerator[tuple[int, GenerationChunk], None]:
         return run_job(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from actors.engine.costs import CostModel
 from cluster.router.evidence import Evidence
 from cluster.router.goodput import NO_LATENCY, OFF, Choice, Queue, choices, cost_model, request_counts
-from cluster.router.memory import Memory
+from cluster.router.memory import Memory, TargetMemory
 from cluster.router.problem import Contender
 from cluster.router.reports import DraftReport, Pin, TargetReport
 from cluster.router.settings import RouterSettings
@@ -51,9 +51,17 @@ class ContenderBuilder:
         if worker_id is not None:
             self._fill(contender, report, self._workers[worker_id], activity)
         if known.decided:
-            contender.held = contender.same(known.exit, known.length)
+            contender.held = self._held(contender, known)
             contender.may_change = now - known.since >= self._settings.dwell_s
         return contender
+
+    def _held(self, c: Contender, known: TargetMemory) -> Choice | None:
+        """The present choice with today's figures. One that no longer pays counts as not drafting: where
+        other drafters share the worker, it would stand in their way."""
+        held = c.same(known.exit, known.length)
+        if held is not None and held.gain < self._settings.keep_draft_gain and not c.must_draft:
+            return OFF
+        return held
 
     def _fill(self, c: Contender, report: TargetReport, worker: DraftReport, activity: float) -> None:
         exits = worker.exits

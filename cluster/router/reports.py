@@ -113,6 +113,8 @@ class Assignment:
     """Who drafts for a target. cap 0: it must not draft (`exits` is empty then, shadow scoring goes on).
 
     gain: predicted speed over plain decoding, 1.0 for none. load: predicted share of the draft worker's time.
+    cap_pinned: an operator fixed the cap, so that it holds for drafters without a model too, which the router
+        does not know. exits_pinned: he fixed the exit, which then binds a target that drafts itself too.
     """
 
     target_id: str
@@ -123,6 +125,8 @@ class Assignment:
     gain: float = 1.0
     load: float = 0.0
     shadow: ShadowScoring | None = None
+    cap_pinned: bool = False
+    exits_pinned: bool = False
 
     @property
     def depth(self) -> int:

@@ -219,6 +219,8 @@ class Router:
             gain=choice.gain,
             load=choice.load,
             shadow=shadow,
+            cap_pinned=c.pin.cap is not None,
+            exits_pinned=c.pin.exits is not None,
         )
 
     # State.

@@ -13,6 +13,11 @@ class RouterSettings(BaseModel):
     limit: float = Field(0.9, gt=0, description="Draft-seconds a second of one worker that force shedding.")
     plan: float = Field(0.8, gt=0, description="What a new plan may fill, and what shedding stops at.")
     min_draft_gain: float = Field(1.02, ge=1, description="Drafting must promise this much over none.")
+    keep_draft_gain: float = Field(
+        1.005,
+        ge=1,
+        description="A choice that promises less than this is given up without waiting for a better.",
+    )
     min_change_gain: float = Field(1.02, gt=1, description="A change must promise this much over no change.")
     dwell_s: float = Field(10.0, ge=0, description="A choice that still fits stays this long, in seconds.")
     smoothing: float = Field(0.3, gt=0, le=1, description="Share of a new report in running averages.")
@@ -37,4 +42,6 @@ class RouterSettings(BaseModel):
     def _band(self) -> RouterSettings:
         if self.plan > self.limit:
             raise ValueError("plan: must not exceed limit")
+        if self.keep_draft_gain > self.min_draft_gain:
+            raise ValueError("keep_draft_gain: must not exceed min_draft_gain")
         return self

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,11 +86,13 @@ def config(http_port: int, grpc_port: int, draft_ports: tuple[int, int], **model
 
 
 @contextmanager
-def serve(folder: Path, **model: Any) -> Iterator[Server]:
+def serve(folder: Path, *, draft_pool: Mapping[str, Any] | None = None, **model: Any) -> Iterator[Server]:
     """Start `s2d serve` with the embedded model, yield it ready, and stop it with SIGTERM."""
     http_port, grpc_port, draft_port = free_ports(3)
     file = folder / "cluster.yaml"
-    file.write_text(yaml.safe_dump(config(http_port, grpc_port, (draft_port, draft_port + 20), **model)))
+    content = config(http_port, grpc_port, (draft_port, draft_port + 20), **model)
+    content["draft_pool"] |= draft_pool or {}
+    file.write_text(yaml.safe_dump(content))
     log = folder / "serve.log"
     with log.open("wb") as output:
         process = subprocess.Popen(

@@ -81,6 +81,23 @@ def test_forced_lengths_bypass_the_decision() -> None:
     assert controller.trim([(forced, "d", 3)], 1, 1) == [3]
 
 
+def test_another_exit_is_judged_by_what_is_known_of_it() -> None:
+    controller, state = _controller(), ControlState()
+    _teach(controller, state, accepted=0)
+    for _ in range(40):
+        for place in range(3):
+            controller.acceptance.observe_exit(8, place, True)
+    known = controller.acceptance.survival(state.acceptance, "d", 3)
+    assert known[0] < 0.1
+    controller.adopt("d", 8)
+    fresh = ControlState()
+    assert controller.acceptance.survival(fresh.acceptance, "d", 3)[2] > 0.8
+    controller.acceptance.observe_exit(8, 0, False)
+    assert controller.acceptance.survival(fresh.acceptance, "d", 1)[0] > 0.95, "a copy"
+    controller.adopt("d", 4)  # nothing is known of it
+    assert controller.acceptance.survival(fresh.acceptance, "d", 1) == [0.5]
+
+
 def test_one_budget_over_the_batch_prefers_the_better_draft() -> None:
     controller = _controller(first_row=10.0, per_row=4.0)
     good, bad = ControlState(), ControlState()

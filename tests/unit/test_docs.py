@@ -55,15 +55,16 @@ def test_every_parameter_is_documented() -> None:
 
 def test_every_endpoint_is_documented() -> None:
     api = text("docs/api.md")
-    sources = text("cluster/gateway/routes.py") + text("cluster/gateway/admin.py")
-    paths = re.findall(r'@router\.(get|post)\("([^"]+)"\)', sources)
+    sources = "".join(text(f"cluster/gateway/{name}.py") for name in ("routes", "admin", "router_api"))
+    paths = re.findall(r'@(?:router|api)\.(get|post|put|delete)\("([^"]+)"\)', sources)
     assert len(paths) > 8
     for method, path in paths:
         assert f"`{method.upper()} {re.sub(r'{.*}', '{id}', path)}`" in api
 
 
 def test_every_metric_is_documented() -> None:
-    names = set(re.findall(r'"(s2d_\w+)"', text("cluster/telemetry/metrics.py")))
+    sources = text("cluster/telemetry/metrics.py") + text("cluster/telemetry/router_metrics.py")
+    names = set(re.findall(r'"(s2d_\w+)"', sources))
     documented = set(re.findall(r"`(s2d_\w+)`", text("docs/operations.md")))
     assert names
     assert names == documented

@@ -35,6 +35,7 @@ from actors.drafting.interface import (
     DraftErrorCode,
     DraftQuery,
     DraftSampling,
+    NestedWish,
     SessionDraft,
     SessionOpen,
     SessionUpdate,
@@ -215,6 +216,8 @@ def test_messages_survive_the_wire() -> None:
     update = SessionUpdate(4, 7, (1, 2), 5, 3, 2, ((8, (9, 10)), (11, ())), "nested", 12)
     assert codec.update_from_proto(_again(codec.update_to_proto(update))) == update
     assert codec.update_from_proto(codec.update_to_proto(wish(0, 1))) == wish(0, 1)
+    assigned = wish(0, 1, nested=NestedWish(4, 0, 8, 2))
+    assert codec.update_from_proto(_again(codec.update_to_proto(assigned))) == assigned
     q = (((1,), (1.0,)), ((2, 3), (0.5, 0.5)))
     draft = SessionDraft(4, 7, (1, 2), (-1, -1), "nested", 6, (0.5, 0.25), q)
     assert codec.draft_from_proto(_again(codec.draft_to_proto(draft))) == draft
@@ -294,6 +297,25 @@ def test_ledger_opens_again_after_errors_and_ignores_a_former_life() -> None:
     retry = ledger.round([wish(5, 4, [5])], 10.0 + RETRY_S)
     assert retry is not None
     assert list(retry.updates[0].new_token_ids) == [4, 5]
+
+
+def test_ledger_asks_for_shadow_drafts_and_takes_each_once() -> None:
+    ledger = SessionLedger()
+    ledger.open(session(5, [1]))
+    asked = ledger.round([wish(5, 7, [2], budget=0, nested=NestedWish(shadow_exit=4, shadow_length=2))], 0.0)
+    assert asked is not None
+    assert len(asked.opens) == 1
+    (update,) = asked.updates
+    assert (update.budget, update.nested.shadow_exit, update.nested.shadow_length) == (0, 4, 2)
+    assert not ledger.awaits(5, 7), "nobody waits for it"
+    shadow = codec.draft_to_proto(SessionDraft(5, update.epoch, (8, 9), exit_depth=4))
+    assert ledger.shadow(codec.draft_to_proto(SessionDraft(5, update.epoch + 1))) is None
+    assert ledger.shadow(shadow) == SessionDraft(5, 7, (8, 9), exit_depth=4)
+    assert ledger.shadow(shadow) is None
+    ledger.round([wish(5, 8, [3], nested=NestedWish(shadow_exit=4, shadow_length=2))], 0.0)
+    ledger.disconnected()
+    shadow.epoch += 1
+    assert ledger.shadow(shadow) is None, "the worker is another one"
 
 
 # The stream

@@ -160,6 +160,19 @@ def test_what_never_pays_is_not_drafted_and_says_so() -> None:
     assert Router().step(0.0, [target("t")], [])["t"].reason.startswith("no drafting: no draft worker lives")
 
 
+def test_what_no_longer_pays_is_given_up_although_nothing_better_is_there() -> None:
+    router = Router(RouterSettings(dwell_s=1000.0))
+    assert router.step(0.0, [target("t", trials=40)], [worker()])["t"].cap > 0
+    trials = 40
+    for now in range(1, 40):
+        trials += 200
+        a = router.step(float(now), [target("t", rates=(0.01, 0.01, 0.01), trials=trials)], [worker()])["t"]
+        assert a.cap == 0 or a.gain >= router.settings.keep_draft_gain
+    assert a.cap == 0
+    assert "less than the 1.02" in a.reason
+    assert router.changes >= 1
+
+
 def test_overload_sheds_and_says_so_and_a_lost_worker_is_left_at_once() -> None:
     router = Router()
     targets = [target(f"t{i:02}", 20.0 + i, rates=(0.6, 0.7, 0.8), running=6) for i in range(16)]

@@ -94,8 +94,20 @@ class Candidates(_message.Message):
     next_ids: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, token_id: _Optional[int] = ..., next_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
+class NestedWish(_message.Message):
+    __slots__ = ("exit", "cap", "shadow_exit", "shadow_length")
+    EXIT_FIELD_NUMBER: _ClassVar[int]
+    CAP_FIELD_NUMBER: _ClassVar[int]
+    SHADOW_EXIT_FIELD_NUMBER: _ClassVar[int]
+    SHADOW_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    exit: int
+    cap: int
+    shadow_exit: int
+    shadow_length: int
+    def __init__(self, exit: _Optional[int] = ..., cap: _Optional[int] = ..., shadow_exit: _Optional[int] = ..., shadow_length: _Optional[int] = ...) -> None: ...
+
 class SessionUpdate(_message.Message):
-    __slots__ = ("session_id", "epoch", "new_token_ids", "drafted", "accepted", "candidates", "budget", "drafter", "exit_depth")
+    __slots__ = ("session_id", "epoch", "new_token_ids", "drafted", "accepted", "candidates", "budget", "drafter", "exit_depth", "nested")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     NEW_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -105,6 +117,7 @@ class SessionUpdate(_message.Message):
     BUDGET_FIELD_NUMBER: _ClassVar[int]
     DRAFTER_FIELD_NUMBER: _ClassVar[int]
     EXIT_DEPTH_FIELD_NUMBER: _ClassVar[int]
+    NESTED_FIELD_NUMBER: _ClassVar[int]
     session_id: int
     epoch: int
     new_token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -114,7 +127,8 @@ class SessionUpdate(_message.Message):
     budget: int
     drafter: str
     exit_depth: int
-    def __init__(self, session_id: _Optional[int] = ..., epoch: _Optional[int] = ..., new_token_ids: _Optional[_Iterable[int]] = ..., drafted: _Optional[int] = ..., accepted: _Optional[int] = ..., candidates: _Optional[_Iterable[_Union[Candidates, _Mapping]]] = ..., budget: _Optional[int] = ..., drafter: _Optional[str] = ..., exit_depth: _Optional[int] = ...) -> None: ...
+    nested: NestedWish
+    def __init__(self, session_id: _Optional[int] = ..., epoch: _Optional[int] = ..., new_token_ids: _Optional[_Iterable[int]] = ..., drafted: _Optional[int] = ..., accepted: _Optional[int] = ..., candidates: _Optional[_Iterable[_Union[Candidates, _Mapping]]] = ..., budget: _Optional[int] = ..., drafter: _Optional[str] = ..., exit_depth: _Optional[int] = ..., nested: _Optional[_Union[NestedWish, _Mapping]] = ...) -> None: ...
 
 class DraftRound(_message.Message):
     __slots__ = ("round_id", "hello", "opens", "closes", "updates", "deadline_us", "reset_shared_state")
@@ -167,20 +181,22 @@ class SessionDraft(_message.Message):
     def __init__(self, session_id: _Optional[int] = ..., epoch: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., parents: _Optional[_Iterable[int]] = ..., drafter: _Optional[str] = ..., exit_depth: _Optional[int] = ..., confidence: _Optional[_Iterable[float]] = ..., q: _Optional[_Iterable[_Union[DraftDistribution, _Mapping]]] = ..., error: _Optional[_Union[DraftError, str]] = ..., error_message: _Optional[str] = ...) -> None: ...
 
 class DraftReply(_message.Message):
-    __slots__ = ("round_id", "incarnation", "drafts", "candidates_wanted", "drafters", "service_us")
+    __slots__ = ("round_id", "incarnation", "drafts", "candidates_wanted", "drafters", "service_us", "shadows")
     ROUND_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     DRAFTS_FIELD_NUMBER: _ClassVar[int]
     CANDIDATES_WANTED_FIELD_NUMBER: _ClassVar[int]
     DRAFTERS_FIELD_NUMBER: _ClassVar[int]
     SERVICE_US_FIELD_NUMBER: _ClassVar[int]
+    SHADOWS_FIELD_NUMBER: _ClassVar[int]
     round_id: int
     incarnation: str
     drafts: _containers.RepeatedCompositeFieldContainer[SessionDraft]
     candidates_wanted: int
     drafters: _containers.RepeatedScalarFieldContainer[str]
     service_us: int
-    def __init__(self, round_id: _Optional[int] = ..., incarnation: _Optional[str] = ..., drafts: _Optional[_Iterable[_Union[SessionDraft, _Mapping]]] = ..., candidates_wanted: _Optional[int] = ..., drafters: _Optional[_Iterable[str]] = ..., service_us: _Optional[int] = ...) -> None: ...
+    shadows: _containers.RepeatedCompositeFieldContainer[SessionDraft]
+    def __init__(self, round_id: _Optional[int] = ..., incarnation: _Optional[str] = ..., drafts: _Optional[_Iterable[_Union[SessionDraft, _Mapping]]] = ..., candidates_wanted: _Optional[int] = ..., drafters: _Optional[_Iterable[str]] = ..., service_us: _Optional[int] = ..., shadows: _Optional[_Iterable[_Union[SessionDraft, _Mapping]]] = ...) -> None: ...
 
 class GetDraftWorkerStateRequest(_message.Message):
     __slots__ = ()
