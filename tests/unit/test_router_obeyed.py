@@ -109,19 +109,20 @@ def update(budget: int = 4, **fields: object) -> SessionUpdate:
 
 
 def test_the_nested_cap_leaves_other_drafters_alone(folder: Path) -> None:
-    prompt = (1, 2, 3, 1, 2, 3, 1, 2)
+    repeats, new = (1, 2, 3, 1, 2, 3, 1, 2), (1, 2, 3, 4, 5, 6, 7, 8)
 
-    def drafted(**fields: object) -> tuple[str, int]:
+    def drafted(prompt: tuple[int, ...], **fields: object) -> tuple[str, int]:
         pool = DrafterPool([nested(folder), PromptLookupDrafter()])
         pool.open(SessionOpen(1, prompt, len(prompt), DraftSampling(key=1)))
         pool.apply(update(**fields))
         (draft,) = pool.propose([update(**fields)])
         return draft.drafter, len(draft.token_ids)
 
-    assert drafted() == ("nested", 4)
-    assert drafted(nested=NestedWish(cap=2)) == ("nested", 2)
-    assert drafted(nested=NestedWish(cap=0)) == ("prompt_lookup", 4)
-    assert drafted(nested=NestedWish(cap=0), budget=0) == ("", 0)
+    assert drafted(new) == ("nested", 4)
+    assert drafted(new, nested=NestedWish(cap=2)) == ("nested", 2)
+    assert drafted(new, nested=NestedWish(cap=0)) == ("", 0)
+    assert drafted(repeats, nested=NestedWish(cap=0)) == ("prompt_lookup", 4)
+    assert drafted(repeats, nested=NestedWish(cap=0), budget=0) == ("", 0)
 
 
 def test_sessions_the_nested_drafter_passes_over_may_be_drafted_here() -> None:

@@ -211,6 +211,6 @@ def test_settings_refuse_what_they_do_not_know(tmp_path: Path) -> None:
         TrainSettings(base="b", data=("d",), out="o", exits=(4, 2))
     with pytest.raises(ValueError, match="exclude each other"):
         DataSettings(source="s", out="o", prompts="p", texts=("t",))
-    (tmp_path / "train.yaml").write_text("base: b\ndata: d\nout: o\nexits: [1, 2]\nsteps: 500\n")
+    (tmp_path / "train.yaml").write_text("base: b\ndata: [d]\nout: o\nexits: [1, 2]\nsteps: 500\n")
     settings = TrainSettings.read(tmp_path / "train.yaml", {"steps": 300, "lr": None})
     assert (settings.steps, settings.exits, settings.lr) == (300, (1, 2), 1e-3)
