@@ -137,7 +137,9 @@ class DraftPoolConfig(ConfigModel):
 
     replicas: int = Field(1, ge=0, description="Draft workers; 0 leaves the targets' local fallback.")
     drafters: tuple[DrafterName, ...] = Field(
-        ("prompt_lookup", "token_recycling"), description="Drafters in order of preference.", min_length=1
+        ("prompt_lookup", "token_recycling"),
+        description="Drafters in the order in which they are asked.",
+        min_length=1,
     )
     nested: NestedDrafterConfig | None = Field(None, description="Required when drafters lists nested.")
     local_drafting: bool = Field(

@@ -10,15 +10,12 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import ray
+from cluster.named_actor import CALL_TIMEOUT_S, ActorUnavailableError, NamedActor
 
 REGISTRY_NAME = "s2d-registry"
-REGISTRY_NAMESPACE = "s2d"
 LEASE_TTL_S = 3.0
 RENEW_INTERVAL_S = 1.0
-CALL_TIMEOUT_S = 1.0
 MAX_LEASES = 1024
 
 
@@ -80,56 +77,26 @@ class RegistryActor:
         return self._table.living()
 
 
-def _create_registry() -> Any:
-    """Blocking: a few calls to Ray's control service."""
-    return (
-        ray.remote(RegistryActor)
-        .options(
-            name=REGISTRY_NAME,
-            namespace=REGISTRY_NAMESPACE,
-            lifetime="detached",
-            get_if_exists=True,
-            num_cpus=0,
-            max_restarts=-1,
-            max_task_retries=0,
-        )
-        .remote()
-    )
-
-
 class RegistryClient:
     """Calls to the registry that never take longer than `timeout_s` and never raise for its absence."""
 
     def __init__(self, timeout_s: float = CALL_TIMEOUT_S) -> None:
-        self._timeout_s = timeout_s
-        self._actor: Any = None
+        self._actor = NamedActor(REGISTRY_NAME, RegistryActor, timeout_s)
         self._cached: list[Lease] = []
         self._cached_at = float("-inf")
-
-    async def _call(self, method: str, *args: object) -> Any:
-        """Raises TimeoutError or RayError; the handle is looked up again after either."""
-        try:
-            if self._actor is None:
-                async with asyncio.timeout(10 * self._timeout_s):
-                    self._actor = await asyncio.to_thread(_create_registry)
-            async with asyncio.timeout(self._timeout_s):
-                return await getattr(self._actor, method).remote(*args)
-        except (TimeoutError, ray.exceptions.RayError):
-            self._actor = None
-            raise
 
     async def renew(self, lease: Lease) -> bool:
         """Whether the registry took it."""
         try:
-            await self._call("renew", lease)
-        except (TimeoutError, ray.exceptions.RayError):
+            await self._actor.call("renew", lease)
+        except ActorUnavailableError:
             return False
         return True
 
     async def release(self, worker_id: str, incarnation: str) -> bool:
         try:
-            await self._call("release", worker_id, incarnation)
-        except (TimeoutError, ray.exceptions.RayError):
+            await self._actor.call("release", worker_id, incarnation)
+        except ActorUnavailableError:
             return False
         return True
 
@@ -138,8 +105,8 @@ class RegistryClient:
         last read: an address that no longer answers costs a reconnect attempt and nothing else."""
         if time.monotonic() - self._cached_at >= max_age_s:
             try:
-                self._cached = await self._call("living")
-            except (TimeoutError, ray.exceptions.RayError):
+                self._cached = await self._actor.call("living")
+            except ActorUnavailableError:
                 self._cached_at = time.monotonic()
                 return self._cached
             self._cached_at = time.monotonic()

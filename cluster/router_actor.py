@@ -12,29 +12,23 @@ import logging
 import time
 from typing import Any
 
-import ray
 from ray.experimental import internal_kv
 
-from cluster.registry import REGISTRY_NAMESPACE
+from cluster.named_actor import CALL_TIMEOUT_S, NAMESPACE, NamedActor
 from cluster.router.reports import Assignment, DraftReport, Pin, TargetReport
 from cluster.router.service import PinError, RouterService
 from cluster.telemetry.router_metrics import RouterMetrics
 
 logger = logging.getLogger(__name__)
 ROUTER_NAME = "s2d-router"
-CALL_TIMEOUT_S = 1.0
 STATE_KEY = "s2d-router-state"
 SAVE_INTERVAL_S = 1.0
-
-
-class RouterUnavailableError(Exception):
-    """The router does not answer."""
 
 
 def load_state() -> RouterService:
     """A router from the saved state; a new one where there is none, or it cannot be read."""
     try:
-        saved = internal_kv._internal_kv_get(STATE_KEY, namespace=REGISTRY_NAMESPACE)
+        saved = internal_kv._internal_kv_get(STATE_KEY, namespace=NAMESPACE)
         return RouterService() if saved is None else RouterService.restore(json.loads(saved))
     except Exception as error:  # whatever it is: a router that starts anew is better than none
         logger.warning("the router's saved state is not used: %s: %s", type(error).__name__, error)
@@ -43,7 +37,7 @@ def load_state() -> RouterService:
 
 def save_state(data: str) -> None:
     """Blocking: one call to the control service, which waits for it when it is away."""
-    internal_kv._internal_kv_put(STATE_KEY, data, overwrite=True, namespace=REGISTRY_NAMESPACE)
+    internal_kv._internal_kv_put(STATE_KEY, data, overwrite=True, namespace=NAMESPACE)
 
 
 class RouterActor:
@@ -117,30 +111,12 @@ class RouterActor:
             self._saving = None
 
 
-def _create_router() -> Any:
-    """Blocking: a few calls to Ray's control service."""
-    return (
-        ray.remote(RouterActor)
-        .options(
-            name=ROUTER_NAME,
-            namespace=REGISTRY_NAMESPACE,
-            lifetime="detached",
-            get_if_exists=True,
-            num_cpus=0,
-            max_restarts=-1,
-            max_task_retries=0,
-        )
-        .remote()
-    )
-
-
 class RouterClient:
     """Calls to the router that never take longer than about `timeout_s`."""
 
     def __init__(self, interval_s: float, timeout_s: float = CALL_TIMEOUT_S) -> None:
         self._interval_s = interval_s
-        self._timeout_s = timeout_s
-        self._actor: Any = None
+        self._actor = NamedActor(ROUTER_NAME, RouterActor, timeout_s)
 
     @property
     def interval_s(self) -> float:
@@ -148,46 +124,33 @@ class RouterClient:
         return self._interval_s
 
     async def report_target(self, report: TargetReport) -> Assignment | None:
-        """The assignment; None before the first one. Raises RouterUnavailableError."""
-        assignment: Assignment | None = await self._call("report_target", report, self._interval_s)
+        """The assignment; None before the first one. Raises ActorUnavailableError."""
+        assignment: Assignment | None = await self._actor.call("report_target", report, self._interval_s)
         return assignment
 
     async def report_draft(self, report: DraftReport) -> None:
-        """Raises RouterUnavailableError."""
-        await self._call("report_draft", report, self._interval_s)
+        """Raises ActorUnavailableError."""
+        await self._actor.call("report_draft", report, self._interval_s)
 
     async def forget_draft(self, worker_id: str) -> None:
-        """Raises RouterUnavailableError. A router that was not reached so far is not started for this."""
-        if self._actor is not None:
-            await self._call("forget_draft", worker_id)
+        """Raises ActorUnavailableError. A router that was not reached so far is not started for this."""
+        if self._actor.reached:
+            await self._actor.call("forget_draft", worker_id)
 
     async def pin(self, target: str, pin: Pin) -> None:
-        """Raises PinError, RouterUnavailableError."""
-        self._raise(await self._call("pin", target, pin))
+        """Raises PinError, ActorUnavailableError."""
+        self._raise(await self._actor.call("pin", target, pin))
 
     async def unpin(self, target: str) -> None:
-        """Raises PinError, RouterUnavailableError."""
-        self._raise(await self._call("unpin", target))
+        """Raises PinError, ActorUnavailableError."""
+        self._raise(await self._actor.call("unpin", target))
 
     async def view(self) -> dict[str, Any]:
-        """See `RouterService.view`. Raises RouterUnavailableError."""
-        body: dict[str, Any] = await self._call("view")
+        """See `RouterService.view`. Raises ActorUnavailableError."""
+        body: dict[str, Any] = await self._actor.call("view")
         return body
 
     @staticmethod
     def _raise(error: PinError | None) -> None:
         if error is not None:
             raise error
-
-    async def _call(self, method: str, *args: object) -> Any:
-        """The handle is looked up again after a failure: the actor may have been replaced."""
-        try:
-            if self._actor is None:
-                async with asyncio.timeout(10 * self._timeout_s):
-                    self._actor = await asyncio.to_thread(_create_router)
-            async with asyncio.timeout(self._timeout_s):
-                return await getattr(self._actor, method).remote(*args)
-        except (TimeoutError, ray.exceptions.RayError, ValueError) as error:
-            # ValueError: the name was taken, and freed, between Ray's look and its use.
-            self._actor = None
-            raise RouterUnavailableError(f"{type(error).__name__}: {error}") from error

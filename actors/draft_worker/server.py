@@ -246,6 +246,7 @@ def build_pool(config: PoolConfig) -> tuple[DrafterPool, DraftVocabulary | None]
             from actors.drafting.retokenised import RetokenisedDrafter
 
             nested = load_nested(config.nested, config.max_sessions, config.threads)
+            nested.drafter.profile()
             drafters.append(RetokenisedDrafter(nested.drafter, nested.vocab_size))
             tokenizer = nested.tokenizer
             vocabulary = DraftVocabulary(nested.vocab_size, tokenizer.vocab_hash, tokenizer)

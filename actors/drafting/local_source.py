@@ -111,7 +111,7 @@ class LocalDraftSource:
         return told
 
     def take_shadows(self) -> Sequence[SessionDraft]:
-        """None: there is no drafter with exits here."""
+        """None: drafting for scoring would hold up the caller's thread."""
         return ()
 
     def assign(self, worker_id: str | None) -> None:

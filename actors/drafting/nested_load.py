@@ -61,5 +61,4 @@ def load_nested(config: NestedConfig, max_sessions: int, threads: int) -> Loaded
         window=loaded.window,
         early_stop=EarlyStop(loaded.calibration, config.stop_threshold),
     )
-    drafter.profile()
     return LoadedNested(drafter, loaded.vocab_size, loaded.tokenizer)

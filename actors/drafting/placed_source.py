@@ -8,7 +8,7 @@ model) comes from the worker, and what the worker cannot give because it is away
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -124,13 +124,13 @@ class PlacedDraftSource:
             started = time.perf_counter()
             drafts.update(self._local.collect(here, timeout_s))
             # A round that absorbed a piece of a prompt instead of drafting says nothing of later ones.
-            if any(drafts[sid].token_ids for sid in here if sid in drafts):
+            if _drafted(drafts, here):
                 self._choice.local.observe(time.perf_counter() - started)
         if there:
             started = time.perf_counter()
             drafts.update(self._remote.collect(there, timeout_s))
             if self._remote.connected:
-                if any(drafts[sid].token_ids for sid in there if sid in drafts):
+                if _drafted(drafts, there):
                     self._choice.remote.observe(time.perf_counter() - started)
             else:
                 self._fall_back(there, drafts, timeout_s)
@@ -180,3 +180,7 @@ class PlacedDraftSource:
     def close(self) -> None:
         self._remote.close()
         self._local.close()
+
+
+def _drafted(drafts: Mapping[int, SessionDraft], wanted: Iterable[int]) -> bool:
+    return any(drafts[sid].token_ids for sid in wanted if sid in drafts)

@@ -78,7 +78,7 @@ class _Session:
 
 
 class DrafterPool:
-    """Drafters in order of preference, driven from one thread.
+    """The drafters of one process, driven from one thread.
 
     Every session is opened in, and every verdict told to, all drafters, so that any may be asked next. A
     session is served by the drafter it pins, otherwise by the one whose guess promises most (`DraftWorth`): a

@@ -26,7 +26,8 @@ class TaskPrompt:
 class TaskWriter:
     """Writes prompts about passages of `texts`.
 
-    Raises ValueError when none of the texts holds a passage of `SHORTEST` characters.
+    Raises ValueError when none of the texts holds a passage of `SHORTEST` characters, or none of the passages
+    a sentence to translate.
     """
 
     def __init__(self, texts: Sequence[str], seed: int) -> None:
@@ -34,6 +35,8 @@ class TaskWriter:
         self._passages = [p for text in texts if len(p := passage(text)) >= SHORTEST]
         if not self._passages:
             raise ValueError(f"no text has a passage of {SHORTEST} characters")
+        if not any(map(_middling, self._passages)):
+            raise ValueError("no passage has a sentence to translate, of 30 to 250 characters")
         self._tasks: dict[str, Callable[[], str]] = {
             "chat": self._chat,
             "translation": self._translation,
@@ -64,8 +67,9 @@ class TaskWriter:
         return self._pick(self._passages)
 
     def _sentence(self) -> str:
-        sentences = [s for s in split_sentences(self._passage()) if 30 <= len(s) <= 250]
-        return self._pick(sentences) if sentences else self._sentence()
+        while not (sentences := _middling(self._passage())):
+            pass  # the constructor saw a passage that has some
+        return self._pick(sentences)
 
     def _chat(self) -> str:
         return self._pick(t.INSTRUCTIONS).format(
@@ -117,6 +121,11 @@ def passage(text: str) -> str:
             break
         kept = f"{kept} {sentence}".strip()
     return kept
+
+
+def _middling(text: str) -> list[str]:
+    """Sentences worth translating."""
+    return [s for s in split_sentences(text) if 30 <= len(s) <= 250]
 
 
 def split_sentences(text: str) -> list[str]:

@@ -19,7 +19,9 @@ bench = typer.Typer(
 Engines = Annotated[
     list[str] | None,
     typer.Option(
-        "--engine", "-e", help="s2d-plain, s2d-auto, s2d-DRAFTER, a peer, or NAME=URL; may be repeated."
+        "--engine",
+        "-e",
+        help="s2d-plain, s2d-auto, s2d-all, s2d-model-free, s2d-DRAFTER, a peer, or NAME=URL; repeatable.",
     ),
 ]
 Baseline = Annotated[str | None, typer.Option(help="Engine that ratios refer to; the first by default.")]

@@ -15,8 +15,9 @@ from ray import serve
 
 from cluster.config import DraftPoolConfig, RouterConfig
 from cluster.deployments.routing import DraftReports
+from cluster.named_actor import ActorUnavailableError
 from cluster.registry import RENEW_INTERVAL_S, Lease, RegistryClient
-from cluster.router_actor import RouterClient, RouterUnavailableError
+from cluster.router_actor import RouterClient
 
 logger = logging.getLogger(__name__)
 STOP_GRACE_S = 2.0
@@ -74,7 +75,7 @@ class DraftPool:
             reporter.cancel()
         await asyncio.gather(*filter(None, (renewer, reporter)), return_exceptions=True)
         if self._router is not None:
-            with contextlib.suppress(RouterUnavailableError):
+            with contextlib.suppress(ActorUnavailableError):
                 await self._router.forget_draft(self._lease.id)
         await self._registry.release(self._lease.id, self._lease.incarnation)
         await self._server.stop(STOP_GRACE_S)

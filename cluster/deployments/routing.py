@@ -18,8 +18,9 @@ from actors.engine.async_engine import EngineUnavailable
 from actors.engine.messages import EngineStats
 from actors.sampling.params import MAX_DRAFT_TOKENS
 from cluster.config import DraftPoolConfig, SpeculationConfig
+from cluster.named_actor import ActorUnavailableError
 from cluster.router.reports import Assignment, DraftReport, ExitAcceptance, TargetReport
-from cluster.router_actor import RouterClient, RouterUnavailableError
+from cluster.router_actor import RouterClient
 
 logger = logging.getLogger(__name__)
 
@@ -51,27 +52,17 @@ def engine_assignment(
     not its business either, and neither is the copy of a target that `holds_draft`: what it costs there is
     measured there, and only what an operator fixed holds for it.
     """
-    if holds_draft and assignment.worker_id is not None:
-        return DraftAssignment(
-            worker_id=assignment.worker_id,
-            exit_depth=assignment.depth or None if assignment.exits_pinned else None,
-            nested_cap=assignment.cap if assignment.cap_pinned else None,
-            cap=assignment.cap if assignment.cap_pinned else MAX_DRAFT_TOKENS,
-            shadow=_shadow(assignment),
-        )
-    everything = assignment.cap_pinned or (only_nested and assignment.worker_id is not None)
+    remote = assignment.worker_id is not None
+    own = holds_draft and remote
+    everything = assignment.cap_pinned or (only_nested and remote and not own)
+    shadow = assignment.shadow
     return DraftAssignment(
         worker_id=assignment.worker_id,
-        exit_depth=assignment.depth or None,
-        nested_cap=assignment.cap,
+        exit_depth=None if own and not assignment.exits_pinned else assignment.depth or None,
+        nested_cap=None if own and not assignment.cap_pinned else assignment.cap,
         cap=assignment.cap if everything else MAX_DRAFT_TOKENS,
-        shadow=_shadow(assignment),
+        shadow=None if shadow is None else Shadow(shadow.exit, shadow.length, shadow.share),
     )
-
-
-def _shadow(assignment: Assignment) -> Shadow | None:
-    shadow = assignment.shadow
-    return None if shadow is None else Shadow(shadow.exit, shadow.length, shadow.share)
 
 
 @dataclass(slots=True)
@@ -156,7 +147,7 @@ class TargetRouting:
                         answer, only_nested=self._only_nested, holds_draft=stats.drafting.holds_draft
                     )
                 )
-        except RouterUnavailableError as error:
+        except ActorUnavailableError as error:
             self._say(f"the router does not answer ({error}); the last assignment stays")
         except (EngineUnavailable, TimeoutError) as error:
             self._say(f"nothing was reported to the router: {type(error).__name__}: {error}")
@@ -204,7 +195,7 @@ class DraftReports:
         while True:
             try:
                 await client.report_draft(self.build(time.monotonic()))
-            except RouterUnavailableError as error:
+            except ActorUnavailableError as error:
                 logger.debug("the router does not answer: %s", error)
             except Exception:  # reporting goes on whatever it was
                 logger.exception("a report to the router failed")

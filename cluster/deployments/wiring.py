@@ -68,7 +68,7 @@ def draft_source(
     `own_nested_threads`: compute threads of a copy of the nested drafter in this process; None for no copy.
     """
     nested = None
-    if own_nested_threads is not None and pool.nested is not None and "nested" in pool.drafters:
+    if own_nested_threads is not None and pool.nested is not None:
         nested = own_nested(pool.nested, identity, max_sessions, own_nested_threads)
     local = LocalDraftSource(local_drafters(max_sessions, nested))
     if not pool.replicas:

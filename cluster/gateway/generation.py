@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from actors.target_worker.messages import (
     GenerationChunk,
+    GenerationRequest,
     PositionLogprobs,
     SpeculationStats,
     Usage,
@@ -19,6 +20,7 @@ from cluster.gateway.errors import ApiError, from_request_error, internal, not_r
 from cluster.gateway.models import ModelClient
 from cluster.gateway.openai_params import Job
 from cluster.gateway.resume import generate
+from cluster.gateway.streams import merged
 
 logger = logging.getLogger(__name__)
 QUEUE_CHUNKS = 64
@@ -70,47 +72,41 @@ async def run_job(
     Closing the generator cancels every request at its worker at once. Raises `ApiError` for an error chunk,
     504 after `timeout_s`, 503 while draining and when resuming `max_resumes` times did not help.
     """
-    queue: asyncio.Queue[tuple[int, GenerationChunk | ApiError | None]] = asyncio.Queue(QUEUE_CHUNKS)
-
-    async def pump(index: int) -> None:
-        stream = generate(client, job.requests[index], max_resumes, on_resume)
-        try:
-            async for chunk in stream:
-                await queue.put((index, chunk))
-            await queue.put((index, None))
-        except ApiError as error:
-            await queue.put((index, error))
-        except Exception:
-            logger.exception("the stream of request %s failed", job.requests[index].request_id)
-            await queue.put((index, internal("the target worker failed")))
-        finally:
-            await stream.aclose()
-
+    streams = [
+        _reported(generate(client, request, max_resumes, on_resume), request) for request in job.requests
+    ]
     # A deadline, because a generator may be resumed from another task than the one that began it.
     deadline = time.monotonic() + timeout_s
     with in_flight.track():
-        pumps = [asyncio.create_task(pump(i)) for i in range(len(job.requests))]
-        open_streams = len(pumps)
+        async with contextlib.aclosing(merged(streams, QUEUE_CHUNKS)) as chunks:
+            while True:
+                try:
+                    # asyncio.timeout, not wait_for, which may swallow a cancellation (Python 3.11).
+                    async with asyncio.timeout(deadline - time.monotonic()):
+                        index, chunk = await anext(chunks)
+                except StopAsyncIteration:
+                    return
+                except TimeoutError as error:
+                    message = f"the request took longer than {timeout_s:g} s"
+                    raise ApiError(504, message, type="timeout", code="timeout") from error
+                if chunk.error is not None:
+                    raise from_request_error(chunk.error, job.param_names)
+                yield index, chunk
+
+
+async def _reported(
+    chunks: AsyncGenerator[GenerationChunk, None], request: GenerationRequest
+) -> AsyncGenerator[GenerationChunk, None]:
+    """Logs a failure that no client caused, and raises it as one that clients may see."""
+    async with contextlib.aclosing(chunks):
         try:
-            while open_streams:
-                # asyncio.timeout, not wait_for, which may swallow a cancellation (Python 3.11).
-                async with asyncio.timeout(deadline - time.monotonic()):
-                    index, item = await queue.get()
-                if item is None:
-                    open_streams -= 1
-                    continue
-                if isinstance(item, ApiError):
-                    raise item
-                if item.error is not None:
-                    raise from_request_error(item.error, job.param_names)
-                yield index, item
-        except TimeoutError as error:
-            message = f"the request took longer than {timeout_s:g} s"
-            raise ApiError(504, message, type="timeout", code="timeout") from error
-        finally:
-            for task in pumps:
-                task.cancel()
-            await asyncio.gather(*pumps, return_exceptions=True)
+            async for chunk in chunks:
+                yield chunk
+        except ApiError:
+            raise
+        except Exception as error:
+            logger.exception("the stream of request %s failed", request.request_id)
+            raise internal("the target worker failed") from error
 
 
 async def prefetch(

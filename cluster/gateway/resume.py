@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 from actors.target_worker.messages import GenerationChunk, GenerationRequest
 from cluster.gateway.errors import ApiError, from_request_error, not_ready
 from cluster.gateway.models import ModelClient
+from cluster.gateway.streams import aclose, merged
 
 logger = logging.getLogger(__name__)
 FIRST_DELAY_S = 0.25
@@ -44,7 +45,7 @@ async def generate(
     resumes = 0
     while True:
         failure: ApiError = not_ready("the worker ended the stream early; send the request again")
-        async with aclosing(_merged(client, _rest(request, choices))) as chunks:
+        async with aclosing(_chunks(client, _rest(request, choices))) as chunks:
             try:
                 async for chunk in chunks:
                     if chunk.error is not None and chunk.error.kind == "unavailable":
@@ -91,7 +92,7 @@ def _rest(request: GenerationRequest, choices: Sequence[_Choice]) -> list[Genera
     ]
 
 
-async def _merged(
+async def _chunks(
     client: ModelClient, requests: Sequence[GenerationRequest]
 ) -> AsyncGenerator[GenerationChunk, None]:
     """Chunks of several requests as they come; the first failure ends all."""
@@ -103,38 +104,6 @@ async def _merged(
         finally:
             await aclose(stream)
         return
-    queue: asyncio.Queue[GenerationChunk | BaseException | None] = asyncio.Queue(_QUEUE_CHUNKS)
-
-    async def pump(request: GenerationRequest) -> None:
-        stream = client.generate(request)
-        try:
-            async for chunk in stream:
-                await queue.put(chunk)
-            await queue.put(None)
-        except Exception as error:
-            await queue.put(error)
-        finally:
-            await aclose(stream)
-
-    pumps = [asyncio.create_task(pump(request)) for request in requests]
-    try:
-        running = len(pumps)
-        while running:
-            item = await queue.get()
-            if item is None:
-                running -= 1
-            elif isinstance(item, BaseException):
-                raise item
-            else:
-                yield item
-    finally:
-        for task in pumps:
-            task.cancel()
-        await asyncio.gather(*pumps, return_exceptions=True)
-
-
-async def aclose(stream: AsyncIterator[GenerationChunk]) -> None:
-    """Close a stream if it can be closed (async generators can)."""
-    close = getattr(stream, "aclose", None)
-    if close is not None:
-        await close()
+    async with aclosing(merged([client.generate(request) for request in requests], _QUEUE_CHUNKS)) as chunks:
+        async for _, chunk in chunks:
+            yield chunk

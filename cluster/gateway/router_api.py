@@ -15,9 +15,9 @@ from cluster.gateway.errors import ApiError, invalid, not_ready
 from cluster.gateway.openai_schema import Body
 from cluster.gateway.routes import Gateway, parse
 from cluster.gateway.sse import JsonResponse, to_jsonable
+from cluster.named_actor import ActorUnavailableError
 from cluster.router.reports import Pin
 from cluster.router.service import PinError
-from cluster.router_actor import RouterUnavailableError
 
 T = TypeVar("T")
 CALL_TIMEOUT_S = 12.0
@@ -26,7 +26,7 @@ OFF = "no router runs: it is disabled, or the draft pool has no nested drafter"
 
 
 class RouterControl(Protocol):
-    """The router, however it is reached. Raises PinError and RouterUnavailableError."""
+    """The router, however it is reached. Raises PinError and ActorUnavailableError."""
 
     async def view(self) -> dict[str, Any]: ...
 
@@ -68,7 +68,7 @@ async def _ask(call: Awaitable[T]) -> T:
                 404, error.message, type="not_found_error", param="target", code="target_not_found"
             ) from error
         raise invalid(error.field, error.message) from error
-    except (RouterUnavailableError, TimeoutError) as error:
+    except (ActorUnavailableError, TimeoutError) as error:
         raise not_ready("the router does not answer; assignments stay as they are") from error
 
 

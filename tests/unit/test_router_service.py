@@ -27,10 +27,10 @@ from cluster.config import ClusterConfig, DraftPoolConfig, RouterConfig, Specula
 from cluster.deployments.routing import DraftReports, TargetReports, TargetRouting
 from cluster.gateway.http_app import build_http_app
 from cluster.gateway.routes import Gateway
+from cluster.named_actor import ActorUnavailableError
 from cluster.router import service as service_module
 from cluster.router.reports import Assignment, ExitAcceptance, Pin, TargetReport
 from cluster.router.service import SETTLE_INTERVALS, PinError, RouterService
-from cluster.router_actor import RouterUnavailableError
 from tests.exactness.harness import make_engine, tiny_llama, torch_runner
 from tests.unit.fake_target import FakeTarget, gateway
 from tests.unit.test_router import key, target, worker
@@ -235,7 +235,7 @@ class InProcess:
 
     def _answers(self) -> RouterService:
         if self.away:
-            raise RouterUnavailableError("away")
+            raise ActorUnavailableError("away")
         self.now += 1.0
         return self.service
 

@@ -48,5 +48,7 @@ def test_a_passage_is_whole_sentences_and_no_longer() -> None:
 def test_what_cannot_be_written_is_refused() -> None:
     with pytest.raises(ValueError, match="no text has a passage of 200 characters"):
         TaskWriter(["short."], seed=0)
+    with pytest.raises(ValueError, match="no passage has a sentence to translate"):
+        TaskWriter(["Far too short. " * 40], seed=0)
     with pytest.raises(ValueError, match=r"no 600 different prompts: summarization has no more"):
         TaskWriter([TEXT], seed=0).prompts(600)

@@ -1,0 +1,51 @@
+"""Several streams of chunks as one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+async def merged(streams: Sequence[AsyncIterator[T]], size: int) -> AsyncGenerator[tuple[int, T], None]:
+    """(index of its stream, item) as they come, `size` of them read ahead at most.
+
+    The first exception of a stream ends all and is raised, after what came before it. Closing the generator
+    closes every stream.
+    """
+    queue: asyncio.Queue[tuple[int, T] | Exception | None] = asyncio.Queue(size)
+
+    async def pump(index: int, stream: AsyncIterator[T]) -> None:
+        try:
+            async for item in stream:
+                await queue.put((index, item))
+            await queue.put(None)
+        except Exception as error:
+            await queue.put(error)
+        finally:
+            await aclose(stream)
+
+    pumps = [asyncio.create_task(pump(index, stream)) for index, stream in enumerate(streams)]
+    try:
+        running = len(pumps)
+        while running:
+            entry = await queue.get()
+            if entry is None:
+                running -= 1
+            elif isinstance(entry, Exception):
+                raise entry
+            else:
+                yield entry
+    finally:
+        for task in pumps:
+            task.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)
+
+
+async def aclose(stream: AsyncIterator[T]) -> None:
+    """Close a stream if it can be closed (async generators can)."""
+    close = getattr(stream, "aclose", None)
+    if close is not None:
+        await close()
