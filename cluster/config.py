@@ -95,6 +95,12 @@ class NestedDrafterConfig(ConfigModel):
     )
     dtype: DTypeName = "bfloat16"
     kv_blocks: int = Field(512, ge=8, description="KV blocks of 32 tokens.")
+    context: int | None = Field(
+        None,
+        ge=32,
+        description="Tokens of a session that the draft reads at most, the last ones: bounds its KV and the "
+        "time to read a prompt, which shallow drafts gain little from. Null: all of them.",
+    )
     stop_threshold: float | None = Field(
         None,
         gt=0.0,

@@ -93,6 +93,8 @@ class NestedDrafter:
         heads: how exits are read; None: through the runner's own norm and head.
         window: the draft's attention window in tokens. Of a session, KV of the last `WINDOWS_KEPT` windows is
             kept, however long it grows; a longer prompt is absorbed from there.
+        context: tokens of a session that are read at most, in whole KV blocks; None for all that there are.
+            The same bound for a draft without a window: it drafts from what came last, at its own positions.
         early_stop: turns confidence into acceptance, and says when a draft ends before its budget.
     """
 
@@ -112,6 +114,7 @@ class NestedDrafter:
         keep_rounds: int = 64,
         heads: ExitHeads | None = None,
         window: int | None = None,
+        context: int | None = None,
         early_stop: EarlyStop | None = None,
     ) -> None:
         self._runner, self._heads = runner, heads or ExitHeads()
@@ -128,7 +131,8 @@ class NestedDrafter:
         self._thresholds = None if thresholds is None else tuple(thresholds)
         self._default = 0 if default_exit is None else self.exits.index(default_exit)
         self._max_model_len = runner.info.max_model_len
-        self._kept = None if window is None else WINDOWS_KEPT * window
+        bounds = [n for n in (window and WINDOWS_KEPT * window, context) if n]
+        self._kept = min(bounds, default=None)
         self._early_stop = early_stop or EarlyStop()
         if self._early_stop.curves and len(self._early_stop.curves) != len(exits):
             raise ValueError("early_stop needs curves for every exit, or none")

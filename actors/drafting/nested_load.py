@@ -30,6 +30,9 @@ class NestedConfig(Protocol):
     def kv_blocks(self) -> int: ...
 
     @property
+    def context(self) -> int | None: ...
+
+    @property
     def stop_threshold(self) -> float | None: ...
 
 
@@ -59,6 +62,7 @@ def load_nested(config: NestedConfig, max_sessions: int, threads: int) -> Loaded
         max_sessions=max_sessions,
         heads=loaded.heads,
         window=loaded.window,
+        context=config.context,
         early_stop=EarlyStop(loaded.calibration, config.stop_threshold),
     )
     return LoadedNested(drafter, loaded.vocab_size, loaded.tokenizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from actors.drafting.draft_load import load_draft
 from actors.models.load import load_runner
@@ -16,7 +17,7 @@ from actors.training.token_store import DataError, TokenSequence, iter_shards, r
 
 def run_evaluation(settings: EvalSettings, say: Callable[[str], None] = lambda message: None) -> str:
     """Measure, write the report, and return its table. Raises ArtifactError, DataError, ValueError."""
-    sequences = _sequences(settings)
+    sequences = [_tail(s, settings.prompt_tail) for s in _sequences(settings)]
     longest = max(max(len(s.ids) for s in sequences), settings.context + 64 + settings.repeats)
     draft = load_draft(
         settings.base,
@@ -74,3 +75,9 @@ def _sequences(settings: EvalSettings) -> list[TokenSequence]:
     if not found:
         raise DataError(f"{settings.data} holds no greedy answer to measure on")
     return found[: settings.max_sequences]
+
+
+def _tail(sequence: TokenSequence, prompt_tail: int | None) -> TokenSequence:
+    """The sequence without the beginning of its prompt. Rotation is relative, so positions begin anew."""
+    cut = 0 if prompt_tail is None else max(0, sequence.labels_from - prompt_tail)
+    return replace(sequence, ids=sequence.ids[cut:], labels_from=sequence.labels_from - cut)

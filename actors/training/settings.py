@@ -182,5 +182,8 @@ class EvalSettings(SettingsModel):
     )
     max_sequences: int | None = Field(None, ge=1, description="Conversations measured; null for all.")
     max_chain: int = Field(8, ge=1, le=16, description="Longest chain simulated.")
+    prompt_tail: int | None = Field(
+        None, ge=1, description="Tokens of each prompt that the draft reads, the last ones; null for all."
+    )
     context: int = Field(256, ge=1, description="Tokens in front when cost is measured.")
     repeats: int = Field(30, ge=3, description="Times a cost is measured; the median counts.")

@@ -237,6 +237,9 @@ def evaluate(
     target: Annotated[str | None, typer.Option(help="The target, to measure its cost.")] = None,
     results: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of table and picture.")] = None,
     max_sequences: Annotated[int | None, typer.Option(min=1, help="Answers measured.")] = None,
+    prompt_tail: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of each prompt that the draft reads, the last ones.")
+    ] = None,
     dtype: DType = None,
     device: Device = None,
     threads: Threads = None,
@@ -251,6 +254,7 @@ def evaluate(
             {
                 "base": base, "artifact": artifact, "exits": tuple(exits) if exits else None, "data": folder,
                 "heldout": heldout, "target": target, "out": results, "max_sequences": max_sequences,
+                "prompt_tail": prompt_tail,
                 "dtype": dtype, "device": device, "threads": threads,
             },
         )  # fmt: skip

@@ -414,6 +414,13 @@ def test_evaluation_reports_every_exit(base: Path, data: DataSettings, trained: 
         assert report["tokens_per_round"] == sorted(report["tokens_per_round"])
         assert 1 <= report["tokens_per_round"][0] <= 2
         assert report["draft_s"] > 0
+
+    def agreement(prompt_tail: int) -> list[float]:
+        run_evaluation(settings.model_copy(update={"prompt_tail": prompt_tail}))
+        return [e["agreement"] for e in json.loads((tmp_path / "eval.json").read_text())["exits"]]
+
+    assert agreement(10_000) == [e["agreement"] for e in found["exits"]]
+    assert agreement(1) != agreement(10_000)
     untrained = run_evaluation(settings.model_copy(update={"artifact": None, "exits": (1, 2)}))
     before = json.loads((tmp_path / "eval.json").read_text())
     assert untrained

@@ -232,6 +232,22 @@ def test_long_prompts_are_absorbed_in_the_background_only() -> None:
     assert len(propose(drafter, 0, 3, exit_depth=LAYERS).token_ids) == 3
 
 
+@pytest.mark.parametrize("depth", EXITS)
+def test_a_bounded_context_drafts_as_if_the_session_began_there(depth: int) -> None:
+    """Rotation is relative: the tail of a session at its own positions is the tail alone."""
+    drafter = NestedDrafter(runner(8), EXITS, context=BLOCK_SIZE + 5, max_sessions=4)
+    prompt = [(11 * i + i * i) % VOCAB for i in range(7 * BLOCK_SIZE - 9)]
+    first = (len(prompt) - BLOCK_SIZE - 5) // BLOCK_SIZE * BLOCK_SIZE
+    open_session(drafter, 0, prompt)
+    propose(drafter, 0, 1, depth)  # says that it is wanted, and how deep
+    absorb(drafter)
+    tail = prompt[first:]
+    for token in propose(drafter, 0, 4, depth).token_ids:
+        assert token == int(fresh_logits(tail, depth).argmax())
+        tail.append(token)
+    assert drafter.kv_blocks_used <= 3
+
+
 def test_thresholds_choose_the_exit() -> None:
     for taus, depth in (((0.0, 0.0), 1), ((1.0, 0.0), 3), ((1.0, 1.0), LAYERS)):
         drafter = NestedDrafter(runner(), EXITS, thresholds=taus)
