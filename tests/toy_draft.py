@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from actors.models.draft_artifact import DraftWeights, save_artifact
-from actors.models.draft_card import DraftCard, StorageName, base_hash
+from actors.models.draft_card import DraftCard, StatesCard, StorageName, base_hash
 from actors.models.llama_load import load_llama_weights
 from actors.models.llama_weights import LlamaLayerWeights, LlamaWeights
 from actors.text.tokenizer import TextTokenizer
@@ -18,6 +18,7 @@ from tests.exactness.harness import tiny_llama
 from tests.toy import toy_tokenizer
 
 TOY_VOCAB = 320
+STATE_WIDTH = 24
 TOY_CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -63,10 +64,12 @@ def toy_draft(
     draft_vocab: int = 100,
     window: int | None = None,
     dtype: StorageName = "bfloat16",
+    reads_states: bool = False,
     **card: object,
 ) -> tuple[DraftCard, DraftWeights]:
     """Write an artifact near the base's own first layers; returns what was written."""
     weights = base_weights(base)
+    hidden = weights.embed.shape[1]
     generator = torch.Generator().manual_seed(1)
 
     def near(tensor: Tensor) -> Tensor:
@@ -89,22 +92,26 @@ def toy_draft(
     made = DraftWeights(
         layers=tuple(layer(i) for i in range(exits[-1])),
         exit_layers=tuple(layer(-1) for _ in exits) if exit_layers else (),
-        norms=near(torch.ones(len(exits) if exit_norms else 1, weights.embed.shape[1])),
+        norms=near(torch.ones(len(exits) if exit_norms else 1, hidden)),
         head=near(weights.head[ids]),
         head_ids=ids,
+        state_in=0.3 * torch.randn(hidden, STATE_WIDTH, generator=generator).bfloat16()
+        if reads_states
+        else None,
     )
     fields: dict[str, object] = {
         "base": "toy",
         "base_hash": base_hash(weights),
         "tokenizer_hash": TextTokenizer(base).vocab_hash,
         "vocab_size": TOY_VOCAB,
-        "hidden_size": weights.embed.shape[1],
+        "hidden_size": hidden,
         "exits": exits,
         "exit_layers": exit_layers,
         "exit_norms": exit_norms,
         "draft_vocab": draft_vocab,
         "window": window,
         "dtype": dtype,
+        "states": StatesCard(model="toy", source_hash="f00d", width=STATE_WIDTH) if reads_states else None,
     }
     made_card = DraftCard.model_validate({**fields, **card})
     save_artifact(path, made_card, made)

@@ -27,13 +27,15 @@ from actors.models.runner import BLOCK_SIZE, LayeredRunner, RaggedBatch
 class DeferredSequence:
     """`lengths[s]` tokens have KV in segment s; the states of tokens lengths[s] .. lengths[feeds[s]] wait for
     it, and for segment 0 (fed by -1, the tokens) those of lengths[0] .. len(tokens). Of the tokens before
-    `first`, a multiple of BLOCK_SIZE, no KV is kept (`DeferredKv.slide`); `blocks` begin there."""
+    `first`, a multiple of BLOCK_SIZE, no KV is kept (`DeferredKv.slide`); `blocks` begin there. `inputs`
+    holds, by index, what a token brings to segment 0 beside its embedding, float32 [H]."""
 
     tokens: list[int]
     lengths: list[int]
     feeds: tuple[int, ...]
     blocks: list[int] = field(default_factory=list)
     first: int = 0
+    inputs: dict[int, Tensor] = field(default_factory=dict)
 
     def slot(self, index: int) -> int:
         """KV slot of the token at an index."""
@@ -131,6 +133,8 @@ class DeferredKv:
         seq.blocks = seq.blocks[gone:]
         seq.first = first
         seq.lengths = [max(n, first) for n in seq.lengths]
+        for index in [i for i in seq.inputs if i < first]:
+            del seq.inputs[index]
 
     def advance(self, seqs: Sequence[DeferredSequence], segment: int, counts: Sequence[int]) -> Tensor:
         """Run the next `counts[r] >= 1` waiting tokens of each sequence through a segment.
@@ -154,13 +158,25 @@ class DeferredKv:
             device=self._device,
         )
         feed = self._feeds[segment]
-        hidden = self._runner.embed(batch.token_ids) if feed < 0 else self._states[feed][slots]
+        hidden = self._embedded(batch, seqs, spans) if feed < 0 else self._states[feed][slots]
         hidden = self._runner.run_layers(hidden, *self._ranges[segment], batch)
         if segment in self._states:
             self._states[segment][slots] = hidden
         for seq, span in zip(seqs, spans, strict=True):
             seq.lengths[segment] = span.stop
         return hidden[batch.logit_rows]
+
+    def _embedded(
+        self, batch: RaggedBatch, seqs: Sequence[DeferredSequence], spans: Sequence[range]
+    ) -> Tensor:
+        hidden = self._runner.embed(batch.token_ids)
+        if any(seq.inputs for seq in seqs):
+            brought = [seq.inputs.get(i) for seq, span in zip(seqs, spans, strict=True) for i in span]
+            rows = [row for row, value in enumerate(brought) if value is not None]
+            if rows:
+                added = torch.stack([value for value in brought if value is not None])
+                hidden.index_add_(0, torch.tensor(rows, device=hidden.device), added)
+        return hidden
 
     def _batch(self, seqs: Sequence[DeferredSequence], spans: Sequence[range]) -> RaggedBatch:
         starts = [0]

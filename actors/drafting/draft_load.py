@@ -33,7 +33,7 @@ from actors.text.tokenizer import TextTokenizer
 @dataclass(frozen=True, slots=True)
 class LoadedDraft:
     """A target shares the hash of `tokenizer`, or is re-tokenised for. `vocab_size` includes padding. `card`
-    is None without an artifact."""
+    is None without an artifact. `state_in`: float32 [H, S], None for a draft that reads no states."""
 
     runner: LayeredRunner
     exits: tuple[int, ...]
@@ -41,6 +41,12 @@ class LoadedDraft:
     vocab_size: int
     tokenizer: TextTokenizer
     card: DraftCard | None
+    state_in: Tensor | None = None
+
+    def state_in_for(self, source_hash: str) -> Tensor | None:
+        """What reads the states of the target with this hash; None for another than the draft has learned."""
+        states = None if self.card is None else self.card.states
+        return self.state_in if states is not None and states.source_hash == source_hash else None
 
     @property
     def window(self) -> int | None:
@@ -140,8 +146,9 @@ def _load_trained(
         own_layers=card.exit_layers,
         eps=base.rms_norm_eps,
     )
+    state_in = None if draft.state_in is None else draft.state_in.float().to(device)
     return LoadedDraft(
-        BorrowedEmbedding(runner, base.embed), card.exits, heads, card.vocab_size, tokenizer, card
+        BorrowedEmbedding(runner, base.embed), card.exits, heads, card.vocab_size, tokenizer, card, state_in
     )
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from actors.drafting.coupling import Coupling
     from actors.drafting.foreign import ForeignTarget
     from actors.text.tokenizer_file import TokenizerFile
@@ -21,6 +23,8 @@ NESTED = "nested"
 MAX_HELD_CANDIDATES = 256
 """Verified rows of a session that a source keeps for learning drafters until it tells them; older ones are
 dropped."""
+MAX_HELD_STATES = 64
+"""Updates whose states a source keeps until it tells them; drafters that read states take the last ones."""
 
 DraftErrorCode = Literal["unknown_session", "stale_epoch", "capacity", "unsupported", "internal"]
 
@@ -82,6 +86,8 @@ class SessionUpdate:
         drafters; empty unless the source asked for them.
     budget: draft tokens wanted next, 0 for none. drafter, exit_depth: pinned, or None.
     nested: what a router wants of the nested drafter, None for nothing.
+    states: float32 [n, S], the target's last hidden state, before its final norm, where it emitted each of
+        the last n new tokens, for drafters in this process that read them; else None. They cross no wire.
     """
 
     session_id: int
@@ -94,6 +100,7 @@ class SessionUpdate:
     drafter: str | None = None
     exit_depth: int | None = None
     nested: NestedWish | None = None
+    states: Tensor | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,13 +177,15 @@ class Drafter(Protocol):
 class TargetIdentity:
     """What drafters must know of the target worker that they draft for. `vocab_size` is the number of logits;
     `tokenizer_hash` is equal for two models exactly when drafts may cross unchanged; `tokenizer` gives the
-    tokenizer to a draft worker whose own is another."""
+    tokenizer to a draft worker whose own is another. `states_hash` identifies weights whose hidden states
+    this target can give, empty for a target that gives none."""
 
     target_id: str
     model: str
     vocab_size: int
     tokenizer_hash: str = ""
     tokenizer: Callable[[], TokenizerFile] | None = field(default=None, compare=False, repr=False)
+    states_hash: str = field(default="", compare=False)
 
 
 class DraftSource(Protocol):
@@ -196,6 +205,11 @@ class DraftSource(Protocol):
     @property
     def wants_candidates(self) -> int:
         """Candidates wanted per verified row, 0 for none."""
+        ...
+
+    @property
+    def wants_states(self) -> bool:
+        """Whether updates are to come with the target's states."""
         ...
 
     def open(self, session: SessionOpen) -> None: ...

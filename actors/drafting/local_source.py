@@ -7,8 +7,17 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
+from torch import Tensor
+
 from actors.drafting.errors import DrafterError
-from actors.drafting.interface import MAX_HELD_CANDIDATES, SessionDraft, SessionOpen, SessionUpdate
+from actors.drafting.interface import (
+    MAX_HELD_CANDIDATES,
+    MAX_HELD_STATES,
+    SessionDraft,
+    SessionOpen,
+    SessionUpdate,
+)
 from actors.drafting.selector import DrafterPool
 
 logger = logging.getLogger(__name__)
@@ -22,6 +31,7 @@ class _Session:
     epoch: int = 0
     tokens: list[int] = field(default_factory=list)
     candidates: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)
     wish: SessionUpdate | None = None
     error: DrafterError | None = None
 
@@ -53,6 +63,10 @@ class LocalDraftSource:
     def wants_candidates(self) -> int:
         return self._pool.wants_candidates
 
+    @property
+    def wants_states(self) -> bool:
+        return self._pool.wants_states
+
     def open(self, session: SessionOpen) -> None:
         self._sessions[session.session_id] = _Session(replace(session, epoch=0))
 
@@ -65,6 +79,9 @@ class LocalDraftSource:
             session.tokens.extend(update.new_tokens)
             session.candidates.extend(update.candidates)
             del session.candidates[:-MAX_HELD_CANDIDATES]
+            if update.states is not None:
+                session.states.append(update.states)
+                del session.states[:-MAX_HELD_STATES]
             session.wish = update
 
     def collect(self, wanted: Mapping[int, int], timeout_s: float) -> dict[int, SessionDraft]:
@@ -104,9 +121,11 @@ class LocalDraftSource:
             epoch=session.epoch,
             new_tokens=tuple(session.tokens),
             candidates=tuple(session.candidates),
+            states=torch.cat(session.states) if session.states else None,
         )
         session.tokens.clear()
         session.candidates.clear()
+        session.states.clear()
         self._pool.apply(told)
         return told
 

@@ -18,11 +18,13 @@ from actors.drafting.errors import DrafterError
 from actors.drafting.exit_heads import ExitHeads
 from actors.drafting.interface import NESTED, DraftQuery, DraftSampling, SessionDraft, SessionOpen
 from actors.drafting.step_times import StepTimes
-from actors.models.runner import LayeredRunner
+from actors.models.runner import LayeredRunner, normalised
 from actors.sampling.params import GREEDY_TEMPERATURE
 
 WINDOWS_KEPT = 2
 """The states of one window were themselves computed from the one before it."""
+STATES_CONTEXT = 256
+"""Tokens of a session that a draft which reads states sees, unless told otherwise: their states are kept."""
 ABSORB_FROM = 8
 """Background work leaves this many waiting tokens to the next proposal, which runs them in one pass."""
 
@@ -93,8 +95,11 @@ class NestedDrafter:
         heads: how exits are read; None: through the runner's own norm and head.
         window: the draft's attention window in tokens. Of a session, KV of the last `WINDOWS_KEPT` windows is
             kept, however long it grows; a longer prompt is absorbed from there.
-        context: tokens of a session that are read at most, in whole KV blocks; None for all that there are.
+        context: tokens of a session that are read at most, in whole KV blocks; None for all that there are,
+            or for `STATES_CONTEXT` of them with `state_in`.
             The same bound for a draft without a window: it drafts from what came last, at its own positions.
+        state_in: float32 [H, S], from a target's normalised last hidden state to what is added to the
+            embedding of the token that the target emitted there; None for a draft that reads no states.
         early_stop: turns confidence into acceptance, and says when a draft ends before its budget.
     """
 
@@ -115,6 +120,7 @@ class NestedDrafter:
         heads: ExitHeads | None = None,
         window: int | None = None,
         context: int | None = None,
+        state_in: Tensor | None = None,
         early_stop: EarlyStop | None = None,
     ) -> None:
         self._runner, self._heads = runner, heads or ExitHeads()
@@ -132,7 +138,8 @@ class NestedDrafter:
         self._default = 0 if default_exit is None else self.exits.index(default_exit)
         self._max_model_len = runner.info.max_model_len
         bounds = [n for n in (window and WINDOWS_KEPT * window, context) if n]
-        self._kept = min(bounds, default=None)
+        self._kept = min(bounds, default=None if state_in is None else STATES_CONTEXT)
+        self._state_in = state_in
         self._early_stop = early_stop or EarlyStop()
         if self._early_stop.curves and len(self._early_stop.curves) != len(exits):
             raise ValueError("early_stop needs curves for every exit, or none")
@@ -144,6 +151,10 @@ class NestedDrafter:
         self._shared: WeakKeyDictionary[SharedTokens, SharedColumns] = WeakKeyDictionary()
         self._clock = 0
         self._steps = StepTimes(self.exits)
+
+    @property
+    def reads_states(self) -> bool:
+        return self._state_in is not None
 
     @property
     def kv_blocks_used(self) -> int:
@@ -192,12 +203,27 @@ class NestedDrafter:
         session.seq.tokens[session.committed :] = new_tokens
         session.committed += len(new_tokens)
 
+    def note_states(self, session_id: int, states: Tensor) -> None:
+        """States [n, S] of the target for the last n committed tokens, as it emitted them."""
+        if self._state_in is None:
+            return
+        session = self._get(session_id)
+        first = session.committed - len(states)
+        if first < 0:
+            raise ValueError(f"{len(states)} states for {session.committed} committed tokens")
+        # What was drafted without them is run again, with them.
+        session.seq.rollback(first)
+        added = normalised(states) @ self._state_in.T
+        session.seq.inputs.update(zip(range(first, session.committed), added, strict=True))
+
     def rewind(self, session_id: int, num_tokens: int) -> None:
         """Forget the committed tokens after the first `num_tokens`, at least one of which must stay."""
         session = self._get(session_id)
         if not 1 <= num_tokens <= session.committed:
             raise ValueError(f"cannot keep {num_tokens} of {session.committed} tokens")
         del session.seq.tokens[num_tokens:]
+        for index in [i for i in session.seq.inputs if i >= num_tokens]:
+            del session.seq.inputs[index]
         session.committed = num_tokens
         if num_tokens <= session.seq.first:  # what the window has dropped: absorbed again when asked for
             self._kv.release(session.seq)

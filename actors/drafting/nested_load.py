@@ -45,9 +45,11 @@ class LoadedNested:
     tokenizer: TextTokenizer
 
 
-def load_nested(config: NestedConfig, max_sessions: int, threads: int) -> LoadedNested:
-    """Blocking, about a second. `threads`: compute threads, 0 takes the physical cores. Raises what
-    `load_draft` raises."""
+def load_nested(
+    config: NestedConfig, max_sessions: int, threads: int, *, target_hash: str = ""
+) -> LoadedNested:
+    """Blocking, about a second. `threads`: compute threads, 0 takes the physical cores. `target_hash`: of the
+    target's source, where it gives its states. Raises what `load_draft` raises."""
     loaded = load_draft(
         config.source,
         config.artifact,
@@ -63,6 +65,7 @@ def load_nested(config: NestedConfig, max_sessions: int, threads: int) -> Loaded
         heads=loaded.heads,
         window=loaded.window,
         context=config.context,
+        state_in=loaded.state_in_for(target_hash) if target_hash else None,
         early_stop=EarlyStop(loaded.calibration, config.stop_threshold),
     )
     return LoadedNested(drafter, loaded.vocab_size, loaded.tokenizer)

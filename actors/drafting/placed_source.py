@@ -92,13 +92,19 @@ class PlacedDraftSource:
     def wants_candidates(self) -> int:
         return max(self._remote.wants_candidates, self._local.wants_candidates)
 
+    @property
+    def wants_states(self) -> bool:
+        return self._local.wants_states
+
     def open(self, session: SessionOpen) -> None:
         self._remote.open(session)
         self._local.open(session)
 
     def submit(self, updates: Sequence[SessionUpdate], timeout_s: float = 0.0) -> None:
         either = {u.session_id for u in updates if u.budget > 0 and self._served_by_both(u)}
-        self._here = either if either and self._choice.next_is_local() else set()
+        # A draft that reads the target's states guesses better than the same one without, in a worker.
+        here = bool(either) and (self._local.wants_states or self._choice.next_is_local())
+        self._here = either if here else set()
         self._remote.submit([self._for_remote(update) for update in updates], timeout_s)
         self._local.submit(updates, timeout_s)
 
@@ -113,7 +119,10 @@ class PlacedDraftSource:
         return bool(wanted) and wanted <= set(self._local.drafters)
 
     def _for_remote(self, update: SessionUpdate) -> SessionUpdate:
-        return replace(update, budget=0) if update.session_id in self._here else update
+        budget = 0 if update.session_id in self._here else update.budget
+        if budget == update.budget and update.states is None:
+            return update
+        return replace(update, budget=budget, states=None)
 
     def collect(self, wanted: Mapping[int, int], timeout_s: float) -> dict[int, SessionDraft]:
         """A remote that is merely late costs its round: a local draft would come later still."""

@@ -80,6 +80,11 @@ class RemoteDraftSource:
         return ()
 
     @property
+    def wants_states(self) -> bool:
+        """A worker drafts without: a state a token would outweigh everything else that crosses the wire."""
+        return False
+
+    @property
     def wants_candidates(self) -> int:
         return self._candidates
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol, TypeVar, runtime_checkable
 
+from torch import Tensor
+
 from actors.drafting.errors import DrafterError
 from actors.drafting.interface import (
     Drafter,
@@ -59,6 +61,18 @@ class TimedExits(Protocol):
 
 
 @runtime_checkable
+class StateReader(Drafter, Protocol):
+    """A drafter that may read the target's hidden states."""
+
+    @property
+    def reads_states(self) -> bool: ...
+
+    def note_states(self, session_id: int, states: Tensor) -> None:
+        """States [n, S] of the last n committed tokens."""
+        ...
+
+
+@runtime_checkable
 class PagedDrafter(Protocol):
     """A drafter with a KV pool, for reports."""
 
@@ -98,6 +112,9 @@ class DrafterPool:
         self._by_name = dict(zip(names, self._drafters, strict=True))
         # Found once: checking a protocol costs more than the drafts of a lookup.
         self._nested = next((d for d in self._drafters if isinstance(d, NestedExits)), None)
+        self._reader = next(
+            (d for d in self._drafters if isinstance(d, StateReader) and d.reads_states), None
+        )
         self._max_sessions = max_sessions
         self._sessions: dict[int, _Session] = {}
         self._worth = DraftWorth()
@@ -109,6 +126,10 @@ class DrafterPool:
     @property
     def wants_candidates(self) -> int:
         return CANDIDATES_WANTED if any(d.learns for d in self._drafters) else 0
+
+    @property
+    def wants_states(self) -> bool:
+        return self._reader is not None
 
     @property
     def exits(self) -> tuple[int, ...]:
@@ -160,10 +181,14 @@ class DrafterPool:
         for drafter in self._drafters:
             if drafter.name in state.missing:
                 continue
-            call = partial(drafter.commit, sid, update.new_tokens, update.candidates)
-            error = self._guarded(drafter.name, call)
+            error = self._guarded(drafter.name, partial(self._tell, drafter, update))
             if isinstance(error, DrafterError):
                 self._drop(drafter, sid, state, error)
+
+    def _tell(self, drafter: Drafter, update: SessionUpdate) -> None:
+        drafter.commit(update.session_id, update.new_tokens, update.candidates)
+        if drafter is self._reader and update.states is not None:
+            self._reader.note_states(update.session_id, update.states)
 
     def propose(self, updates: Sequence[SessionUpdate]) -> list[SessionDraft]:
         """One draft an update, in order; the updates were applied before. Budgets are capped at

@@ -7,6 +7,8 @@ import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from actors.drafting.interface import SessionDraft
 from actors.engine.controller import ControlState
 from actors.engine.messages import EngineRequest, FinishReason, TokenLogprobs
@@ -52,6 +54,8 @@ class Sequence:
     control: ControlState = field(default_factory=ControlState)
     unsent_tokens: list[int] = field(default_factory=list)
     unsent_candidates: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
+    unsent_states: list[Tensor] = field(default_factory=list)
+    """Of `unsent_tokens`, one tensor [n, H] a verdict, where a drafter reads them."""
     unsent_drafted: int = 0
     unsent_accepted: int = 0
     asked: bool = False

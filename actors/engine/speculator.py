@@ -6,6 +6,9 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+from torch import Tensor
+
 from actors.drafting.assignment import UNRESTRICTED, DraftAssignment
 from actors.drafting.interface import (
     NESTED,
@@ -149,8 +152,9 @@ class Speculator:
         draft: SessionDraft | None,
         drafted: int,
         accepted: int,
+        states: Tensor | None = None,
     ) -> None:
-        """Record a verdict, to be sent with the next `submit`."""
+        """Record a verdict, to be sent with the next `submit`. states: [len(emitted), H] or None."""
         if draft is not None:
             self._counts.setdefault(draft.drafter, _Counts()).add(drafted, accepted)
             if not seq.forced:
@@ -159,6 +163,8 @@ class Speculator:
             return
         self.controller.acceptance.emitted(seq.control.acceptance, emitted)
         seq.unsent_tokens.extend(emitted)
+        if states is not None:
+            seq.unsent_states.append(states)
         seq.unsent_drafted += drafted
         seq.unsent_accepted += accepted
 
@@ -205,8 +211,10 @@ class Speculator:
             drafter=speculation.drafter,
             exit_depth=speculation.exit_depth,
             nested=nested,
+            states=torch.cat(seq.unsent_states) if seq.unsent_states else None,
         )
         seq.unsent_tokens.clear()
+        seq.unsent_states.clear()
         seq.unsent_candidates.clear()
         seq.unsent_drafted = seq.unsent_accepted = 0
         return update

@@ -21,7 +21,7 @@ from actors.engine.scheduler import Scheduler
 from actors.engine.sequence import Sequence as EngineSequence
 from actors.engine.sequence import Work
 from actors.engine.speculator import Speculator
-from actors.models.runner import BLOCK_SIZE, ModelRunner, RaggedBatch
+from actors.models.runner import BLOCK_SIZE, ModelRunner, RaggedBatch, forward_with_states
 from actors.sampling.grammar import GrammarError, GrammarMatcher
 from actors.sampling.logprobs import token_logprobs
 from actors.sampling.noise import derive_key
@@ -69,6 +69,7 @@ class TorchEngine:
         self._defaults = defaults
         self._max_model_len = max_model_len
         self._compile_grammar = compile_grammar
+        self._keeps_states = speculator.source.wants_states
         self._clock = PhaseClock()
         self._steps = self._emitted = self._prompt_tokens = self._cached_tokens = 0
 
@@ -136,7 +137,7 @@ class TorchEngine:
             self._speculator.open(work.seq)
         batch, spans = build_batch(works, self._runner.info.device)
         clock.lap("schedule")
-        logits = self._runner.forward(batch)
+        logits, states = self._forward(batch)
         seconds = clock.lap("forward")
         verdicts = self._judge(works, spans, logits)
         seconds += clock.lap("judge")
@@ -148,12 +149,19 @@ class TorchEngine:
         outputs = [
             output
             for work, span, verdict in zip(works, spans, verdicts, strict=True)
-            if (output := self._commit(work, span, verdict, logits)) is not None
+            if (output := self._commit(work, span, verdict, logits, states)) is not None
         ]
         clock.lap("commit")
         self._speculator.submit(self._scheduler.running.values(), self._expected_prompt_rows())
         clock.lap("submit")
         return outputs
+
+    def _forward(self, batch: RaggedBatch) -> tuple[Tensor, Tensor | None]:
+        """Logits of the batch's rows and, where a drafter reads them, their last hidden states."""
+        if not self._keeps_states:
+            return self._runner.forward(batch), None
+        states, logits = forward_with_states(self._runner, batch)
+        return logits, states
 
     def _expected_prompt_rows(self) -> int:
         pending = sum(seq.num_pending for seq in self._scheduler.running.values() if not seq.decoding)
@@ -224,7 +232,12 @@ class TorchEngine:
                 at += 1
 
     def _commit(
-        self, work: Work, span: RowSpan, verdict: Verdict | None, logits: Tensor
+        self,
+        work: Work,
+        span: RowSpan,
+        verdict: Verdict | None,
+        logits: Tensor,
+        states: Tensor | None,
     ) -> RequestOutput | None:
         """Make a verdict truth: tokens, KV length, sampler state; and say what was emitted."""
         seq = work.seq
@@ -248,7 +261,8 @@ class TorchEngine:
                 seq.error = str(error)
                 return self._fail(seq)
         self._scheduler.commit(seq, max(seq.num_computed, len(seq.token_ids) - 1))
-        self._speculator.committed(seq, emitted, work.proposal, len(work.drafts), accepted)
+        read = None if states is None else span.deciding(states)[: len(emitted)]
+        self._speculator.committed(seq, emitted, work.proposal, len(work.drafts), accepted, read)
         if seq.finish_reason is not None:
             self._remove(seq)
         self._emitted += len(emitted)

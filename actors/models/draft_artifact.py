@@ -26,20 +26,22 @@ from actors.models.llama_weights import LlamaLayerWeights
 from actors.models.source import PACKAGE_PREFIX
 
 SUFFIX = ".safetensors"
-_MATRICES = frozenset({"qkv", "o", "gate_up", "down", "head"})
+_MATRICES = frozenset({"qkv", "o", "gate_up", "down", "head", "state_in"})
 _MAX_HEADER = 100_000_000  # safetensors' own bound
 
 
 @dataclass(frozen=True, slots=True)
 class DraftWeights:
     """Weights of a draft. `exit_layers` is empty or one an exit; `norms` [1 or E, H]; `head` [D, H];
-    `head_ids` int64 [D]: the target's token id of each row of the head, ascending."""
+    `head_ids` int64 [D]: the target's token id of each row of the head, ascending. `state_in` [H, S]: from a
+    target's normalised state to what is added to the embedding, None for a draft that reads none."""
 
     layers: tuple[LlamaLayerWeights, ...]
     exit_layers: tuple[LlamaLayerWeights, ...]
     norms: Tensor
     head: Tensor
     head_ids: Tensor
+    state_in: Tensor | None = None
 
 
 def resolve_artifact(source: str) -> Path:
@@ -101,6 +103,8 @@ def _named(weights: DraftWeights) -> Iterator[tuple[str, Tensor]]:
                 if value is not None:
                     yield f"{group}.{index}.{part.name}", value
     yield from (("norms", weights.norms), ("head", weights.head), ("head_ids", weights.head_ids))
+    if weights.state_in is not None:
+        yield "state_in", weights.state_in
 
 
 def read_card(path: Path) -> DraftCard:
@@ -169,6 +173,7 @@ def load_artifact(
         norms=norms[places] if card.exit_norms else norms,
         head=reader.get("head"),
         head_ids=reader.get("head_ids").long(),
+        state_in=reader.get("state_in") if card.states is not None else None,
     )
     _check_shapes(path, card, weights)
     calibration = tuple(card.calibration[i] for i in places) if card.calibration else ()
@@ -208,7 +213,9 @@ class _Reader:
 def _check_shapes(path: Path, card: DraftCard, weights: DraftWeights) -> None:
     rows = len(card.exits) if card.exit_norms else 1
     ids = weights.head_ids
+    reads = (card.hidden_size, 0 if card.states is None else card.states.width)
     problems = (
+        (weights.state_in is not None and weights.state_in.shape != reads, "state_in"),
         (weights.head.shape != (card.draft_vocab, card.hidden_size), "head"),
         (ids.shape != (card.draft_vocab,), "head_ids"),
         (card.exit_norms and weights.norms.shape[0] > rows, "norms"),

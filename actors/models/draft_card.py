@@ -64,6 +64,14 @@ class ExitCalibration(_CardModel):
     sampled: CalibrationCurve | None = None
 
 
+class StatesCard(_CardModel):
+    """The target whose last hidden states a draft reads beside the tokens."""
+
+    model: str = Field(description="The target's name, for people.")
+    source_hash: str = Field(description="Of the target's weights and tokenizer.")
+    width: int = Field(ge=1, description="Numbers a state.")
+
+
 class DraftCard(_CardModel):
     """Everything that must fit before the weights may draft."""
 
@@ -78,6 +86,7 @@ class DraftCard(_CardModel):
     exit_norms: bool = Field(False, description="Whether each exit has a final norm of its own.")
     draft_vocab: int = Field(ge=1, description="Rows of the head.")
     window: int | None = Field(None, ge=1, description="Attention window in tokens; null for none.")
+    states: StatesCard | None = Field(None, description="Whose states it reads; null for none.")
     dtype: StorageName = "bfloat16"
     calibration: tuple[ExitCalibration, ...] = Field((), description="One an exit, or none.")
     training: TrainingRecord = Field(default_factory=TrainingRecord)

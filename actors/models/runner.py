@@ -8,7 +8,7 @@ passes shorter lengths next time, and slots past a sequence's length are never r
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -124,6 +124,7 @@ class ModelRunner(Protocol):
         ...
 
 
+@runtime_checkable
 class LayeredRunner(ModelRunner, Protocol):
     """A runner whose layers can be run in ranges, which nested drafting needs.
 
@@ -141,3 +142,18 @@ class LayeredRunner(ModelRunner, Protocol):
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and head: float32 [N, V]."""
         ...
+
+
+def forward_with_states(runner: ModelRunner, batch: RaggedBatch) -> tuple[Tensor, Tensor]:
+    """A pass over all layers: the last hidden states [N, H] of `logit_rows`, before the final norm, and their
+    logits [N, V]. Raises TypeError for a runner whose layers cannot be run in ranges."""
+    if not isinstance(runner, LayeredRunner):
+        raise TypeError(f"{type(runner).__name__} gives no hidden states")
+    hidden = runner.run_layers(runner.embed(batch.token_ids), 0, runner.info.num_layers, batch)
+    rows = hidden.index_select(0, batch.logit_rows)
+    return rows, runner.logits(rows)
+
+
+def normalised(states: Tensor) -> Tensor:
+    """float32 [N, H], every row divided by its root mean square: what drafts read of a target's states."""
+    return states.float() * torch.rsqrt(states.float().square().mean(-1, keepdim=True) + 1e-6)

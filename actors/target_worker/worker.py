@@ -14,6 +14,7 @@ from actors.engine.async_engine import AsyncEngine
 from actors.engine.interface import TargetEngine
 from actors.engine.messages import EngineStats
 from actors.models.load import LoadedModel, load_runner
+from actors.models.runner import LayeredRunner
 from actors.sampling.grammar import GrammarCompiler
 from actors.sampling.params import ParameterError
 from actors.target_worker.generation import GenerationService, StreamInterval
@@ -100,6 +101,7 @@ class TargetWorker:
                 model.vocab_size,
                 self._tokenizer.vocab_hash,
                 partial(pack, self._tokenizer),
+                loaded.source_hash if isinstance(loaded.runner, LayeredRunner) else "",
             )
         )
         compiler = GrammarCompiler(self._tokenizer.hf, model.vocab_size, self._tokenizer.eos_token_ids)

@@ -31,7 +31,7 @@ class Batch:
     """ids, positions, sequence: int64 [B, L] (see `SortedStudent.forward`; padding is sequence -1).
 
     Label n (int64 [N], in the draft's vocabulary, -1: not in it) is predicted at row rows[n], column
-    columns[n].
+    columns[n]. states: float16 [B, L, H], of the target where it emitted a token, zeros where there is none.
     """
 
     ids: Tensor
@@ -41,11 +41,13 @@ class Batch:
     columns: Tensor
     labels: Tensor
     teachers: tuple[TeacherBatch, ...] = ()
+    states: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         moved: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         teachers = tuple(t.to(device) for t in moved.pop("teachers"))
-        return Batch(**{k: v.to(device) for k, v in moved.items()}, teachers=teachers)
+        placed: dict[str, Any] = {k: None if v is None else v.to(device) for k, v in moved.items()}
+        return Batch(**placed, teachers=teachers)
 
 
 def pack_rows(lengths: Sequence[int], order: Sequence[int], row_tokens: int) -> list[list[int]]:
@@ -105,14 +107,17 @@ def build_batch(
     offsets: np.random.Generator | None = None,
     max_offset: int = 0,
     anchors: int = 0,
+    withheld: float = 0.0,
 ) -> Batch:
     """Lay examples out. With `offsets`, the positions of a sequence but its first `anchors` tokens are
     shifted by a random distance of at most `max_offset` (LongSpec's anchor-offset indices, arXiv
-    2502.17421)."""
+    2502.17421), and `withheld` of the tokens with states lose them (see `withhold`)."""
     width = max(sum(min(len(examples[i].ids), row_tokens) for i in row) for row in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.int64)
     positions = torch.zeros_like(ids)
     sequence = torch.full_like(ids, -1)
+    first = examples[0].states
+    states = None if first is None else torch.zeros(*ids.shape, first.shape[1], dtype=first.dtype)
     at_row: list[int] = []
     at_column: list[int] = []
     chosen: list[tuple[Example, int]] = []
@@ -132,6 +137,11 @@ def build_batch(
             at_row += [r] * count
             at_column += range(start + example.labels_from - 1, start + length - 1)
             chosen.append((example, count))
+            if states is not None and example.states is not None:
+                kept = example.states[:count]
+                if offsets is not None and withheld:
+                    kept = kept * ~withhold(count, withheld, offsets)[:, None]
+                states[r, start + example.labels_from : start + length] = kept
             start += length
     labels = torch.cat([example.labels[:count] for example, count in chosen])
     teachers = tuple(
@@ -142,4 +152,25 @@ def build_batch(
         for t in range(len(examples[0].teachers))
     )
     at = (torch.tensor(at_row, dtype=torch.int64), torch.tensor(at_column, dtype=torch.int64))
-    return Batch(ids, positions, sequence, *at, labels, teachers)
+    return Batch(ids, positions, sequence, *at, labels, teachers, states)
+
+
+LONGEST_RUN = 4
+
+
+def withhold(count: int, share: float, generator: np.random.Generator) -> Tensor:
+    """bool [count]: tokens that a draft is to see without the target's states, as it sees its own guesses: in
+    runs of 1 .. LONGEST_RUN, about `share` of all; of share / 2 of the sequences, all."""
+    if generator.random() < share / 2:
+        return torch.ones(count, dtype=torch.bool)
+    gone = torch.zeros(count, dtype=torch.bool)
+    mean = (1 + LONGEST_RUN) / 2
+    begin = share / (mean * (1 - share) + share)  # of a run, at a token outside one
+    at = 0
+    while at < count:
+        if generator.random() < begin:
+            run = int(generator.integers(1, LONGEST_RUN + 1))
+            gone[at : at + run] = True
+            at += run
+        at += 1
+    return gone

@@ -48,7 +48,7 @@ def calibrate(student: SortedStudent, batches: Sequence[Batch], seed: int = 0) -
     greedy: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(count)]
     sampled: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(count)]
     for batch in batches:
-        hidden = student(batch.ids, batch.positions, batch.sequence)
+        hidden = student(batch.ids, batch.positions, batch.sequence, batch.states)
         truth = batch.teachers[0].ids[:, 0] if batch.teachers else batch.labels
         for index, h in enumerate(hidden):
             q = student.logits(h[batch.rows, batch.columns], index).softmax(-1).cpu()

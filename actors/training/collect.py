@@ -173,8 +173,9 @@ def teach(
             f"{loaded.info.name} {tokenizer.vocab_hash[:12]}"
         )
     out = settings.out or default_teacher_folder(card, loaded.info.name)
-    write_card(out, TEACHER_CARD, _teacher_card(card, loaded, tokenizer, settings.top))
-    teacher = Teacher(loaded.runner, settings.top, settings.batch_tokens)
+    width = loaded.info.hidden_size if settings.states else 0
+    write_card(out, TEACHER_CARD, _teacher_card(card, loaded, tokenizer, settings.top, width))
+    teacher = Teacher(loaded.runner, settings.top, settings.batch_tokens, states=settings.states)
     for index in range(shard_count(settings.data)):
         shard = read_sequences(shard_path(settings.data, index))
         if not shard_path(out, index).is_file():
@@ -199,13 +200,16 @@ def _data_card(
     )
 
 
-def _teacher_card(data: DataCard, loaded: LoadedModel, tokenizer: TextTokenizer, top: int) -> TeacherCard:
+def _teacher_card(
+    data: DataCard, loaded: LoadedModel, tokenizer: TextTokenizer, top: int, states: int = 0
+) -> TeacherCard:
     return TeacherCard(
         name=loaded.info.name,
         source_hash=loaded.source_hash,
         tokenizer_hash=tokenizer.vocab_hash,
         top=top,
         data_hash=data.made_with,
+        states=states,
     )
 
 

@@ -36,12 +36,14 @@ class ExampleTeacher:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """ids: int64 [L]; labels: int64 [L - labels_from], in the draft's vocabulary, -1: not in it."""
+    """ids: int64 [L]; labels: int64 [L - labels_from], in the draft's vocabulary, -1: not in it. states:
+    float16 [L - labels_from, H], the target's where it emitted each label, None for a draft without."""
 
     ids: Tensor
     labels_from: int
     labels: Tensor
     teachers: tuple[ExampleTeacher, ...] = ()
+    states: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +58,9 @@ class RawCorpus:
     rows: tuple[list[TeacherRows], ...]
 
 
-def read_corpus(folders: Sequence[Path], teachers: Sequence[Path] = ()) -> RawCorpus:
-    """Everything in data sets and in their teachers. Each data set needs the same teachers, in the same
-    order. Raises DataError when they do not belong together."""
+def read_corpus(folders: Sequence[Path], teachers: Sequence[Path] = (), *, states: bool = False) -> RawCorpus:
+    """Everything in data sets and in their teachers, with the first teacher's states when asked for. Each
+    data set needs the same teachers, in the same order. Raises DataError when they do not belong together."""
     cards = tuple(read_data_card(folder) for folder in folders)
     for folder, card in zip(folders, cards, strict=True):
         if card.tokenizer_hash != cards[0].tokenizer_hash:
@@ -72,8 +74,9 @@ def read_corpus(folders: Sequence[Path], teachers: Sequence[Path] = ()) -> RawCo
     for folder, paths in zip(folders, of_set, strict=True):
         for index, shard in iter_shards(folder):
             sequences += shard
-            for kept, (path, _) in zip(rows, paths, strict=True):
-                kept += read_teacher(shard_path(path, index), shard)
+            for place, (path, _) in enumerate(paths):
+                first = states and place == 0
+                rows[place].extend(read_teacher(shard_path(path, index), shard, states=first))
     teacher_cards = tuple(teacher for _, teacher in of_set[0])
     return RawCorpus(cards, cards[0].vocab_size, sequences, teacher_cards, rows)
 
@@ -138,7 +141,16 @@ def build_examples(corpus: RawCorpus, indices: Sequence[int], head_ids: Tensor) 
             ExampleTeacher(row_of[torch.from_numpy(rows[index].ids)].int(), _half(rows[index]))
             for rows in corpus.rows
         )
-        examples.append(Example(ids, sequence.labels_from, row_of[ids[sequence.labels_from :]], teachers))
+        states = corpus.rows[0][index].states if corpus.rows else None
+        examples.append(
+            Example(
+                ids,
+                sequence.labels_from,
+                row_of[ids[sequence.labels_from :]],
+                teachers,
+                None if states is None else torch.from_numpy(states),
+            )
+        )
     return examples
 
 

@@ -1,9 +1,9 @@
 """What a draft is worth: agreement with the target's greedy answers, exit by exit and place by place in a
-chain, and its cost, on the runner that will serve it.
+chain, and its cost, on the runner and with the drafter that will serve it.
 
 Under greedy decoding a draft token is accepted exactly when it equals the target's, and accepted tokens are
-the target's own. So one teacher-forced pass over an answer tells what every chain from every place of it
-would have had accepted: as many tokens as agree without a gap.
+the target's own. So a chain drafted from every place of a stored answer tells what any sequence of rounds
+over it would have had accepted.
 """
 
 from __future__ import annotations
@@ -13,14 +13,31 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from actors.drafting.draft_load import LoadedDraft
 from actors.drafting.interface import DraftQuery, DraftSampling, SessionOpen
 from actors.drafting.nested import NestedDrafter
 from actors.models.runner import ModelRunner, RaggedBatch
-from actors.training.teacher import whole_sequences
 from actors.training.token_store import TokenSequence
+
+ANSWERS_TOGETHER = 16
+"""Answers that chains are drafted for in one pass."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A stored answer and, for a draft that reads them, the target's states [labels, S] (see
+    `TeacherRows`)."""
+
+    sequence: TokenSequence
+    states: npt.NDArray[np.float16] | None = None
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        return self.sequence.ids[self.sequence.labels_from :]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,22 +55,52 @@ class ExitReport:
     speedup: tuple[float | None, ...]
 
 
-def agreements(draft: LoadedDraft, sequences: Sequence[TokenSequence]) -> list[list[list[bool]]]:
-    """[exit][sequence][label]: whether the exit's best token is the label. One sequence a pass."""
-    runner, heads = draft.runner, draft.heads
-    found: list[list[list[bool]]] = [[] for _ in draft.exits]
-    with torch.inference_mode():
-        for sequence in sequences:
-            batch = whole_sequences([sequence], runner.info.device)
-            labels = torch.tensor(sequence.ids[sequence.labels_from :], device=runner.info.device)
-            hidden, done = runner.embed(batch.token_ids), 0
-            for index, depth in enumerate(draft.exits):
-                hidden, done = runner.run_layers(hidden, done, depth, batch), depth
-                own = draft.exits[-1] + index
-                read = runner.run_layers(hidden, own, own + 1, batch) if heads.own_layers else hidden
-                best = heads.logits(runner, read[batch.logit_rows], index).argmax(-1)
-                tokens = best if heads.token_ids is None else heads.token_ids[best]
-                found[index].append((tokens == labels).tolist())
+def accepted_lengths(
+    draft: LoadedDraft, answers: Sequence[Answer], depth: int, length: int, context: int | None
+) -> list[list[int]]:
+    """[answer][label after the first]: how many tokens of a chain of `length` from there, drafted at exit
+    `depth`, the target would accept. The first label comes with the prompt's own pass, before any draft.
+    `context`: tokens of a session that the draft reads at most, None for all."""
+    longest = max(len(a.sequence.ids) for a in answers)
+    drafter = NestedDrafter(
+        draft.runner,
+        draft.exits,
+        heads=draft.heads,
+        window=draft.window,
+        context=context,
+        state_in=draft.state_in,
+        catch_up=max(32, longest),
+    )
+    found: list[list[int]] = []
+    for start in range(0, len(answers), ANSWERS_TOGETHER):
+        found += _walk_together(drafter, answers[start : start + ANSWERS_TOGETHER], depth, length)
+    return found
+
+
+def _walk_together(
+    drafter: NestedDrafter, answers: Sequence[Answer], depth: int, length: int
+) -> list[list[int]]:
+    sampling = DraftSampling(key=0)
+    for sid, answer in enumerate(answers):
+        prompt = answer.sequence.ids[: answer.sequence.labels_from]
+        drafter.open(SessionOpen(sid, prompt, len(prompt), sampling))
+    found: list[list[int]] = [[] for _ in answers]
+    for label in range(1, max(a.sequence.num_labels for a in answers)):
+        going = [sid for sid, a in enumerate(answers) if label < a.sequence.num_labels]
+        for sid in going:
+            answer = answers[sid]
+            drafter.commit(sid, [answer.labels[label - 1]])
+            if answer.states is not None:
+                drafter.note_states(sid, torch.from_numpy(answer.states[label - 1 : label]))
+        queries = [DraftQuery(sid, label, length, depth) for sid in going]
+        for draft in drafter.propose(queries):
+            if draft.error is not None:
+                raise ValueError(f"exit {depth} drafted nothing: {draft.error_message}")
+            follows = answers[draft.session_id].labels[label:]
+            agrees = [a == b for a, b in zip(draft.token_ids, follows, strict=False)]
+            found[draft.session_id].append(agrees.index(False) if False in agrees else len(agrees))
+    for sid in range(len(answers)):
+        drafter.close(sid)
     return found
 
 
@@ -68,24 +115,23 @@ class ChainCounts:
     accepted: tuple[int, ...]
 
 
-def walk(answers: Sequence[Sequence[bool]], length: int) -> ChainCounts:
+def walk(answers: Sequence[Sequence[int]], length: int) -> ChainCounts:
     """Decode answers in rounds of `length` draft tokens: each emits the accepted ones and one of the
-    target's. Drafts past an answer's end do not count."""
+    target's. `answers[i][j]`: tokens accepted of a chain from label j that is at least as long. Drafts past
+    an answer's end do not count."""
     rounds = tokens = 0
     reached, accepted = [0] * length, [0] * length
-    for agrees in answers:
+    for lengths in answers:
         at = 0
-        while at < len(agrees):
-            place = 0
-            while place < length and at + place < len(agrees):
+        while at < len(lengths):
+            possible = min(length, len(lengths) - at)
+            taken = min(lengths[at], possible)
+            for place in range(min(taken + 1, possible)):
                 reached[place] += 1
-                if not agrees[at + place]:
-                    break
-                accepted[place] += 1
-                place += 1
+                accepted[place] += place < taken
             rounds += 1
-            at += place + 1
-        tokens += len(agrees)
+            at += taken + 1
+        tokens += len(lengths)
     return ChainCounts(rounds, tokens, tuple(reached), tuple(accepted))
 
 
@@ -132,36 +178,32 @@ def target_seconds(runner: ModelRunner, context: int, max_rows: int, repeats: in
 
 def evaluate(
     draft: LoadedDraft,
-    sequences: Sequence[TokenSequence],
+    answers: Sequence[Answer],
     *,
     max_chain: int,
     context: int,
     repeats: int,
+    draft_context: int | None = None,
     target_s: Sequence[float] | None = None,
     say: Callable[[str], None] = lambda message: None,
 ) -> list[ExitReport]:
-    """A report for each exit. `target_s[r - 1]`: the target's seconds for a pass of r rows.
-
-    Raises ValueError when there is nothing to measure on.
-    """
-    greedy = [s for s in sequences if s.greedy]
-    if not greedy:
-        raise ValueError("the data holds no greedy answer, which agreement is measured on")
-    say(f"agreement on {len(greedy)} answers, {sum(s.num_labels for s in greedy)} tokens")
+    """A report for each exit, over greedy answers. `target_s[r - 1]`: the target's seconds for a pass of r
+    rows."""
+    say(f"acceptance on {len(answers)} answers, {sum(a.sequence.num_labels for a in answers)} tokens")
     reports: list[ExitReport] = []
-    for depth, answers in zip(draft.exits, agreements(draft, greedy), strict=True):
+    for depth in draft.exits:
+        lengths = accepted_lengths(draft, answers, depth, max_chain, draft_context)
         say(f"cost of exit {depth}")
         seconds = draft_seconds(draft, depth, context, max_chain, repeats)
-        labels = sum(len(a) for a in answers)
-        chains = [walk(answers, k) for k in range(1, max_chain + 1)]
-        longest, rates = chains[-1], [c.tokens / c.rounds for c in chains]
+        chains = [walk(lengths, k) for k in range(1, max_chain + 1)]
+        longest, rates = chains[-1], [c.tokens / max(1, c.rounds) for c in chains]
         speedups: list[float | None] = [None] * max_chain
         if target_s is not None:
             speedups = [rate * target_s[0] / (k * seconds + target_s[k]) for k, rate in enumerate(rates, 1)]
         reports.append(
             ExitReport(
                 depth=depth,
-                agreement=sum(sum(a) for a in answers) / labels,
+                agreement=sum(n > 0 for one in lengths for n in one) / max(1, longest.tokens),
                 acceptance=tuple(
                     a / r if r else None for a, r in zip(longest.accepted, longest.reached, strict=True)
                 ),

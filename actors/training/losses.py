@@ -63,7 +63,7 @@ class SortedLoss(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
         """The mean loss of all exits, and each exit's own (detached)."""
-        hidden = self.student(batch.ids, batch.positions, batch.sequence)
+        hidden = self.student(batch.ids, batch.positions, batch.sequence, batch.states)
         losses = [
             self._exit_loss(self.student.logits(h[batch.rows, batch.columns], index), batch)
             for index, h in enumerate(hidden)
@@ -86,7 +86,7 @@ class SortedLoss(nn.Module):
     @torch.no_grad()
     def score(self, batch: Batch) -> ExitScores:
         """What held-out measurements add up. A label outside the draft's vocabulary counts as a miss."""
-        hidden = self.student(batch.ids, batch.positions, batch.sequence)
+        hidden = self.student(batch.ids, batch.positions, batch.sequence, batch.states)
         scores = ExitScores(batch.labels.numel(), int((batch.labels >= 0).sum()), [], [], [])
         for index, h in enumerate(hidden):
             logits = self.student.logits(h[batch.rows, batch.columns], index)

@@ -15,7 +15,7 @@ from torch import Tensor
 from actors.drafting.draft_load import check_base
 from actors.models.convert import model_folder
 from actors.models.draft_artifact import DraftWeights, load_artifact, resolve_artifact, save_artifact
-from actors.models.draft_card import ArtifactError, DraftCard, TrainingRecord, base_hash
+from actors.models.draft_card import ArtifactError, DraftCard, StatesCard, TrainingRecord, base_hash
 from actors.models.llama_load import load_config, load_llama_weights
 from actors.models.llama_weights import LlamaWeights
 from actors.models.load import choose_device
@@ -23,7 +23,14 @@ from actors.models.source import resolve_source
 from actors.text.tokenizer import TextTokenizer
 from actors.training.batches import Batch, BatchPlan, build_batch, pack_rows
 from actors.training.calibrate import calibrate
-from actors.training.corpus import Example, build_examples, draft_vocabulary, is_heldout, read_corpus
+from actors.training.corpus import (
+    Example,
+    RawCorpus,
+    build_examples,
+    draft_vocabulary,
+    is_heldout,
+    read_corpus,
+)
 from actors.training.settings import TrainSettings
 from actors.training.student import SortedStudent
 from actors.training.token_store import DataError, content_hash
@@ -53,6 +60,7 @@ class TrainingData:
             offsets=offsets,
             max_offset=self.max_offset,
             anchors=self.settings.anchors,
+            withheld=self.settings.withheld,
         )
 
     def heldout_batches(self) -> list[Batch]:
@@ -102,7 +110,7 @@ def build_run(settings: TrainSettings, say: Callable[[str], None] = lambda messa
     tokenizer_hash = TextTokenizer(folder).vocab_hash
     names = ", ".join(map(str, settings.data))
     say(f"reading {names}")
-    corpus = read_corpus(settings.data, settings.teachers)
+    corpus = read_corpus(settings.data, settings.teachers, states=settings.states)
     made_with = corpus.cards[0].tokenizer_hash
     if made_with != tokenizer_hash:
         raise DataError(
@@ -128,7 +136,8 @@ def build_run(settings: TrainSettings, say: Callable[[str], None] = lambda messa
     )
     room = config.get_text_config().max_position_embeddings - settings.row_tokens
     data = TrainingData(train, held_examples, plan, settings, max(0, min(settings.max_offset, room)))
-    student = build_student(base, settings, head_ids)
+    states = _states_card(corpus) if settings.states else None
+    student = build_student(base, settings, head_ids, 0 if states is None else states.width)
     if earlier is not None:
         student.take(earlier[1])
     student = student.to(device)
@@ -147,6 +156,7 @@ def build_run(settings: TrainSettings, say: Callable[[str], None] = lambda messa
         exit_norms=settings.exit_norms,
         draft_vocab=len(head_ids),
         window=settings.window,
+        states=states,
         dtype=settings.storage,
         training=TrainingRecord(
             data=", ".join(c.name for c in corpus.cards),
@@ -189,10 +199,19 @@ def _read_earlier(
     ):
         if theirs != ours:
             raise ArtifactError(f"init: {path} has {what} {theirs}, this training {ours}")
+    if card.states is not None and not settings.states:
+        raise ArtifactError(f"init: {path} reads the states of {card.states.model}, this training no states")
     return card, weights
 
 
-def build_student(base: LlamaWeights, settings: TrainSettings, head_ids: Tensor) -> SortedStudent:
+def _states_card(corpus: RawCorpus) -> StatesCard:
+    teacher = corpus.teacher_cards[0]
+    return StatesCard(model=teacher.name, source_hash=teacher.source_hash, width=teacher.states)
+
+
+def build_student(
+    base: LlamaWeights, settings: TrainSettings, head_ids: Tensor, states: int = 0
+) -> SortedStudent:
     return SortedStudent(
         base,
         settings.exits,
@@ -201,6 +220,7 @@ def build_student(base: LlamaWeights, settings: TrainSettings, head_ids: Tensor)
         exit_norms=settings.exit_norms,
         train_head=settings.train_head,
         window=settings.window,
+        states=states,
     )
 
 

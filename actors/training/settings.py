@@ -100,6 +100,9 @@ class TeacherSettings(SettingsModel):
     threads: int = Field(0, ge=0)
     top: int = Field(32, ge=1, le=256, description="Tokens kept a position.")
     batch_tokens: int = Field(2048, ge=16, description="Tokens of one forward pass.")
+    states: bool = Field(
+        False, description="Also keep the target's last hidden state for each label, 2 bytes a number."
+    )
 
 
 class TrainSettings(SettingsModel):
@@ -120,6 +123,18 @@ class TrainSettings(SettingsModel):
     train_head: bool = Field(True, description="Whether the head learns; the embedding never does.")
     teachers: tuple[Path, ...] = Field(
         (), description="Folders of log-probabilities to learn from: for each data set, the same teachers."
+    )
+    states: bool = Field(
+        False,
+        description="Whether the draft learns to read the states of the first teacher, for tokens that it "
+        "has emitted. Where it drafts for another target, or far from it, it does without.",
+    )
+    withheld: float = Field(
+        0.3,
+        ge=0.0,
+        lt=1.0,
+        description="Share of tokens whose states are withheld in training, in runs as long as drafts are; "
+        "of half as many sequences all are.",
     )
     distill: float = Field(1.0, ge=0.0, le=1.0, description="Weight of the teachers; labels have the rest.")
     steps: int = Field(2000, ge=1)
@@ -150,6 +165,8 @@ class TrainSettings(SettingsModel):
     def _consistent(self) -> Self:
         if list(self.exits) != sorted(set(self.exits)) or self.exits[0] < 1:
             raise ValueError("exits must be positive and strictly ascending")
+        if self.states and not self.teachers:
+            raise ValueError("states: a teacher with states is required")
         if self.warmup >= self.steps and self.warmup > 0:
             raise ValueError("warmup must be below steps")
         return self
@@ -182,8 +199,13 @@ class EvalSettings(SettingsModel):
     )
     max_sequences: int | None = Field(None, ge=1, description="Conversations measured; null for all.")
     max_chain: int = Field(8, ge=1, le=16, description="Longest chain simulated.")
-    prompt_tail: int | None = Field(
-        None, ge=1, description="Tokens of each prompt that the draft reads, the last ones; null for all."
+    states: Path | None = Field(
+        None,
+        description="Folder of the target's states (s2d draft teach --states), for a draft that reads them; "
+        "null: it drafts without, as for other targets.",
+    )
+    draft_context: int | None = Field(
+        None, ge=32, description="Tokens of a session that the draft reads at most, as nested.context."
     )
     context: int = Field(256, ge=1, description="Tokens in front when cost is measured.")
     repeats: int = Field(30, ge=3, description="Times a cost is measured; the median counts.")

@@ -88,6 +88,7 @@ class SortedStudent(nn.Module):
         base: float32 weights with at least exits[-1] layers, and all of them with `exit_layers`, whose layers
             start as copies of the base's last.
         head_ids: int64 [D], ascending.
+        states: width of the target's states that it reads; 0 for none.
     """
 
     embed: Tensor
@@ -104,6 +105,7 @@ class SortedStudent(nn.Module):
         exit_norms: bool = False,
         train_head: bool = True,
         window: int | None = None,
+        states: int = 0,
     ) -> None:
         super().__init__()
         shape = Shape(base.num_heads, base.num_kv_heads, base.head_dim, base.rms_norm_eps)
@@ -119,15 +121,22 @@ class SortedStudent(nn.Module):
         self.norms = nn.Parameter(norms)
         head = base.head.detach().float()[head_ids].clone()
         self.head = nn.Parameter(head, requires_grad=train_head)
+        # Zero to begin with: a draft that learned without states goes on from what it can.
+        self.state_in = nn.Parameter(torch.zeros(base.embed.shape[1], states)) if states else None
 
-    def forward(self, ids: Tensor, positions: Tensor, sequence: Tensor) -> list[Tensor]:
+    def forward(
+        self, ids: Tensor, positions: Tensor, sequence: Tensor, states: Tensor | None = None
+    ) -> list[Tensor]:
         """Hidden states at every exit, not normalised, [B, L, H] each.
 
         ids, positions: int64 [B, L]. sequence: int64 [B, L], which sequence of its row a token belongs to.
+        states: [B, L, S], the target's where it emitted a token, zeros for tokens without.
         """
         cos, sin = self._rotation(positions)
         mask = visible(sequence, self.window)
         hidden = F.embedding(ids, self.embed)
+        if self.state_in is not None and states is not None:
+            hidden = hidden + F.linear(states.to(self.state_in.dtype), self.state_in)
         read: list[Tensor] = []
         for depth, layer in enumerate(self.layers, 1):
             hidden = layer(hidden, cos, sin, mask)
@@ -154,6 +163,8 @@ class SortedStudent(nn.Module):
             own.take(other)
         self.norms.copy_(weights.norms)
         self.head.copy_(weights.head)
+        if self.state_in is not None and weights.state_in is not None:
+            self.state_in.copy_(weights.state_in)
 
     def draft_weights(self) -> DraftWeights:
         return DraftWeights(
@@ -162,6 +173,7 @@ class SortedStudent(nn.Module):
             norms=self.norms.detach(),
             head=self.head.detach(),
             head_ids=self.head_ids,
+            state_in=None if self.state_in is None else self.state_in.detach(),
         )
 
 

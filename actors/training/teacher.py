@@ -6,9 +6,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from actors.models.runner import BLOCK_SIZE, ModelRunner, RaggedBatch
+from actors.models.runner import BLOCK_SIZE, ModelRunner, RaggedBatch, forward_with_states, normalised
 from actors.training.token_store import TeacherRows, TokenSequence
 
 
@@ -19,10 +20,11 @@ class Teacher:
         runner: its KV pool bounds a pass.
         top: tokens kept a label.
         batch_tokens: of a pass, at most; a longer sequence has one of its own.
+        states: whether rows come with states, which needs a `LayeredRunner`.
     """
 
-    def __init__(self, runner: ModelRunner, top: int, batch_tokens: int) -> None:
-        self._runner, self._top, self._batch_tokens = runner, top, batch_tokens
+    def __init__(self, runner: ModelRunner, top: int, batch_tokens: int, *, states: bool = False) -> None:
+        self._runner, self._top, self._batch_tokens, self._states = runner, top, batch_tokens, states
 
     def rows(
         self, sequences: Sequence[TokenSequence], on_tokens: Callable[[int], None] = lambda count: None
@@ -54,13 +56,25 @@ class Teacher:
     @torch.inference_mode()
     def _run(self, group: Sequence[int], sequences: Sequence[TokenSequence]) -> dict[int, TeacherRows]:
         chosen = [sequences[i] for i in group]
-        logits = self._runner.forward(whole_sequences(chosen, self._runner.info.device))
+        batch, hidden = whole_sequences(chosen, self._runner.info.device), None
+        if self._states:
+            hidden, logits = forward_with_states(self._runner, batch)
+        else:
+            logits = self._runner.forward(batch)
         top = min(self._top, logits.shape[-1])
         values, ids = logits.topk(top, dim=-1)
         logprobs = values - torch.logsumexp(logits, dim=-1, keepdim=True)
         counts = [s.num_labels for s in chosen]
-        pairs = zip(group, torch.split(ids.cpu(), counts), torch.split(logprobs.cpu(), counts), strict=True)
-        return {i: TeacherRows(tokens.numpy().astype(np.int64), lp.numpy()) for i, tokens, lp in pairs}
+        states: list[npt.NDArray[np.float16] | None] = [None] * len(group)
+        if hidden is not None:
+            states = [s.numpy() for s in torch.split(normalised(hidden).half().cpu(), counts)]
+        parts = zip(
+            group, torch.split(ids.cpu(), counts), torch.split(logprobs.cpu(), counts), states, strict=True
+        )
+        return {
+            i: TeacherRows(tokens.numpy().astype(np.int64), lp.numpy(), state)
+            for i, tokens, lp, state in parts
+        }
 
 
 def whole_sequences(sequences: Sequence[TokenSequence], device: torch.device) -> RaggedBatch:

@@ -57,6 +57,8 @@ class TeacherCard(_CardModel):
     top: int
     data_hash: str
     """`made_with` of the data set that the rows belong to."""
+    states: int = 0
+    """Width of the states stored beside the rows; 0 for none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +80,13 @@ class TokenSequence:
 
 @dataclass(frozen=True, slots=True)
 class TeacherRows:
-    """ids [labels, k] int64 and log-probabilities [labels, k] float32 (natural log), best first."""
+    """ids [labels, k] int64 and log-probabilities [labels, k] float32 (natural log), best first. states:
+    float16 [labels, H], the teacher's last hidden state where it predicted the label, before its final norm,
+    divided by its root mean square; None when they were not asked for."""
 
     ids: Ids
     logprobs: npt.NDArray[np.float32]
+    states: npt.NDArray[np.float16] | None = None
 
 
 def shard_path(folder: Path, index: int) -> Path:
@@ -166,18 +171,30 @@ def write_teacher(path: Path, rows: Sequence[TeacherRows], vocab_size: int) -> N
         "logprobs": logprobs.astype(np.float16),
         "counts": counts,
     }
+    states = [r.states for r in rows if r.states is not None]
+    if states:
+        stored["states"] = np.concatenate(states)
     _write(path, save(stored))
 
 
-def read_teacher(path: Path, sequences: Sequence[TokenSequence]) -> list[TeacherRows]:
-    """Rows of each of the shard's sequences. Raises DataError when there are not as many as labels."""
+def read_teacher(
+    path: Path, sequences: Sequence[TokenSequence], *, states: bool = False
+) -> list[TeacherRows]:
+    """Rows of each of the shard's sequences, with states when asked for. Raises DataError when there are not
+    as many rows as labels, or no states."""
     tensors = _load(path)
+    if states and "states" not in tensors:
+        raise DataError(f"{path} holds no states: they are made by s2d draft teach --states")
     if tensors["counts"].tolist() != [s.num_labels for s in sequences]:
         raise DataError(f"{path} does not hold one row for each label of its shard")
     ends = np.cumsum(tensors["counts"], dtype=np.int64)
     ids, logprobs = tensors["ids"].astype(np.int64), tensors["logprobs"].astype(np.float32)
     return [
-        TeacherRows(ids[end - n : end], logprobs[end - n : end])
+        TeacherRows(
+            ids[end - n : end],
+            logprobs[end - n : end],
+            tensors["states"][end - n : end] if states else None,
+        )
         for end, n in zip(ends, tensors["counts"], strict=True)
     ]
 

@@ -115,6 +115,9 @@ def teach(
     target: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write.")] = None,
     top: Annotated[int | None, typer.Option(min=1, help="Tokens kept a position.")] = None,
     batch_tokens: Annotated[int | None, typer.Option(min=16, help="Tokens of one pass.")] = None,
+    states: Annotated[
+        bool | None, typer.Option("--states", help="Keep the target's hidden states too, to draft from.")
+    ] = None,
     dtype: DType = None,
     device: Device = None,
     threads: Threads = None,
@@ -128,7 +131,7 @@ def teach(
             config,
             {
                 "data": folder, "source": source, "out": target, "top": top, "batch_tokens": batch_tokens,
-                "dtype": dtype, "device": device, "threads": threads,
+                "states": states, "dtype": dtype, "device": device, "threads": threads,
             },
         )  # fmt: skip
         with _counting("sequences", None) as advance:
@@ -150,6 +153,9 @@ def train(
     exits: Exits = None,
     teacher: Annotated[
         list[Path] | None, typer.Option(help="Folder of log-probabilities; may be repeated.")
+    ] = None,
+    states: Annotated[
+        bool | None, typer.Option("--states", help="Read the first teacher's hidden states.")
     ] = None,
     draft_vocab: Annotated[int | None, typer.Option(min=0, help="Tokens in the head; 0: all.")] = None,
     exit_layers: Annotated[bool | None, typer.Option(help="A layer of its own for each exit.")] = None,
@@ -182,6 +188,7 @@ def train(
                 "base": base, "data": tuple(folders) if folders else None, "out": target, "init": init,
                 "exits": tuple(exits) if exits else None,
                 "teachers": tuple(teacher) if teacher else None, "draft_vocab": draft_vocab,
+                "states": states,
                 "exit_layers": exit_layers, "exit_norms": exit_norms, "steps": steps,
                 "batch_rows": batch_rows, "row_tokens": row_tokens, "lr": lr, "warmup": warmup, "bf16": bf16,
                 "window": window, "max_offset": max_offset, "storage": storage, "device": device,
@@ -237,8 +244,9 @@ def evaluate(
     target: Annotated[str | None, typer.Option(help="The target, to measure its cost.")] = None,
     results: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of table and picture.")] = None,
     max_sequences: Annotated[int | None, typer.Option(min=1, help="Answers measured.")] = None,
-    prompt_tail: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of each prompt that the draft reads, the last ones.")
+    states: Annotated[Path | None, typer.Option(help="Folder of the target's states.")] = None,
+    draft_context: Annotated[
+        int | None, typer.Option(min=32, help="Tokens that the draft reads at most (nested.context).")
     ] = None,
     dtype: DType = None,
     device: Device = None,
@@ -254,7 +262,7 @@ def evaluate(
             {
                 "base": base, "artifact": artifact, "exits": tuple(exits) if exits else None, "data": folder,
                 "heldout": heldout, "target": target, "out": results, "max_sequences": max_sequences,
-                "prompt_tail": prompt_tail,
+                "states": states, "draft_context": draft_context,
                 "dtype": dtype, "device": device, "threads": threads,
             },
         )  # fmt: skip

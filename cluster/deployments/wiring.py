@@ -49,7 +49,7 @@ def own_nested(
     draft worker re-tokenises for."""
     from actors.drafting.nested_load import load_nested
 
-    loaded = load_nested(config, max_sessions, threads)
+    loaded = load_nested(config, max_sessions, threads, target_hash=identity.states_hash)
     if loaded.tokenizer.vocab_hash != identity.tokenizer_hash:
         logger.info("%s has another tokenizer than the draft: a draft worker drafts for it", identity.model)
         return None

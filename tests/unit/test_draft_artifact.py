@@ -31,6 +31,7 @@ FORMS = [
     {"exit_layers": True, "draft_vocab": 64},
     {"exit_layers": True, "exit_norms": True},
     {"window": 4},
+    {"reads_states": True},
 ]
 
 

@@ -70,7 +70,13 @@ def runner(num_blocks: int = 64) -> TorchLlamaRunner:
 _REFERENCE = runner(MAX_LEN // BLOCK_SIZE)
 
 
-def fresh_logits(tokens: Sequence[int], depth: int) -> Tensor:
+STATES = 12
+STATE_IN = torch.randn(HIDDEN, STATES, generator=torch.Generator().manual_seed(6)) * 0.5
+States = dict[int, Tensor]
+"""By index of a token: the target's state there, [STATES]."""
+
+
+def fresh_logits(tokens: Sequence[int], depth: int, states: States | None = None) -> Tensor:
     """float32 [V] after the last token, from one pass of the first `depth` layers over everything."""
     n = len(tokens)
     batch = RaggedBatch(
@@ -81,18 +87,23 @@ def fresh_logits(tokens: Sequence[int], depth: int) -> Tensor:
         block_tables=torch.arange(-(-n // BLOCK_SIZE), dtype=torch.int32)[None],
         logit_rows=torch.tensor([n - 1]),
     )
-    hidden = _REFERENCE.run_layers(_REFERENCE.embed(batch.token_ids), 0, depth, batch)
+    hidden = _REFERENCE.embed(batch.token_ids)
+    for index, state in (states or {}).items():
+        hidden[index] += STATE_IN @ (state / state.square().mean().sqrt())
+    hidden = _REFERENCE.run_layers(hidden, 0, depth, batch)
     return _REFERENCE.logits(hidden[-1:])[0]
 
 
 class CheckedDrafter(NestedDrafter):
-    """Compares every row that it drafts from with a fresh pass."""
+    """Compares every row that it drafts from with a fresh pass. `states`: what was told, by session."""
 
     checked = 0
+    states: dict[int, States] | None = None
 
     def _draw(self, logits, proposals, block):  # type: ignore[no-untyped-def]
         for row, proposal in zip(logits, proposals, strict=True):
-            expected = fresh_logits(proposal.session.seq.tokens, self.exits[block])
+            states = None if self.states is None else self.states[proposal.query.session_id]
+            expected = fresh_logits(proposal.session.seq.tokens, self.exits[block], states)
             torch.testing.assert_close(row, expected, atol=2e-3, rtol=1e-3)
             self.checked += 1
         super()._draw(logits, proposals, block)
@@ -128,6 +139,7 @@ step = st.fixed_dictionaries(
         "corrections": st.lists(st.integers(0, VOCAB - 1), min_size=0, max_size=3),
         "work": st.booleans(),
         "reopen": st.booleans(),
+        "states": st.integers(0, 6),
     }
 )
 
@@ -138,12 +150,17 @@ step = st.fixed_dictionaries(
     history=st.lists(step, min_size=1, max_size=8),
     thresholds=st.sampled_from((None, (0.3, 0.3), (0.0, 0.0), (1.0, 1.0))),
     blocks=st.sampled_from((6, 64)),
+    reads=st.booleans(),
 )
-def test_drafting_logits_equal_a_fresh_pass(prompts, history, thresholds, blocks):  # type: ignore[no-untyped-def]
+def test_drafting_logits_equal_a_fresh_pass(prompts, history, thresholds, blocks, reads):  # type: ignore[no-untyped-def]
+    """With `reads` the target tells states of some of the last tokens, drafted ones among them."""
     drafter = CheckedDrafter(
-        runner(blocks), EXITS, thresholds=thresholds, prefill_chunk=16, catch_up=24, keep_rounds=1
-    )
+        runner(blocks), EXITS, thresholds=thresholds, prefill_chunk=16, catch_up=24, keep_rounds=1,
+        state_in=STATE_IN if reads else None,
+    )  # fmt: skip
+    drafter.states = {sid: {} for sid in range(3)}
     truth = [list(p) for p in prompts]
+    generator = torch.Generator().manual_seed(7)
     for sid, tokens in enumerate(truth):
         open_session(drafter, sid, tokens)
     for do in history:
@@ -156,9 +173,16 @@ def test_drafting_logits_equal_a_fresh_pass(prompts, history, thresholds, blocks
             new = [*draft.token_ids[: do["accept"]], *do["corrections"]]
             drafter.commit(sid, new)
             truth[sid].extend(new)
+            if reads and (told := min(len(new), do["states"])):
+                states = torch.randn(told, STATES, generator=generator)
+                drafter.note_states(sid, states)
+                drafter.states[sid].update(
+                    zip(range(len(truth[sid]) - told, len(truth[sid])), states, strict=True)
+                )
         if do["reopen"]:
             sid = do["asks"][0][0]
             open_session(drafter, sid, truth[sid])
+            drafter.states[sid] = {}
     # A prompt is absorbed once its session was asked for.
     drafter.propose([DraftQuery(sid, 1, 1) for sid in range(3)])
     absorb(drafter)
@@ -246,6 +270,22 @@ def test_a_bounded_context_drafts_as_if_the_session_began_there(depth: int) -> N
         assert token == int(fresh_logits(tail, depth).argmax())
         tail.append(token)
     assert drafter.kv_blocks_used <= 3
+
+
+def test_states_of_forgotten_tokens_are_forgotten() -> None:
+    drafter = CheckedDrafter(runner(), EXITS, state_in=STATE_IN)
+    open_session(drafter, 0, [1, 2, 3])
+    drafter.commit(0, [4, 5, 6])
+    states = torch.randn(3, STATES, generator=torch.Generator().manual_seed(8))
+    drafter.note_states(0, states)
+    drafter.rewind(0, 4)
+    drafter.states = {0: {3: states[0]}}
+    assert len(propose(drafter, 0, 3).token_ids) == 3
+    drafter.commit(0, [9, 9])
+    assert len(propose(drafter, 0, 3, LAYERS).token_ids) == 3
+    assert drafter.checked == 6
+    with pytest.raises(ValueError, match="7 states for 6 committed tokens"):
+        drafter.note_states(0, torch.randn(7, STATES))
 
 
 def test_thresholds_choose_the_exit() -> None:

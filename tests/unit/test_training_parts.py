@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.models.runner import RaggedBatch
-from actors.training.batches import BatchPlan, TeacherBatch, build_batch, pack_rows
+from actors.training.batches import BatchPlan, TeacherBatch, build_batch, pack_rows, withhold
 from actors.training.corpus import Example, draft_vocabulary, is_heldout
 from actors.training.evaluate import walk
 from actors.training.losses import distillation
@@ -178,7 +179,7 @@ def test_one_prompt_is_never_on_both_sides() -> None:
 
 
 def test_walking_over_answers() -> None:
-    answers = [[True, True, False, True], [False]]
+    answers = [[2, 1, 0, 1], [0]]
     counts = walk(answers, 2)
     # Round 1 takes two drafts and the target's third; round 2 drafts the last token; the other answer: one.
     assert (counts.rounds, counts.tokens) == (3, 5)
@@ -214,3 +215,36 @@ def test_settings_refuse_what_they_do_not_know(tmp_path: Path) -> None:
     (tmp_path / "train.yaml").write_text("base: b\ndata: [d]\nout: o\nexits: [1, 2]\nsteps: 500\n")
     settings = TrainSettings.read(tmp_path / "train.yaml", {"steps": 300, "lr": None})
     assert (settings.steps, settings.exits, settings.lr) == (300, (1, 2), 1e-3)
+
+
+def test_states_lie_at_the_tokens_that_they_emitted() -> None:
+    """The state that predicted a label belongs to that label's token, which the draft reads next."""
+    examples = [
+        replace(example([5, 6, 7, 8, 9], 2), states=torch.arange(1, 7).view(3, 2).half()),
+        replace(example([5, 6, 7], 1), states=torch.full((2, 2), 9.0).half()),
+    ]
+    states = build_batch(examples, [[0, 1]], 8).states
+    assert states is not None
+    assert states[0].tolist() == [
+        [0, 0], [0, 0], [1, 2], [3, 4], [5, 6],
+        [0, 0], [9, 9], [9, 9],
+    ]  # fmt: skip
+    cut = build_batch(examples, [[0]], 4).states
+    assert cut is not None
+    assert cut[0].tolist() == [[0, 0], [0, 0], [1, 2], [3, 4]]
+    assert build_batch([example([1, 2, 3])], [[0]], 8).states is None
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.6])
+def test_states_are_withheld_in_runs(share: float) -> None:
+    generator = np.random.default_rng(0)
+    gone = [withhold(400, share, generator) for _ in range(300)]
+    whole = [g for g in gone if bool(g.all())]
+    assert len(whole) / 300 == pytest.approx(share / 2, abs=0.06)
+    runs: list[int] = []
+    for g in gone:
+        if not bool(g.all()):
+            runs += [len(run) for run in "".join("x" if v else " " for v in g.tolist()).split()]
+    assert set(runs) == {1, 2, 3, 4}
+    part = torch.cat([g for g in gone if not bool(g.all())]).float().mean()
+    assert float(part) == pytest.approx(share, abs=0.12)
