@@ -51,6 +51,32 @@ class SpeculationConfig(ConfigModel):
     )
 
 
+class AutoscalingConfig(ConfigModel):
+    """How many target workers a model has, by its traffic. The names are those of Ray Serve."""
+
+    min_replicas: int = Field(1, ge=0, description="0 lets the model sleep; a request wakes it.")
+    max_replicas: int = Field(1, ge=1)
+    initial_replicas: int | None = Field(None, ge=0, description="To begin with; null: min_replicas.")
+    target_ongoing_requests: float | None = Field(
+        None, gt=0, description="Requests a worker, running and waiting; null: half of max_num_seqs."
+    )
+    upscale_delay_s: float = Field(10.0, ge=0, description="More are wanted for so long before they start.")
+    downscale_delay_s: float = Field(300.0, ge=0, description="The same for fewer.")
+    downscale_to_zero_delay_s: float | None = Field(
+        None, ge=0, description="The same for the last one; null: downscale_delay_s."
+    )
+    look_back_period_s: float = Field(10.0, gt=0, description="Traffic is averaged over this.")
+
+    @model_validator(mode="after")
+    def _bounds(self) -> AutoscalingConfig:
+        if self.max_replicas < self.min_replicas:
+            raise ValueError("max_replicas: must be at least min_replicas")
+        initial = self.initial_replicas
+        if initial is not None and not self.min_replicas <= initial <= self.max_replicas:
+            raise ValueError("initial_replicas: must lie between min_replicas and max_replicas")
+        return self
+
+
 class ModelConfig(ConfigModel):
     """One served model."""
 
@@ -66,7 +92,8 @@ class ModelConfig(ConfigModel):
     max_model_len: int | None = Field(
         None, ge=8, description="Context limit in tokens; null takes the model's."
     )
-    replicas: int = Field(1, ge=1, description="Target workers.")
+    replicas: int = Field(1, ge=1, description="Target workers, where their number is fixed.")
+    autoscaling: AutoscalingConfig | None = Field(None, description="Null: `replicas` of them.")
     num_cpus: float = Field(1.0, gt=0, description="Ray CPUs a replica reserves.")
     num_gpus: float = Field(0.0, ge=0, description="Ray GPUs a replica reserves.")
     engine: EngineConfig = Field(default_factory=EngineConfig)
@@ -78,6 +105,16 @@ class ModelConfig(ConfigModel):
         if any(c in name for c in "#?&\n\t "):
             raise ValueError("must not contain spaces, '#', '?' or '&'")
         return name
+
+    @model_validator(mode="after")
+    def _one_number_of_replicas(self) -> ModelConfig:
+        if self.autoscaling is not None and self.replicas != 1:
+            raise ValueError("replicas: set by autoscaling; leave one of them out")
+        return self
+
+    @property
+    def most_replicas(self) -> int:
+        return self.replicas if self.autoscaling is None else self.autoscaling.max_replicas
 
 
 class NestedDrafterConfig(ConfigModel):
@@ -190,7 +227,19 @@ class GatewayConfig(ConfigModel):
         "threads take every core, 100 ms, and from five requests at once on 25 ms for each of them, since "
         "every chunk costs those threads several milliseconds.",
     )
-    admin_endpoints: bool = Field(False, description="Serve POST /admin/reset (drops shared caches).")
+    admin_endpoints: bool = Field(
+        False,
+        description="Serve POST /admin/reset (drops shared caches), changes of the router's pins, and "
+        "loading and unloading of models.",
+    )
+    cold_start_timeout_s: float = Field(
+        120.0, gt=0, description="Longest time that a request waits for a model that has to be woken."
+    )
+    max_ongoing_requests: int = Field(
+        4096,
+        ge=1,
+        description="Calls that the gateway holds at once; models refuse what is too much for them.",
+    )
     num_cpus: float = Field(0.2, gt=0)
 
 
@@ -208,7 +257,7 @@ class RouterConfig(ConfigModel):
 class ClusterConfig(ConfigModel):
     """Everything `s2d serve -c FILE` reads."""
 
-    models: tuple[ModelConfig, ...] = Field(min_length=1)
+    models: tuple[ModelConfig, ...] = Field(description="May be empty: models can be loaded later.")
     draft_pool: DraftPoolConfig = Field(default_factory=DraftPoolConfig)
     router: RouterConfig = Field(default_factory=RouterConfig)
     gateway: GatewayConfig = Field(default_factory=GatewayConfig)

@@ -27,6 +27,8 @@ START_TIMEOUT_S = 900.0
 SERVE_SHUTDOWN_S = 30.0
 PROCESS_EXIT_S = 10.0
 POLL_S = 0.2
+SPARE_CPUS = 8
+"""Ray's CPUs, which are only counted here, for models that may be loaded later."""
 CONTROL_PROCESSES = {"raylet", "gcs_server"}
 """Without either, nothing in the cluster answers any more."""
 RAY_ENVIRONMENT = {
@@ -115,8 +117,10 @@ def port_problem(gateway: GatewayConfig) -> str | None:
 
 
 def cpus_needed(config: ClusterConfig) -> float:
-    targets = sum(m.num_cpus * m.replicas for m in config.models)
-    return targets + config.draft_pool.num_cpus * config.draft_pool.replicas + config.gateway.num_cpus
+    targets = sum(m.num_cpus * m.most_replicas for m in config.models)
+    pool, gateway = config.draft_pool, config.gateway
+    loaded = SPARE_CPUS if gateway.admin_endpoints else 0
+    return targets + pool.num_cpus * pool.replicas + gateway.num_cpus + loaded
 
 
 class LocalCluster:
@@ -178,7 +182,8 @@ class LocalCluster:
         """Deploy in a thread and show each deployment's progress meanwhile."""
         from ray import serve
 
-        from cluster.app import APP_NAME, DRAFT_POOL, GATEWAY, build_app, deployment_name
+        from cluster.app import DRAFT_POOL, GATEWAY, build_app
+        from cluster.model_apps import APP_NAME, deployment_name
 
         failure: list[BaseException] = []
 
@@ -282,7 +287,7 @@ def _running_application() -> Any:
     from ray import serve
     from ray.serve.exceptions import RayServeException
 
-    from cluster.app import APP_NAME
+    from cluster.model_apps import APP_NAME
 
     try:
         return serve.get_app_handle(APP_NAME)

@@ -8,10 +8,11 @@ from cluster.cli.bench import bench
 from cluster.cli.chat import chat
 from cluster.cli.draft import draft
 from cluster.cli.generate import generate
+from cluster.cli.models import models
 from cluster.cli.router import router
 from cluster.cli.serve import serve
 from cluster.cli.simulate import simulate
-from cluster.cli.status import models, status
+from cluster.cli.status import status
 
 app = typer.Typer(
     name="s2d",
@@ -24,10 +25,10 @@ app.command()(serve)
 app.command()(generate)
 app.command()(chat)
 app.command()(status)
-app.command()(models)
 app.command()(simulate)
 app.add_typer(bench, name="bench")
 app.add_typer(draft, name="draft")
+app.add_typer(models, name="models")
 app.add_typer(router, name="router")
 
 if __name__ == "__main__":

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any
 from urllib.parse import quote
 
-import httpx
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from cluster.cli.common import DEFAULT_URL, ApiKey, HttpUrl, fail, out
+from cluster.cli.admin import change
+from cluster.cli.common import DEFAULT_URL, ApiKey, HttpUrl, out
 from cluster.cli.status import fetch
 
 router = typer.Typer(help="Who drafts for whom and why; pins by an operator.", invoke_without_command=True)
 Target = Annotated[str, typer.Argument(help="A target's id, or a model's name for all its targets.")]
-PIN_TIMEOUT_S = 15.0
 
 
 @router.callback()
@@ -100,34 +98,16 @@ def pin(
 ) -> None:
     """Fix worker, exits or longest draft of a target; what is left out stays with the router."""
     body = {"worker": worker, "exits": exits or None, "cap": cap}
-    send("PUT", url, target, api_key, {k: v for k, v in body.items() if v is not None})
+    change("PUT", url, pin_path(target), api_key, {k: v for k, v in body.items() if v is not None})
     out.print(f"pinned {escape(target)}")
 
 
 @router.command()
 def unpin(target: Target, url: HttpUrl = DEFAULT_URL, api_key: ApiKey = None) -> None:
     """Give a target back to the router."""
-    send("DELETE", url, target, api_key, None)
+    change("DELETE", url, pin_path(target), api_key, None)
     out.print(f"unpinned {escape(target)}")
 
 
-def send(method: str, url: str, target: str, api_key: str | None, body: dict[str, Any] | None) -> None:
-    """Change a pin; ends the program with one line when that fails."""
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    content = None if body is None else json.dumps(body)
-    address = f"{url.rstrip('/')}/admin/router/pins/{quote(target, safe='')}"
-    try:
-        response = httpx.request(
-            method, address, headers=headers, content=content, timeout=PIN_TIMEOUT_S, trust_env=False
-        )
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise fail(f"no server at {url}; start one with `s2d serve` ({error})") from error
-    if response.status_code == 200:
-        return
-    try:
-        refusal = response.json()["error"]
-    except (ValueError, KeyError) as problem:
-        raise fail(f"{address} answered {response.status_code}, not JSON") from problem
-    if response.status_code in (404, 405) and refusal.get("param") is None:
-        raise fail("pins are guarded: the server must run with gateway.admin_endpoints: true")
-    raise fail(escape(str(refusal["message"])))
+def pin_path(target: str) -> str:
+    return f"/admin/router/pins/{quote(target, safe='')}"

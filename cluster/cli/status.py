@@ -1,4 +1,4 @@
-"""`s2d status` and `s2d models`: what the server says of itself."""
+"""`s2d status`: what the server says of itself."""
 
 from __future__ import annotations
 
@@ -64,13 +64,13 @@ def target_table(served: list[dict[str, Any]]) -> Table:
     )
     for model in served:
         if not model["replicas"]:
-            table.add_row(model["name"], model.get("error") or "-", _yes(model["ready"]))
+            table.add_row(model["name"], model.get("error") or "-", yes(model["ready"]))
         for replica in model["replicas"]:
             engine = replica["engine"]
             table.add_row(
                 model["name"],
                 replica["replica_id"],
-                _yes(model["ready"]),
+                yes(model["ready"]),
                 *(str(engine.get(key, "-")) for key in ENGINE_COLUMNS),
             )
     return table
@@ -111,20 +111,5 @@ def draft_table(workers: list[dict[str, Any]]) -> Table:
     return table
 
 
-def models(url: HttpUrl = DEFAULT_URL, api_key: ApiKey = None) -> None:
-    """The served models."""
-    table = Table("model", "ready", "context", "dtype", "architecture", "drafters")
-    for model in fetch(url, "/v1/models", api_key)["data"]:
-        table.add_row(
-            model["id"],
-            _yes(model["ready"]),
-            str(model["max_model_len"] or "-"),
-            model["dtype"] or "-",
-            model["architecture"] or "-",
-            ", ".join(model["drafters"]),
-        )
-    out.print(table)
-
-
-def _yes(value: bool) -> str:
+def yes(value: bool) -> str:
     return "[green]yes[/]" if value else "[red]no[/]"

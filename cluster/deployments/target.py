@@ -31,7 +31,7 @@ DRAIN_TIMEOUT_S = 25.0
 class Target:
     """Loads its model in the constructor; Serve sends requests once that has returned.
 
-    The init arguments name this model only (see `cluster.app.target_app`).
+    The init arguments name this model only: nothing else that is served may restart it.
     """
 
     async def __init__(  # type: ignore[misc]

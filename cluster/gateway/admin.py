@@ -23,7 +23,11 @@ MetricsReader = Callable[[], Awaitable[str]]
 
 async def model_state(model: ServedModel) -> dict[str, Any]:
     """One model's replicas; `error` says why they could not be read."""
-    body: dict[str, Any] = {"name": model.name, "ready": model.ready, "replicas": [], "error": None}
+    body: dict[str, Any] = {"name": model.name, "ready": model.ready, "state": model.state}
+    body |= {"replicas": [], "error": None}
+    if model.presence is not None and not model.ready:  # a call would wake it, or wait for it
+        body["error"] = model.presence.message or model.state
+        return body
     try:
         async with asyncio.timeout(STATE_TIMEOUT_S):
             states = await model.client.states()
@@ -84,7 +88,7 @@ def build_admin_router(gateway: Gateway, read_metrics: MetricsReader) -> APIRout
         @router.post("/admin/reset")
         async def reset() -> Response:
             """Drop what requests share: prefix caches, recycling matrices, acceptance averages."""
-            models = gateway.directory.all()
+            models = [m for m in gateway.directory.all() if m.presence is None or m.ready]
             try:
                 async with asyncio.timeout(RESET_TIMEOUT_S):
                     await asyncio.gather(*(m.client.reset() for m in models))

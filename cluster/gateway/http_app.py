@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.gateway.admin import MetricsReader, build_admin_router
 from cluster.gateway.errors import ApiError, internal
+from cluster.gateway.models_api import build_models_api
 from cluster.gateway.router_api import build_router_api
 from cluster.gateway.routes import Gateway, build_router
 from cluster.gateway.sse import ClientGoneError, JsonResponse
@@ -93,6 +94,7 @@ def build_http_app(gateway: Gateway, read_metrics: MetricsReader, *, echo_reques
     app.include_router(build_router(gateway))
     app.include_router(build_admin_router(gateway, read_metrics))
     app.include_router(build_router_api(gateway))
+    app.include_router(build_models_api(gateway))
     if gateway.config.api_key is not None:
         app.add_middleware(ApiKeyMiddleware, api_key=gateway.config.api_key)
     if echo_request_id:

@@ -17,6 +17,7 @@ from cluster.gateway.generation import InFlight
 from cluster.gateway.grpc_health import HealthServicer
 from cluster.gateway.grpc_service import GenerationServicer
 from cluster.gateway.http_app import build_http_app
+from cluster.gateway.model_applications import ModelApplications
 from cluster.gateway.models import ModelDirectory
 from cluster.gateway.routes import Gateway
 from cluster.gateway.serve_clients import LeasedDraftPool, ServeModelClient
@@ -39,9 +40,15 @@ class GatewayDeployment:
     ) -> None:
         parsed = ClusterConfig.model_validate(config)
         self._draft_pool_handle = draft_pool
+        applications = ModelApplications(parsed)
         self._gateway = Gateway(
             config=parsed.gateway,
-            directory=ModelDirectory({name: ServeModelClient(handle) for name, handle in targets.items()}),
+            directory=ModelDirectory(
+                {name: ServeModelClient(handle) for name, handle in targets.items()},
+                applications,
+                parsed.gateway.cold_start_timeout_s,
+            ),
+            loader=applications,
             draft_pool=LeasedDraftPool(parsed.draft_pool, RegistryClient()),
             in_flight=InFlight(),
             on_resume=GatewayMetrics().resumed,

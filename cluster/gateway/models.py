@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 from actors.target_worker.messages import (
     ChatMessage,
@@ -16,10 +17,13 @@ from actors.target_worker.messages import (
     TargetInfo,
     TargetState,
 )
+from cluster.config import ModelConfig
 from cluster.gateway.errors import ApiError, model_not_found, not_ready
 
+logger = logging.getLogger(__name__)
 PROBE_INTERVAL_S = 1.0
 PROBE_TIMEOUT_S = 5.0
+DISCOVERY_INTERVAL_S = 5.0
 PROBE_FAILURES_TO_UNREADY = 2
 READY_TIMEOUT_S = 2.0
 
@@ -58,19 +62,59 @@ class DraftPoolView(Protocol):
     async def states(self) -> Sequence[Mapping[str, object]]: ...
 
 
+ModelState = Literal["ready", "starting", "asleep", "failed"]
+"""asleep: scaled to zero, and woken by a request."""
+
+
+@dataclass(frozen=True, slots=True)
+class Presence:
+    """What Ray Serve says of a model's deployment. `message` explains a failure."""
+
+    state: ModelState
+    message: str = ""
+
+
+class ModelDiscovery(Protocol):
+    """Models whose presence Ray Serve tells: loaded while the cluster runs, or scaled to zero at times. They
+    are not probed: a call would keep them awake."""
+
+    async def presences(self) -> Mapping[str, Presence]:
+        """By name. Raises `ApiError` while Serve does not answer."""
+        ...
+
+    def client(self, name: str) -> ModelClient: ...
+
+
+class ModelLoader(Protocol):
+    """Loads and unloads models. Both return once that has begun, and raise `ApiError`."""
+
+    async def load(self, model: ModelConfig) -> None: ...
+
+    async def unload(self, name: str) -> None: ...
+
+
 @dataclass
 class ServedModel:
-    """A model and what the last probes said about it."""
+    """A model and what the last probes, or Ray Serve, said about it. `loaded`: while the cluster ran."""
 
     name: str
     client: ModelClient
     created: int = field(default_factory=lambda: int(time.time()))
     last_info: TargetInfo | None = None
     failures: int = 0
+    presence: Presence | None = None
+    loaded: bool = False
+
+    @property
+    def state(self) -> ModelState:
+        if self.presence is not None:
+            return self.presence.state
+        ready = self.last_info is not None and self.failures < PROBE_FAILURES_TO_UNREADY
+        return "ready" if ready else "starting" if self.last_info is None else "failed"
 
     @property
     def ready(self) -> bool:
-        return self.last_info is not None and self.failures < PROBE_FAILURES_TO_UNREADY
+        return self.state == "ready"
 
     async def probe(self, timeout_s: float) -> bool:
         """Ask the model for its info; remembers the answer. Never raises, except on cancellation."""
@@ -86,11 +130,25 @@ class ServedModel:
 
 class ModelDirectory:
     """All served models. `start` keeps probing them, so that requests to a dead model are refused at once
-    instead of waiting for it."""
+    instead of waiting for it.
 
-    def __init__(self, clients: Mapping[str, ModelClient]) -> None:
+    Args:
+        clients: models that are always there.
+        discovery: tells of further models, and of those of `clients` that may sleep.
+        wake_timeout_s: longest wait of a request for a model that sleeps.
+    """
+
+    def __init__(
+        self,
+        clients: Mapping[str, ModelClient],
+        discovery: ModelDiscovery | None = None,
+        wake_timeout_s: float = 120.0,
+    ) -> None:
         self._models = {name: ServedModel(name, client) for name, client in clients.items()}
+        self._discovery = discovery
+        self._wake_timeout_s = wake_timeout_s
         self._prober: asyncio.Task[None] | None = None
+        self._refreshed_at = float("-inf")
 
     def all(self) -> list[ServedModel]:
         return list(self._models.values())
@@ -105,24 +163,57 @@ class ModelDirectory:
             raise model_not_found(name)
         return model
 
+    def forget(self, name: str) -> None:
+        """Serve a loaded model no longer; what runs goes on."""
+        if name in self._models and self._models[name].loaded:
+            del self._models[name]
+
     async def ready_model(self, name: str) -> tuple[ServedModel, TargetInfo]:
-        """Raises 404, or 503 when the model does not answer."""
+        """Wakes a model that sleeps. Raises 404, or 503 when the model does not answer."""
+        if name not in self._models and time.monotonic() - self._refreshed_at >= PROBE_INTERVAL_S:
+            await self.refresh()  # it may have been loaded a moment ago
         model = self.find(name)
+        if model.presence is not None:
+            return model, await self._awake(model, model.presence)
         if not model.ready:
             await model.probe(READY_TIMEOUT_S)
         if model.last_info is None or not model.ready:
             raise not_ready(f"the model `{name}` is not ready", retry_after_s=2.0)
         return model, model.last_info
 
+    async def _awake(self, model: ServedModel, presence: Presence) -> TargetInfo:
+        if presence.state in ("starting", "failed"):
+            why = f": {presence.message}" if presence.message else ""
+            raise not_ready(
+                f"the model `{model.name}` is not ready ({presence.state}{why})", retry_after_s=5.0
+            )
+        if presence.state == "ready" and model.last_info is not None:
+            return model.last_info
+        # The call waits in Serve's queue until a worker is there, and its waiting makes Serve start one.
+        if not await model.probe(self._wake_timeout_s) or model.last_info is None:
+            raise not_ready(
+                f"the model `{model.name}` was asleep and did not wake within {self._wake_timeout_s:g} s",
+                retry_after_s=10.0,
+            )
+        model.presence = Presence("ready")
+        return model.last_info
+
     def only_name(self) -> str | None:
         """The name to assume where `model` may be left out."""
         return next(iter(self._models)) if len(self._models) == 1 else None
 
     async def unready(self) -> list[str]:
-        """Probe every model now; the names of those that do not answer."""
+        """The names of the models that do not answer; those that are always there are asked now. A model that
+        sleeps would answer."""
         models = self.all()
-        answers = await asyncio.gather(*(model.probe(READY_TIMEOUT_S) for model in models))
+        answers = await asyncio.gather(*(self._answers(model) for model in models))
         return [model.name for model, ok in zip(models, answers, strict=True) if not ok]
+
+    @staticmethod
+    async def _answers(model: ServedModel) -> bool:
+        if model.presence is None:
+            return await model.probe(READY_TIMEOUT_S)
+        return model.presence.state in ("ready", "asleep")
 
     def start(self) -> None:
         """Probe in the background. Needs a running event loop; a second call does nothing."""
@@ -136,7 +227,33 @@ class ModelDirectory:
                 await self._prober
             self._prober = None
 
+    @property
+    def _changing(self) -> bool:
+        """Whether a model is about to change its state by itself."""
+        return any(m.presence is not None and m.presence.state == "starting" for m in self.all())
+
+    async def refresh(self) -> None:
+        """Ask Ray Serve what there is. What it does not say stays as it was."""
+        if self._discovery is None:
+            return
+        self._refreshed_at = time.monotonic()
+        try:
+            async with asyncio.timeout(PROBE_TIMEOUT_S):
+                found = await self._discovery.presences()
+        except (ApiError, TimeoutError) as error:
+            logger.warning("Ray Serve does not say which models there are: %s", str(error) or "timed out")
+            return
+        for name, presence in found.items():
+            if name not in self._models:
+                self._models[name] = ServedModel(name, self._discovery.client(name), loaded=True)
+            self._models[name].presence = presence
+        for name in [n for n, model in self._models.items() if model.loaded and n not in found]:
+            del self._models[name]
+
     async def _probe_forever(self) -> None:
         while True:
-            await asyncio.gather(*(model.probe(PROBE_TIMEOUT_S) for model in self.all()))
+            if time.monotonic() - self._refreshed_at >= DISCOVERY_INTERVAL_S or self._changing:
+                await self.refresh()
+            probed = [model for model in self.all() if model.presence is None]
+            await asyncio.gather(*(model.probe(PROBE_TIMEOUT_S) for model in probed))
             await asyncio.sleep(PROBE_INTERVAL_S)

@@ -17,7 +17,7 @@ from cluster.config import GatewayConfig
 from cluster.gateway import openai_chat, openai_completions
 from cluster.gateway.errors import ApiError, from_validation_error, invalid, not_ready
 from cluster.gateway.generation import InFlight, prefetch, run_job
-from cluster.gateway.models import DraftPoolView, ModelClient, ModelDirectory, ServedModel
+from cluster.gateway.models import DraftPoolView, ModelClient, ModelDirectory, ModelLoader, ServedModel
 from cluster.gateway.openai_format import new_id
 from cluster.gateway.openai_params import (
     Job,
@@ -50,6 +50,8 @@ class Gateway:
     """Called with the model's name whenever a request goes on at another replica."""
     router: RouterControl | None = None
     """None where no router runs."""
+    loader: ModelLoader | None = None
+    """None where models come and go with the application only."""
 
     def run(self, job: Job, client: ModelClient) -> AsyncGenerator[tuple[int, GenerationChunk], None]:
         return run_job(
@@ -124,6 +126,7 @@ def model_body(model: ServedModel, info: TargetInfo | None) -> dict[str, Any]:
         "backend": info.backend if info else None,
         "drafters": list(info.drafters) if info else [],
         "ready": model.ready,
+        "state": model.state,
     }
 
 

@@ -10,17 +10,9 @@ from hypothesis import strategies as st
 from ray.serve.deployment import Application
 from ray.serve.schema import ServeDeploySchema
 
-from cluster.app import (
-    APP_NAME,
-    GRPC_HEALTH,
-    GRPC_SERVICER,
-    _ongoing_limit,
-    build_app,
-    deployment_name,
-    serve_options,
-    thread_env,
-)
+from cluster.app import GRPC_HEALTH, GRPC_SERVICER, build_app, serve_options
 from cluster.config import ClusterConfig
+from cluster.model_apps import APP_NAME, _ongoing_limit, deployment_name, thread_env
 from cluster.registry import MAX_LEASES, Lease, LeaseTable
 from cluster.telemetry.collect import collect, merge
 

@@ -20,8 +20,9 @@ from packaging.requirements import Requirement
 from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
-from cluster.app import APP_NAME, serve_options
+from cluster.app import serve_options
 from cluster.config import ClusterConfig
+from cluster.model_apps import APP_NAME
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"

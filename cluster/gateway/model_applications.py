@@ -1,0 +1,101 @@
+"""Models that Ray Serve knows of: which there are, how they are, loading and unloading them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+from ray import serve
+from ray.serve._private.common import DeploymentStatusTrigger, ReplicaState
+from ray.serve.exceptions import RayServeException
+from ray.serve.schema import ApplicationStatus
+
+from cluster.config import ClusterConfig, ModelConfig
+from cluster.gateway.errors import not_ready
+from cluster.gateway.models import ModelState, Presence
+from cluster.gateway.serve_clients import ServeModelClient
+from cluster.model_apps import (
+    APP_NAME,
+    ModelAppConfig,
+    application_name,
+    build_model_app,
+    deployment_name,
+    model_of,
+)
+
+_FAILED = {ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY}
+SERVE_CALL_S = 10.0
+
+
+class ModelApplications:
+    """`ModelDiscovery` and `ModelLoader` over Ray Serve, for a gateway of the cluster of `config`."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        self._config = config
+        # Models of the cluster's own application that may be scaled to zero.
+        self._sleepers = {m.name for m in config.models if m.autoscaling and m.autoscaling.min_replicas == 0}
+
+    async def presences(self) -> Mapping[str, Presence]:
+        """Models with applications of their own, and those of the cluster's that may sleep."""
+        applications = (await _in_thread(serve.status)).applications
+        found: dict[str, Presence] = {}
+        for name, application in applications.items():
+            model = model_of(name)
+            if model is not None and application.status is not ApplicationStatus.DELETING:
+                found[model] = _presence(application, deployment_name(model))
+        own = applications.get(APP_NAME)
+        for model in self._sleepers if own is not None else ():
+            found[model] = _presence(own, deployment_name(model))
+        return found
+
+    def client(self, name: str) -> ServeModelClient:
+        # Whether it exists is known; asking again would block the event loop.
+        handle: Any = serve.get_deployment_handle(
+            deployment_name(name), app_name=application_name(name), _check_exists=False
+        )
+        return ServeModelClient(handle)
+
+    async def load(self, model: ModelConfig) -> None:
+        """Begin to load; `presences` tells how it goes."""
+        target = serve.RunTarget(
+            build_model_app(ModelAppConfig.joining(self._config, model)),
+            name=application_name(model.name),
+            route_prefix=None,
+            logging_config={"log_level": "INFO", "enable_access_log": False},
+        )
+        await _in_thread(
+            serve.run_many,
+            [target],
+            wait_for_ingress_deployment_creation=False,
+            wait_for_applications_running=False,
+        )
+
+    async def unload(self, name: str) -> None:
+        """Begin to unload. Serve lets running requests end first, for as long as the deployment allows."""
+        await _in_thread(serve.delete, application_name(name), _blocking=False)
+
+
+def _presence(application: Any, deployment: str) -> Presence:
+    status = application.deployments.get(deployment)
+    counts = {} if status is None else status.replica_states
+    if counts.get(ReplicaState.RUNNING, 0):
+        return Presence("ready")
+    if application.status in _FAILED:
+        message = (status.message if status is not None else "") or application.message
+        return Presence("failed", message.strip().splitlines()[-1] if message.strip() else "")
+    # A worker that starts because of a request that waits for it is not what the model still lacks.
+    woken = status is not None and status.status_trigger is DeploymentStatusTrigger.AUTOSCALING
+    state: ModelState = "asleep" if application.status is ApplicationStatus.RUNNING or woken else "starting"
+    return Presence(state)
+
+
+async def _in_thread(call: Any, *args: Any, **options: Any) -> Any:
+    """Serve's client blocks. Raises 503 when it does not answer in time, or cannot."""
+    try:
+        async with asyncio.timeout(SERVE_CALL_S):
+            return await asyncio.to_thread(call, *args, **options)
+    except TimeoutError as error:
+        raise not_ready("Ray Serve does not answer") from error
+    except RayServeException as error:
+        raise not_ready(str(error), retry_after_s=5.0) from error

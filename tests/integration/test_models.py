@@ -1,0 +1,226 @@
+"""Models come and go, fall asleep and wake while `s2d serve` runs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import pytest
+import yaml
+
+from cluster.client import RetryPolicy, S2DClient, S2DError
+from tests.integration.ray_node import free_ports, wait_until
+from tests.integration.server import Server, _ready, stop
+from tests.toy_draft import toy_base
+
+PROMPT = "the quick brown fox"
+SCALING = {
+    "min_replicas": 0, "max_replicas": 2, "target_ongoing_requests": 1, "upscale_delay_s": 0,
+    "downscale_delay_s": 1, "look_back_period_s": 1,
+}  # fmt: skip
+FAST_METRICS = {
+    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
+    "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
+}
+ENGINE = {"threads": 1, "kv_blocks": 256, "max_num_seqs": 4, "max_queued": 4}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("toys")
+    return {name: str(toy_base(root / name, seed=seed)) for seed, name in enumerate(("steady", "guest"))}
+
+
+@pytest.fixture(scope="module")
+def server(folders: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One model of the configuration, no draft pool; the others are loaded."""
+    root = tmp_path_factory.mktemp("server")
+    http_port, grpc_port = free_ports(2)
+    content = {
+        "models": [model("steady", folders["steady"])],
+        "draft_pool": {"replicas": 0},
+        "gateway": {
+            "http_port": http_port, "grpc_port": grpc_port, "admin_endpoints": True,
+            "cold_start_timeout_s": 30,
+        },
+    }  # fmt: skip
+    file, log = root / "cluster.yaml", root / "serve.log"
+    file.write_text(yaml.safe_dump(content))
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [str(Path(sys.executable).parent / "s2d"), "serve", "-c", str(file)],
+            stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **FAST_METRICS},
+        )  # fmt: skip
+    running = Server(f"http://127.0.0.1:{http_port}", f"127.0.0.1:{grpc_port}", process, log)
+    try:
+        wait_until(lambda: _ready(running), 120.0, "the server is ready", interval_s=0.5)
+        yield running
+    finally:
+        stop(running)
+
+
+def model(name: str, source: str, **fields: Any) -> dict[str, Any]:
+    return {"name": name, "source": source, "dtype": "float32", "num_cpus": 0.2, "engine": ENGINE, **fields}
+
+
+def ask(server: Server, name: str, tokens: int = 8, timeout_s: float = 60.0) -> httpx.Response:
+    body = {"model": name, "prompt": PROMPT, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+    with server.client(timeout_s) as client:
+        return client.post("/v1/completions", json=body)
+
+
+def listed(server: Server) -> dict[str, dict[str, Any]]:
+    with server.client(10.0) as client:
+        return {m["id"]: m for m in client.get("/v1/models").json()["data"]}
+
+
+def state(server: Server, name: str) -> str | None:
+    found = listed(server).get(name)
+    return None if found is None else str(found["state"])
+
+
+def replicas(server: Server, name: str) -> int:
+    found = next(m for m in server.state()["models"] if m["name"] == name)
+    return len(found["replicas"])
+
+
+def s2d(server: Server, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(Path(sys.executable).parent / "s2d"), *arguments, "--url", server.url],
+        capture_output=True, text=True, timeout=120.0, env={**os.environ, "COLUMNS": "200"}, check=False,
+    )  # fmt: skip
+
+
+def load(server: Server, description: dict[str, Any]) -> httpx.Response:
+    with server.client(20.0) as client:
+        return client.post("/admin/models", json=description)
+
+
+def unload(server: Server, name: str) -> None:
+    with server.client(20.0) as client:
+        assert client.delete(f"/admin/models/{name}").status_code == 202
+    assert ask(server, name).status_code == 404
+
+
+class Streaming:
+    """Completions of one model, one after the other, until stopped."""
+
+    def __init__(self, server: Server, name: str) -> None:
+        self._server, self._name = server, name
+        self._stop = threading.Event()
+        self.texts: list[str] = []
+        self.problems: list[str] = []
+        self._thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            answer = ask(self._server, self._name, 200)
+            if answer.status_code == 200:
+                self.texts.append(answer.json()["choices"][0]["text"])
+            else:
+                self.problems.append(answer.text)
+
+    def __enter__(self) -> Streaming:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(90.0)
+
+
+def test_loading_and_unloading_disturbs_nobody(
+    server: Server, folders: dict[str, str], tmp_path: Path
+) -> None:
+    before = server.processes()
+    file = tmp_path / "guest.yaml"
+    file.write_text(yaml.safe_dump(model("org/guest", folders["guest"])))
+    assert ask(server, "org/guest").status_code == 404
+    with Streaming(server, "steady") as streaming:
+        loaded = s2d(server, "models", "load", "-c", str(file))
+        assert loaded.returncode == 0, loaded.stdout + loaded.stderr
+        assert "org/guest is ready" in loaded.stdout
+        guest = ask(server, "org/guest", 24).json()
+        assert guest["model"] == "org/guest"
+        assert guest["choices"][0]["text"] != ask(server, "steady", 24).json()["choices"][0]["text"]
+        assert "org/guest" in s2d(server, "models").stdout
+        again = load(server, model("org/guest", folders["guest"]))
+        assert (again.status_code, again.json()["error"]["code"]) == (409, "model_exists")
+        # What runs ends, what comes is refused.
+        with Streaming(server, "org/guest") as running:
+            wait_until(lambda: bool(running.texts), 30.0, "the guest answers")
+            assert "is being unloaded" in s2d(server, "models", "unload", "org/guest").stdout
+            wait_until(lambda: bool(running.problems), 10.0, "the guest is gone")
+        assert all("model_not_found" in problem for problem in running.problems)
+        assert len(set(running.texts)) == 1
+        assert state(server, "org/guest") is None
+    assert not streaming.problems
+    assert len(set(streaming.texts)) == 1
+    # The gateway and the worker of the other model are the processes that they were.
+    assert all(process.is_running() for process in before if "s2d:" not in process.name())
+    refused = s2d(server, "models", "unload", "steady")
+    assert refused.returncode == 1
+    assert "is part of the cluster's configuration" in refused.stderr
+
+
+def test_what_cannot_be_loaded_says_why(server: Server) -> None:
+    with server.client(20.0) as client:
+        answer = client.post("/admin/models", json={"name": "x", "source": "y", "dytpe": "int8"})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "dytpe")
+    assert load(server, model("broken", "/no/such/folder")).status_code == 202
+    wait_until(lambda: state(server, "broken") == "failed", 90.0, "loading has failed", interval_s=0.5)
+    answer = ask(server, "broken")
+    assert answer.status_code == 503
+    assert int(answer.headers["retry-after"]) >= 1
+    assert ask(server, "steady").status_code == 200
+    unload(server, "broken")
+
+
+@pytest.mark.slow
+def test_a_model_sleeps_wakes_grows_and_sleeps_again(server: Server, folders: dict[str, str]) -> None:
+    """Also after streams that their clients left."""
+    assert load(server, model("sleepy", folders["guest"], autoscaling=SCALING)).status_code == 202
+    wait_until(lambda: state(server, "sleepy") == "asleep", 30.0, "it sleeps", interval_s=0.2)
+    with server.client(10.0) as client:
+        assert client.get("/ready").status_code == 200
+        assert "steady" in client.get("/metrics").text
+    assert state(server, "sleepy") == "asleep", "looking at a model must not wake it"
+    woken = ask(server, "sleepy")
+    assert woken.status_code == 200, woken.text
+    assert woken.json()["choices"][0]["text"] == ask(server, "sleepy").json()["choices"][0]["text"]
+    with Streaming(server, "sleepy"), Streaming(server, "sleepy"), Streaming(server, "sleepy"):
+        wait_until(lambda: replicas(server, "sleepy") == 2, 60.0, "it grows", interval_s=0.5)
+    for _ in range(6):
+        body = {"model": "sleepy", "prompt": PROMPT, "max_tokens": 400, "stream": True, "ignore_eos": True}
+        with server.client() as client, client.stream("POST", "/v1/completions", json=body) as stream:
+            next(stream.iter_lines())
+    wait_until(lambda: state(server, "sleepy") == "asleep", 90.0, "it sleeps again", interval_s=0.5)
+    assert ask(server, "sleepy").status_code == 200
+    unload(server, "sleepy")
+
+
+@pytest.mark.slow
+async def test_a_model_that_cannot_wake_is_refused_in_time(server: Server, folders: dict[str, str]) -> None:
+    """No node has so many CPUs: 503 after the wait that is configured, and when to come back."""
+    description = model("huge", folders["guest"], num_cpus=1000, autoscaling=SCALING)
+    assert load(server, description).status_code == 202
+    wait_until(lambda: state(server, "huge") == "asleep", 30.0, "it sleeps", interval_s=0.2)
+    started = time.monotonic()
+    answer = ask(server, "huge")
+    assert 25.0 < time.monotonic() - started < 45.0
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
+    assert int(answer.headers["retry-after"]) >= 1
+    async with S2DClient(server.grpc_address, retry=RetryPolicy(attempts=1)) as client:
+        with pytest.raises(S2DError) as refused:
+            async for _ in client.generate("huge", PROMPT, max_tokens=4):
+                pass
+    assert refused.value.code is grpc.StatusCode.UNAVAILABLE
+    unload(server, "huge")
