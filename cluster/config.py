@@ -65,7 +65,7 @@ class AutoscalingConfig(ConfigModel):
     downscale_to_zero_delay_s: float | None = Field(
         None, ge=0, description="The same for the last one; null: downscale_delay_s."
     )
-    look_back_period_s: float = Field(10.0, gt=0, description="Traffic is averaged over this.")
+    look_back_period_s: float = Field(30.0, gt=0, description="Traffic is averaged over this.")
 
     @model_validator(mode="after")
     def _bounds(self) -> AutoscalingConfig:

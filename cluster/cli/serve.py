@@ -118,6 +118,8 @@ def urls(gateway: GatewayConfig) -> tuple[str, str]:
 
 def banner(config: ClusterConfig) -> str:
     http, grpc = urls(config.gateway)
+    if not config.models:
+        return f"\n[bold green]Ready[/] for models: s2d models load --help (the server is {http})\n"
     model = config.models[0].name
     key = " -H 'Authorization: Bearer $S2D_API_KEY'".replace("'", '"') if config.gateway.api_key else ""
     body = json.dumps(

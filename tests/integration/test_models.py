@@ -15,8 +15,10 @@ import grpc
 import httpx
 import pytest
 import yaml
+from google.protobuf.empty_pb2 import Empty
 
 from cluster.client import RetryPolicy, S2DClient, S2DError
+from protos.s2d.v1 import generation_pb2_grpc
 from tests.integration.ray_node import free_ports, wait_until
 from tests.integration.server import Server, _ready, stop
 from tests.toy_draft import toy_base
@@ -152,6 +154,10 @@ def test_loading_and_unloading_disturbs_nobody(
         assert guest["model"] == "org/guest"
         assert guest["choices"][0]["text"] != ask(server, "steady", 24).json()["choices"][0]["text"]
         assert "org/guest" in s2d(server, "models").stdout
+        with grpc.insecure_channel(server.grpc_address) as channel:  # a client that knows of no Ray Serve
+            stub = generation_pb2_grpc.GenerationServiceStub(channel)  # type: ignore[no-untyped-call]
+            served = stub.ListModels(Empty(), timeout=10.0)
+        assert {m.id for m in served.models} == {"steady", "org/guest"}
         again = load(server, model("org/guest", folders["guest"]))
         assert (again.status_code, again.json()["error"]["code"]) == (409, "model_exists")
         # What runs ends, what comes is refused.

@@ -93,7 +93,6 @@ def test_config_and_overrides(tmp_path: Path) -> None:
     ("text", "said"),
     [
         ("models: [", "not valid YAML"),
-        ("models: []", "models"),
         ("modles: 1", "models"),
         (None, "No such file"),
     ],
@@ -111,6 +110,10 @@ def test_bad_config_is_one_line(tmp_path: Path, text: str | None, said: str) -> 
 def test_bad_dtype() -> None:
     result = runner.invoke(app, ["serve", "--dtype", "int3"])
     assert (result.exit_code, "dtype" in result.output) == (1, True)
+
+
+def test_banner_without_models_says_how_to_load_some() -> None:
+    assert "s2d models load" in banner(ClusterConfig(models=()))
 
 
 def test_banner_can_be_pasted() -> None:

@@ -46,7 +46,8 @@ MODEL = {"name": "m", "source": "x"}
 @pytest.mark.parametrize(
     ("data", "key"),
     [
-        ({"models": []}, "models"),
+        ({"draft_pool": {}}, "models"),
+        ({"models": [{**MODEL, "autoscaling": {"min_replica": 0}}]}, "min_replica"),
         ({"models": [MODEL, MODEL]}, "unique"),
         ({"models": [{**MODEL, "nmae": 1}]}, "nmae"),
         ({"models": [{**MODEL, "name": "a b"}]}, "name"),

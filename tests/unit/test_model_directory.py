@@ -1,0 +1,225 @@
+"""Models that come, go and sleep: what the gateway's directory and the admin endpoints make of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from ray.serve._private.common import DeploymentStatusTrigger, ReplicaState
+from ray.serve.schema import ApplicationStatus, ServeDeploySchema
+
+from actors.target_worker.messages import TargetInfo
+from cluster.config import ClusterConfig, ModelConfig
+from cluster.gateway.errors import ApiError, not_ready
+from cluster.gateway.generation import InFlight
+from cluster.gateway.http_app import build_http_app
+from cluster.gateway.model_applications import _presence
+from cluster.gateway.models import ModelClient, ModelDirectory, Presence
+from cluster.gateway.routes import Gateway
+from cluster.model_apps import ModelAppConfig, application_name, build_model_app, model_of
+from tests.unit.fake_target import FakeDraftPool, FakeTarget
+
+
+class Sleeper(FakeTarget):
+    """Answers once somebody wakes it; counts calls for its info."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.awake = asyncio.Event()
+        self.calls = 0
+
+    async def info(self) -> TargetInfo:
+        self.calls += 1
+        await self.awake.wait()
+        return await super().info()
+
+
+class FakeServe:
+    """`ModelDiscovery` and `ModelLoader`."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Presence] = {}
+        self.sleepers: dict[str, Sleeper] = {}
+        self.away = False
+
+    async def presences(self) -> Mapping[str, Presence]:
+        if self.away:
+            raise not_ready("Ray Serve does not answer")
+        return dict(self.found)
+
+    def client(self, name: str) -> ModelClient:
+        return self.sleepers.setdefault(name, Sleeper(name))
+
+    async def load(self, model: ModelConfig) -> None:
+        self.found[model.name] = Presence("starting")
+
+    async def unload(self, name: str) -> None:
+        del self.found[name]
+
+
+def directory(serve: FakeServe, wake_timeout_s: float = 0.2) -> ModelDirectory:
+    return ModelDirectory({"steady": FakeTarget("steady")}, serve, wake_timeout_s)
+
+
+async def test_a_model_appears_falls_asleep_and_is_gone() -> None:
+    serve = FakeServe()
+    models = directory(serve)
+    with pytest.raises(ApiError) as unknown:
+        await models.ready_model("guest")
+    assert (unknown.value.status, unknown.value.code) == (404, "model_not_found")
+    serve.found["guest"] = Presence("starting")
+    await models.refresh()
+    with pytest.raises(ApiError) as starting:
+        await models.ready_model("guest")
+    assert (starting.value.status, starting.value.retry_after_s) == (503, 5.0)
+    assert await models.unready() == ["guest"]
+    serve.found["guest"] = Presence("asleep")
+    await models.refresh()
+    assert await models.unready() == []
+    guest = serve.sleepers["guest"]
+    assert guest.calls == 0, "nothing but a request may wake it"
+    asyncio.get_running_loop().call_later(0.05, guest.awake.set)
+    model, _ = await models.ready_model("guest")
+    assert (model.name, model.state) == ("guest", "ready")
+    await models.ready_model("guest")
+    assert guest.calls == 1, "an awake model is not asked again"
+    serve.found["guest"] = Presence("failed", "no such file")
+    await models.refresh()
+    with pytest.raises(ApiError, match=r"not ready \(failed: no such file\)"):
+        await models.ready_model("guest")
+    del serve.found["guest"]
+    await models.refresh()
+    assert models.names() == ["steady"]
+
+
+async def test_a_model_that_does_not_wake_is_refused_after_the_wait() -> None:
+    serve = FakeServe()
+    serve.found["guest"] = Presence("asleep")
+    models = directory(serve)
+    began = asyncio.get_running_loop().time()
+    with pytest.raises(ApiError, match=r"did not wake within 0\.2 s") as refused:
+        await models.ready_model("guest")
+    assert (refused.value.status, refused.value.retry_after_s) == (503, 10.0)
+    assert 0.2 <= asyncio.get_running_loop().time() - began < 2.0
+
+
+async def test_models_stay_while_serve_is_away() -> None:
+    serve = FakeServe()
+    serve.found["guest"] = Presence("ready")
+    models = directory(serve)
+    await models.refresh()
+    serve.away = True
+    await models.refresh()
+    assert models.names() == ["steady", "guest"]
+    assert models.find("guest").ready
+
+
+async def test_loading_and_unloading_over_http() -> None:
+    serve = FakeServe()
+    gateway = Gateway(
+        config=ClusterConfig.default().gateway.model_copy(update={"admin_endpoints": True}),
+        directory=directory(serve),
+        draft_pool=FakeDraftPool(),
+        in_flight=InFlight(),
+        loader=serve,
+    )
+
+    async def no_metrics() -> str:
+        return ""
+
+    transport = httpx.ASGITransport(app=build_http_app(gateway, no_metrics))
+    async with httpx.AsyncClient(transport=transport, base_url="http://s2d") as client:
+        guest = {"name": "org/guest", "source": "x"}
+        answer = await client.post("/admin/models", json=guest)
+        assert (answer.status_code, answer.json()) == (202, {"id": "org/guest", "state": "starting"})
+        listed = {m["id"]: m for m in (await client.get("/v1/models")).json()["data"]}
+        assert (listed["org/guest"]["state"], listed["org/guest"]["ready"]) == ("starting", False)
+        state = next(m for m in (await client.get("/state")).json()["models"] if m["name"] == "org/guest")
+        assert (state["replicas"], state["error"]) == ([], "starting")
+        assert (await client.post("/admin/models", json=guest)).status_code == 409
+        for body, param in (
+            ({"name": "a", "source": "x", "replcas": 2}, "replcas"),
+            ({"name": "a", "source": "x", "autoscaling": {"max_replicas": 0}}, "autoscaling.max_replicas"),
+            ({"source": "x"}, "name"),
+        ):
+            refused = await client.post("/admin/models", json=body)
+            assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
+        assert (await client.delete("/admin/models/org/guest")).status_code == 202
+        assert (await client.delete("/admin/models/org/guest")).status_code == 404
+        refused = await client.delete("/admin/models/steady")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (409, "model_configured")
+
+
+@given(st.text(min_size=1, max_size=40))
+def test_application_names_hold_the_models(name: str) -> None:
+    application = application_name(name)
+    assert model_of(application) == name
+    assert "/" not in application
+    assert "#" not in application
+    assert model_of("s2d") is None
+
+
+def test_a_model_application_is_what_serve_deploys() -> None:
+    config = ClusterConfig.default()
+    model = config.models[0].model_copy(update={"name": "other"})
+    joining = ModelAppConfig.joining(config, model)
+    built = build_model_app(joining.model_dump(mode="json"))._bound_deployment
+    assert built.name == "target-other"
+    assert built.init_args[:2] == (model.model_dump(mode="json"), config.draft_pool.model_dump(mode="json"))
+    application = {
+        "name": application_name("other"), "import_path": "cluster.model_apps:build_model_app",
+        "route_prefix": None, "args": joining.model_dump(mode="json"),
+    }  # fmt: skip
+    ServeDeploySchema.model_validate({"applications": [application]})
+
+
+def test_autoscaling_reaches_serve() -> None:
+    scaling = {"min_replicas": 0, "max_replicas": 3, "downscale_delay_s": 7}
+    model = ModelConfig.model_validate({"name": "m", "source": "x", "autoscaling": scaling})
+    options = build_model_app(ModelAppConfig(model=model))._bound_deployment._deployment_config
+    assert options.autoscaling_config is not None
+    found: Any = options.autoscaling_config
+    assert (found.min_replicas, found.max_replicas, found.downscale_delay_s) == (0, 3, 7)
+    assert found.target_ongoing_requests == model.engine.max_num_seqs / 2
+    assert model.most_replicas == 3
+    for wrong, where in (
+        ({"min_replicas": 2}, "max_replicas: must be at least min_replicas"),
+        ({"initial_replicas": 2}, "initial_replicas: must lie between"),
+        ({"min_replica": 2}, "min_replica"),
+    ):
+        with pytest.raises(ValidationError, match=where):
+            ModelConfig.model_validate({"name": "m", "source": "x", "autoscaling": wrong})
+    with pytest.raises(ValidationError, match="replicas: set by autoscaling"):
+        ModelConfig.model_validate({"name": "m", "source": "x", "replicas": 2, "autoscaling": scaling})
+
+
+@pytest.mark.parametrize(
+    ("status", "trigger", "counts", "state"),
+    [
+        ("RUNNING", "AUTOSCALING", {"RUNNING": 1}, "ready"),
+        ("UNHEALTHY", "REPLICA_STARTUP_FAILED", {"RUNNING": 1, "STARTING": 1}, "ready"),
+        ("RUNNING", "AUTOSCALING", {}, "asleep"),
+        ("DEPLOYING", "AUTOSCALING", {"STARTING": 1}, "asleep"),
+        ("DEPLOYING", "CONFIG_UPDATE_STARTED", {"STARTING": 1}, "starting"),
+        ("DEPLOY_FAILED", "REPLICA_STARTUP_FAILED", {}, "failed"),
+    ],
+)
+def test_presence_as_serve_tells_it(status: str, trigger: str, counts: dict[str, int], state: str) -> None:
+    deployment = SimpleNamespace(
+        status_trigger=DeploymentStatusTrigger(trigger),
+        replica_states={ReplicaState(name): count for name, count in counts.items()},
+        message="one\nlast line",
+    )
+    application = SimpleNamespace(
+        status=ApplicationStatus(status), message="", deployments={"target-m": deployment}
+    )
+    found = _presence(application, "target-m")
+    assert found.state == state
+    assert found.message == ("last line" if state == "failed" else "")
