@@ -11,8 +11,9 @@ from typing import Any
 from ray import serve
 from ray.serve.deployment import Application
 
-from cluster.config import ClusterConfig
+from cluster.config import ClusterConfig, DraftPoolConfig
 from cluster.deployments.draft import DraftPool
+from cluster.draft_scaling import DraftPoolPolicy
 from cluster.gateway.ingress import Ingress
 from cluster.model_apps import (
     CONTROL_CALLS,
@@ -31,11 +32,21 @@ GRPC_HEALTH = "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server"
 GRPC_SERVICER = "cluster.gateway.grpc_proxy.add_generation_service"
 
 
+def _pool_replicas(pool: DraftPoolConfig) -> dict[str, Any]:
+    """How many there are, as options of the deployment."""
+    if pool.autoscaling is None:
+        return {"num_replicas": pool.replicas}
+    options = pool.autoscaling.model_dump()
+    target = options.pop("target_utilisation")
+    policy = {"policy_function": DraftPoolPolicy, "policy_kwargs": {"target_utilisation": target}}
+    return {"autoscaling_config": options | {"policy": policy}}
+
+
 def draft_pool_app(config: ClusterConfig) -> Application:
     pool = config.draft_pool
     deployment = serve.deployment(
         name=DRAFT_POOL,
-        num_replicas=pool.replicas,
+        **_pool_replicas(pool),
         max_ongoing_requests=CONTROL_CALLS,
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=GRACE_S,

@@ -175,10 +175,34 @@ class NestedDrafterConfig(ConfigModel):
         return read_card(resolve_artifact(self.artifact)).exits
 
 
+class DraftScalingConfig(ConfigModel):
+    """How many draft workers there are, by the share of their time that they draft."""
+
+    min_replicas: int = Field(1, ge=1)
+    max_replicas: int = Field(ge=1)
+    target_utilisation: float = Field(
+        0.6, gt=0.0, lt=1.0, description="Share of its time that a worker drafts; more, and others start."
+    )
+    upscale_delay_s: float = Field(10.0, ge=0, description="More are wanted for so long before they start.")
+    downscale_delay_s: float = Field(300.0, ge=0, description="The same for fewer.")
+    look_back_period_s: float = Field(30.0, gt=0, description="Utilisation is averaged over this.")
+
+    @model_validator(mode="after")
+    def _bounds(self) -> DraftScalingConfig:
+        if self.max_replicas < self.min_replicas:
+            raise ValueError("max_replicas: must be at least min_replicas")
+        return self
+
+
 class DraftPoolConfig(ConfigModel):
     """The shared draft workers."""
 
     replicas: int = Field(1, ge=0, description="Draft workers; 0 leaves the targets' local fallback.")
+    autoscaling: DraftScalingConfig | None = Field(
+        None,
+        description="Null: `replicas` of them. A worker that is added is used by the targets that the router "
+        "moves to it, and by those that connect later.",
+    )
     drafters: tuple[DrafterName, ...] = Field(
         ("prompt_lookup", "token_recycling"),
         description="Drafters in the order in which they are asked.",
@@ -205,7 +229,13 @@ class DraftPoolConfig(ConfigModel):
             raise ValueError("nested: required when drafters lists 'nested'")
         if self.port_range[0] > self.port_range[1]:
             raise ValueError("port_range: first port must not exceed the last")
+        if self.autoscaling is not None and self.replicas != 1:
+            raise ValueError("replicas: set by autoscaling; leave one of them out")
         return self
+
+    @property
+    def most_replicas(self) -> int:
+        return self.replicas if self.autoscaling is None else self.autoscaling.max_replicas
 
 
 class GatewayConfig(ConfigModel):

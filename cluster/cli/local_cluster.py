@@ -120,7 +120,7 @@ def cpus_needed(config: ClusterConfig) -> float:
     targets = sum(m.num_cpus * m.most_replicas for m in config.models)
     pool, gateway = config.draft_pool, config.gateway
     loaded = SPARE_CPUS if gateway.admin_endpoints else 0
-    return targets + pool.num_cpus * pool.replicas + gateway.num_cpus + loaded
+    return targets + pool.num_cpus * pool.most_replicas + gateway.num_cpus + loaded
 
 
 class LocalCluster:

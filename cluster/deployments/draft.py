@@ -8,13 +8,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from dataclasses import replace
 from typing import Any
 
 from ray import serve
 
 from cluster.config import DraftPoolConfig, RouterConfig
-from cluster.deployments.routing import DraftReports
+from cluster.deployments.routing import DraftReports, Utilisation
+from cluster.draft_scaling import UTILISATION
 from cluster.named_actor import ActorUnavailableError
 from cluster.registry import RENEW_INTERVAL_S, Lease, RegistryClient
 from cluster.router_actor import RouterClient
@@ -43,6 +45,7 @@ class DraftPool:
             address=await self._server.start(),
             exits=nested.resolved_exits() if nested is not None else (),
         )
+        self._utilisation = Utilisation()
         self._renewer = asyncio.create_task(self._renew_forever())
         self._router = (
             None if router is None else RouterClient(RouterConfig.model_validate(router).interval_s)
@@ -58,6 +61,10 @@ class DraftPool:
             load = float(self._server.state.sessions)
             await self._registry.renew(replace(self._lease, load=load))
             await asyncio.sleep(RENEW_INTERVAL_S)
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """For Serve's autoscaler, now and then: see `cluster.draft_scaling`."""
+        return {UTILISATION: self._utilisation.since_last(time.monotonic(), self._server.state.busy_s)}
 
     async def check_health(self) -> None:
         if self._renewer.done():

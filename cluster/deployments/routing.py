@@ -167,6 +167,19 @@ class TargetRouting:
         self._answers = False
 
 
+class Utilisation:
+    """Share of its time that a worker is busy, between two looks."""
+
+    def __init__(self) -> None:
+        self._at, self._busy_s = time.monotonic(), 0.0
+
+    def since_last(self, now: float, busy_s: float) -> float:
+        """0 .. 1. `now` is monotonic time, `busy_s` what the worker has been busy in all, both in seconds."""
+        spent, passed = busy_s - self._busy_s, now - self._at
+        self._at, self._busy_s = now, busy_s
+        return min(1.0, max(0.0, spent) / max(passed, 1e-3))
+
+
 class DraftReports:
     """Reports of one draft worker."""
 
@@ -174,20 +187,18 @@ class DraftReports:
         self._worker_id = worker_id
         self._drafts = drafts
         self._pool = pool
-        self._last = (time.monotonic(), 0.0)
+        self._utilisation = Utilisation()
 
     def build(self, now: float) -> DraftReport:
         """`now` is monotonic time in seconds; utilisation is that since the last report."""
         state = self._drafts.state
-        at, busy_s = self._last
-        self._last = (now, state.busy_s)
         return DraftReport(
             worker_id=self._worker_id,
             step_s_by_exit=self._drafts.step_s_by_exit(),
             drafters=tuple(self._pool.drafters),
             open_sessions=state.sessions,
             max_sessions=self._pool.max_sessions,
-            utilisation=min(1.0, max(0.0, state.busy_s - busy_s) / max(now - at, 1e-3)),
+            utilisation=self._utilisation.since_last(now, state.busy_s),
         )
 
     async def run(self, client: RouterClient) -> None:

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,19 +42,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {name: str(toy_base(root / name, seed=seed)) for seed, name in enumerate(("steady", "guest"))}
 
 
-@pytest.fixture(scope="module")
-def server(folders: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One model of the configuration, no draft pool; the others are loaded."""
-    root = tmp_path_factory.mktemp("server")
+@contextmanager
+def cluster(root: Path, models: list[dict[str, Any]], draft_pool: dict[str, Any]) -> Iterator[Server]:
     http_port, grpc_port = free_ports(2)
-    content = {
-        "models": [model("steady", folders["steady"])],
-        "draft_pool": {"replicas": 0},
-        "gateway": {
-            "http_port": http_port, "grpc_port": grpc_port, "admin_endpoints": True,
-            "cold_start_timeout_s": 30,
-        },
-    }  # fmt: skip
+    gateway = {"http_port": http_port, "grpc_port": grpc_port, "admin_endpoints": True}
+    content = {"models": models, "draft_pool": draft_pool, "gateway": gateway | {"cold_start_timeout_s": 30}}
     file, log = root / "cluster.yaml", root / "serve.log"
     file.write_text(yaml.safe_dump(content))
     with log.open("wb") as output:
@@ -67,6 +60,14 @@ def server(folders: dict[str, str], tmp_path_factory: pytest.TempPathFactory) ->
         yield running
     finally:
         stop(running)
+
+
+@pytest.fixture(scope="module")
+def server(folders: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One model of the configuration, no draft pool; the others are loaded."""
+    root = tmp_path_factory.mktemp("server")
+    with cluster(root, [model("steady", folders["steady"])], {"replicas": 0}) as running:
+        yield running
 
 
 def model(name: str, source: str, **fields: Any) -> dict[str, Any]:
@@ -230,3 +231,27 @@ async def test_a_model_that_cannot_wake_is_refused_in_time(server: Server, folde
                 pass
     assert refused.value.code is grpc.StatusCode.UNAVAILABLE
     unload(server, "huge")
+
+
+@pytest.mark.slow
+def test_the_draft_pool_grows_with_its_work(folders: dict[str, str], tmp_path: Path) -> None:
+    (draft_port,) = free_ports(1)
+    scaling = {
+        "max_replicas": 2, "target_utilisation": 0.001, "upscale_delay_s": 0, "downscale_delay_s": 1,
+        "look_back_period_s": 1,
+    }  # fmt: skip
+    pool = {
+        "autoscaling": scaling, "port_range": [draft_port, draft_port + 20], "local_drafting": False,
+        "num_cpus": 0.2,
+    }  # fmt: skip
+    with cluster(tmp_path, [model("steady", folders["steady"])], pool) as running:
+
+        def workers() -> int:
+            return len(running.state()["draft_workers"])
+
+        wait_until(lambda: workers() == 1, 30.0, "one worker drafts")
+        with Streaming(running, "steady") as streaming:
+            wait_until(lambda: workers() == 2, 60.0, "the pool grows", interval_s=0.5)
+        wait_until(lambda: workers() == 1, 60.0, "the pool shrinks", interval_s=0.5)
+        assert not streaming.problems
+        assert ask(running, "steady").status_code == 200

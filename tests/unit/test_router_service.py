@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -214,8 +216,9 @@ def test_reports_of_a_draft_worker() -> None:
     )
     drafts = Drafts()
     reports = DraftReports("d0", drafts, pool)
-    at, _ = reports._last
-    drafts.state = BatcherState(5, 2, 0, 0, 0, 10, 20, busy_s=0.5)
+    at = time.monotonic()
+    reports.build(at)
+    drafts.state = replace(drafts.state, sessions=5, busy_s=drafts.state.busy_s + 0.5)
     report = reports.build(at + 2.0)
     assert (report.worker_id, report.exits, report.open_sessions, report.max_sessions) == ("d0", (2, 4), 5, 9)
     assert report.utilisation == pytest.approx(0.25)
