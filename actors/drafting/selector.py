@@ -102,9 +102,15 @@ class DrafterPool:
     Args:
         drafters: distinct names, in the order in which they are asked: the cheapest first.
         max_sessions: open sessions at most; one more is refused with code "capacity".
+        clock: seconds; replaying a trace gives its own.
     """
 
-    def __init__(self, drafters: Sequence[Drafter], max_sessions: int = 1024) -> None:
+    def __init__(
+        self,
+        drafters: Sequence[Drafter],
+        max_sessions: int = 1024,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         names = [d.name for d in drafters]
         if not drafters or len(set(names)) != len(names):
             raise ValueError("need at least one drafter, with distinct names")
@@ -117,7 +123,8 @@ class DrafterPool:
         )
         self._max_sessions = max_sessions
         self._sessions: dict[int, _Session] = {}
-        self._worth = DraftWorth()
+        self._clock = clock
+        self._worth = DraftWorth(clock)
 
     @property
     def drafters(self) -> tuple[str, ...]:
@@ -211,9 +218,9 @@ class DrafterPool:
             }
             if not asked:
                 continue
-            started = time.perf_counter()
+            started = self._clock()
             answers = self._ask(drafter, list(asked.values()))
-            self._worth.drafted(drafter.name, answers, time.perf_counter() - started)
+            self._worth.drafted(drafter.name, answers, self._clock() - started)
             for i, draft in zip(asked, answers, strict=True):
                 if draft.token_ids:
                     before = held.get(i)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -61,14 +61,20 @@ class DraftTimeouts:
 
 
 class Speculator:
-    """Between the engine's sequences and a `DraftSource`. Engine thread only."""
+    """Between the engine's sequences and a `DraftSource`. Engine thread only. `clock` in seconds."""
 
     def __init__(
-        self, source: DraftSource, controller: Controller, timeouts: DraftTimeouts, max_model_len: int
+        self,
+        source: DraftSource,
+        controller: Controller,
+        timeouts: DraftTimeouts,
+        max_model_len: int,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.source = source
         self.controller = controller
         self._timeouts = timeouts
+        self._clock = clock
         self._max_model_len = max_model_len
         self._shadow = ShadowScorer(controller.acceptance)
         self._assigned = UNRESTRICTED
@@ -116,9 +122,9 @@ class Speculator:
         asked = [seq for seq in decoding if seq.asked]
         if not asked:
             return {}
-        started = time.perf_counter()
+        started = self._clock()
         drafts = self.source.collect({seq.session_id: seq.epoch for seq in asked}, self._timeout(asked))
-        self.controller.observe_wait(time.perf_counter() - started)
+        self.controller.observe_wait(self._clock() - started)
         usable: list[tuple[EngineSequence, SessionDraft, Candidate, int]] = []
         for seq in asked:
             seq.asked = False

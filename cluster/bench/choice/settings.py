@@ -1,0 +1,42 @@
+"""Settings of recording, replaying and live checks of the router's choice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from cluster.config import EMBEDDED_MODEL, DTypeName, NestedDrafterConfig
+
+DEFAULT_NESTED = NestedDrafterConfig(
+    source=EMBEDDED_MODEL,
+    artifact="package:actors/smollm2-135m-instruct-124.safetensors",
+    context=64,
+)
+"""The shipped draft, as examples/nested-draft.yaml has it."""
+
+
+class TraceSettings(BaseModel):
+    """What a trace is recorded from."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: str = Field(EMBEDDED_MODEL, description="The target, as in the server's configuration.")
+    dtype: DTypeName = Field("bfloat16", description="Precision of the target.")
+    nested: NestedDrafterConfig = Field(DEFAULT_NESTED, description="The nested draft.")
+    dataset: Literal["builtin", "spec-bench"] = Field("builtin", description="Where prompts come from.")
+    path: Path | None = Field(None, description="Spec-Bench's question.jsonl.")
+    per_task: int = Field(4, ge=1, description="Questions a task group, at most.")
+    max_tokens: int = Field(64, ge=2, description="Tokens of an answer, at most.")
+    max_prompt: int = Field(2048, ge=1, description="Tokens of a prompt that are kept, its last ones.")
+    chain: int = Field(8, ge=1, le=16, description="Tokens drafted at each place.")
+    repeats: int = Field(9, ge=1, description="Times that each cost is measured; the least counts.")
+    threads: int = Field(0, ge=0, description="Compute threads; 0 takes the physical cores.")
+    seed: int = Field(0, ge=0, description="Chooses questions.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TraceSettings:
+        if (self.dataset == "spec-bench") != (self.path is not None):
+            raise ValueError("path: required by, and only allowed with, dataset spec-bench")
+        return self
