@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from cluster.bench.peers.install import install_command
+from cluster.cli.bench_choice import choice, replay, trace
 from cluster.cli.bench_common import checked, run_measurement
 from cluster.cli.bench_own import soak, start, step
 
@@ -172,6 +173,9 @@ bench.command("install")(install_command)
 bench.command("step")(step)
 bench.command("soak")(soak)
 bench.command("start")(start)
+bench.command("trace")(trace)
+bench.command("replay")(replay)
+bench.command("choice")(choice)
 
 
 def _settings(kind: Any, engines: list[str] | None, **given: Any) -> Any:

@@ -43,18 +43,21 @@ class ReplaySettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     concurrency: tuple[int, ...] = Field((1, 4, 16), min_length=1, description="Requests at once.")
-    lengths: tuple[int, ...] = Field((1, 2, 3, 4, 6, 8), min_length=1, description="Fixed draft lengths.")
+    lengths: tuple[int, ...] = Field((1, 2, 3, 4, 6), min_length=1, description="Fixed draft lengths.")
     drafters: tuple[DrafterName, ...] = Field(
         ("nested",), min_length=1, description="What the free choice may draft with, the cheapest first."
     )
     stop_threshold: float | None = Field(
         0.75, gt=0, lt=1, description="The free choice's drafts end at this probability of a rejection."
     )
+    scale: float = Field(
+        1.0, gt=0, description="Factor on the target's costs: as if it were so many times larger."
+    )
     latency_ms: float = Field(0.3, ge=0, description="Round trip between target and draft worker.")
     noise: float = Field(0.05, ge=0, lt=1, description="Standard deviation of a round's time, as a share.")
     warmup_s: float = Field(30.0, ge=0, description="Simulated seconds that do not count.")
     measured_s: float = Field(60.0, gt=0, description="Simulated seconds that count.")
-    fixed_s: float = Field(20.0, gt=0, description="The same for fixed settings, which learn nothing.")
+    fixed_s: float = Field(15.0, gt=0, description="The same for fixed settings, which learn nothing.")
     seed: int = Field(0, ge=0, description="Order of answers, and noise.")
 
     @model_validator(mode="after")
@@ -129,11 +132,12 @@ class _Replay:
         timeouts = DraftTimeouts(
             speculation.draft_timeout_ms / 1e3, speculation.forced_draft_timeout_ms / 1e3
         )
-        self._controller = Controller(cost_model(card.verify_s))
+        verify_s = {rows: seconds * settings.scale for rows, seconds in card.verify_s.items()}
+        self._controller = Controller(cost_model(verify_s))
         self._speculator = Speculator(
             self._source, self._controller, timeouts, _MODEL_LEN, clock=self._clock.read
         )
-        self._cost = cost_model(card.verify_s)
+        self._cost = cost_model(verify_s)
         self._max_draft = min(card.chain, speculation.max_draft_tokens)
         self._router = Router()
         self._reports = TargetReports("t0", card.target, speculation)

@@ -1,4 +1,4 @@
-"""Recorded traces: what a target answered, what every exit of a draft would have drafted at every place of the
+"""Recorded traces: what a target answered, what each exit of a draft would have drafted at every place of the
 answers, and what rounds and draft steps cost. One safetensors file whose metadata holds the card.
 
 Under greedy decoding a draft token is accepted exactly when it equals the target's, so a trace tells what any

@@ -40,3 +40,21 @@ class TraceSettings(BaseModel):
         if (self.dataset == "spec-bench") != (self.path is not None):
             raise ValueError("path: required by, and only allowed with, dataset spec-bench")
         return self
+
+
+class LiveSettings(BaseModel):
+    """The live check."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    replayed: Path = Field(description="choice.json of `s2d bench replay`.")
+    server_config: Path = Field(description="YAML of `s2d serve` with the recorded draft.")
+    path: Path | None = Field(None, description="Spec-Bench's question.jsonl; else the built-in prompts.")
+    cells: int = Field(8, ge=1, description="Cells to measure, from least to greatest gain of drafting.")
+    best: int = Field(2, ge=1, description="Fixed settings a cell, the replay's best.")
+    pairs: int = Field(20, ge=1, description="Blocks of every setting in every cell.")
+    per_task: int | None = Field(None, ge=1, description="Questions a task group; all by default.")
+    max_tokens: int = Field(64, ge=1, description="Tokens of an answer, at most.")
+    requests_per_stream: int = Field(2, ge=1, description="Requests a block, per stream.")
+    request_timeout_s: float = Field(300.0, gt=0, description="Seconds a request may take.")
+    seed: int = Field(0, ge=0, description="Chooses questions.")
