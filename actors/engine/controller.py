@@ -110,6 +110,10 @@ class Controller:
         """Sets the budgets of the requests that leave them to the controller; returns which are probes."""
         free = [(i, c) for i, c in enumerate(candidates) if not c.forced and c.limit > 0]
         forced = any(budgets)
+        if not free:
+            # Nothing was decided: a request's last round must not keep the next one from being looked at.
+            self._reason = self._explain(0.0, 0.0, 0)
+            return set()
         due = any(self._probe_due(c.state) for _, c in free)
         if self._rounds_to_look > 0 and not (due or forced):
             self._rounds_to_look -= 1

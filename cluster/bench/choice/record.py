@@ -113,7 +113,7 @@ def settings_questions(settings: TraceSettings) -> tuple[Question, ...]:
 def greedy_answer(
     loaded: LoadedModel, prompt: Sequence[int], max_tokens: int, eos_ids: Sequence[int]
 ) -> tuple[list[int], Ints]:
-    """Tokens, the end id included, and the best ids at each: int32 [n, k]. One sequence, in blocks 0, 1, .."""
+    """Tokens, the end id included, and the best ids at each: int32 [n, k]. Overwrites blocks 0, 1, ..."""
     room = loaded.runner.num_blocks * BLOCK_SIZE
     if len(prompt) + max_tokens > room:
         raise ValueError(f"max_prompt: prompt and answer need {len(prompt) + max_tokens} slots of {room}")
