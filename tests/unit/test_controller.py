@@ -180,3 +180,11 @@ def test_plain_decoding_looks_only_now_and_then() -> None:
         for _ in range(100):
             controller.plan([candidate])
     assert 0 < admit.call_count < 50
+
+
+def test_a_round_in_which_nobody_may_draft_does_not_put_off_the_next_look() -> None:
+    """The last token of a request needs no draft; the request after it does."""
+    controller, state = _controller(), ControlState()
+    _teach(controller, state, accepted=4)
+    assert controller.plan([Candidate(state, 0, ("d",))]) == [0]
+    assert controller.plan([Candidate(state, 4, ("d",))]) == [4]
