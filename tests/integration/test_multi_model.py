@@ -3,6 +3,7 @@ embedded model and the packages that the example names; slow."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -21,7 +22,6 @@ from tests.integration.server import Server, _ready, stop
 EXAMPLE = Path(__file__).parents[2] / "examples" / "multi-model.yaml"
 STREAMS = 8
 TOKENS = 20
-ANIMALS = ("otter", "heron", "lynx", "mole", "newt", "crane", "ibex", "stoat")
 GEMMA = "Gemma-3-270M"
 
 
@@ -66,9 +66,14 @@ def models() -> list[str]:
     return [m["name"] for m in yaml.safe_load(EXAMPLE.read_text())["models"]]
 
 
+def canary_of(model: str, stream: int) -> str:
+    """A word that no other session could come upon by itself."""
+    return hashlib.sha256(f"{model}/{stream}".encode()).hexdigest()[:8]
+
+
 def request_of(model: str, stream: int) -> tuple[str, dict[str, Any]]:
     """Text and chat, greedy and sampled; every session has a word of its own."""
-    canary = f"{ANIMALS[stream]}{models().index(model)}"
+    canary = canary_of(model, stream)
     sampling: dict[str, Any] = {"max_tokens": TOKENS, "temperature": 0.8 if stream % 2 else 0.0}
     if stream % 2:
         sampling["seed"] = 100 + stream
@@ -101,8 +106,7 @@ def test_four_targets_under_load_answer_as_each_alone(server: Server, request: p
     different = [job for job in jobs if together[job][0] != alone[job][0]]
     print(f"different: {len(different)} of {len(jobs)}: {different}")
     for job, (_, text, _) in together.items():
-        own = f"{ANIMALS[job[1]]}{models().index(job[0])}"
-        foreign = [w for m in range(len(models())) for a in ANIMALS if (w := f"{a}{m}") != own and w in text]
+        foreign = [other for other in jobs if other != job and canary_of(*other) in text]
         assert not foreign, (job, text)
     if "float32" in request.node.name:
         assert not different
@@ -122,15 +126,16 @@ def test_the_models_are_listed_with_their_drafters(server: Server) -> None:
         assert model["ready"]
 
 
-def test_gemma_is_drafted_for_by_smollm2(server: Server) -> None:
-    """Forced drafts of the nested drafter change nothing; left alone, the controller drafts where it pays."""
+def test_gemma_is_drafted_for_by_smollm2(server: Server, request: pytest.FixtureRequest) -> None:
+    """Forced drafts of the nested drafter change nothing in float32 (its bfloat16 products depend on the number
+    of rows); left alone, the controller drafts where it pays."""
     forced = {"force": True, "max_draft_tokens": 3, "drafter": "nested"}
     drafted = accepted = 0
     for stream in range(0, STREAMS, 2):
         plain = ask(server, GEMMA, stream, speculation={"enabled": False})
         tokens, _, answer = ask(server, GEMMA, stream, speculation=forced)
-        assert tokens == plain[0]
-        metrics = answer["metrics"]
+        assert tokens == plain[0] or "float32" not in request.node.name
+        metrics = answer["metrics"]["speculative_decoding"]
         drafted += metrics["num_draft_tokens"]
         accepted += metrics["num_accepted_draft_tokens"]
     print(f"Gemma drafted for by SmolLM2: {accepted} of {drafted} tokens accepted")
