@@ -127,8 +127,8 @@ def test_the_models_are_listed_with_their_drafters(server: Server) -> None:
 
 
 def test_gemma_is_drafted_for_by_smollm2(server: Server, request: pytest.FixtureRequest) -> None:
-    """Forced drafts of the nested drafter change nothing in float32 (its bfloat16 products depend on the number
-    of rows); left alone, the controller drafts where it pays."""
+    """Forced drafts of the nested drafter change nothing in float32 (its bfloat16 products depend on the
+    number of rows); left alone, the controller drafts where it pays."""
     forced = {"force": True, "max_draft_tokens": 3, "drafter": "nested"}
     drafted = accepted = 0
     for stream in range(0, STREAMS, 2):
