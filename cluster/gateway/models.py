@@ -205,6 +205,8 @@ class ModelDirectory:
     async def unready(self) -> list[str]:
         """The names of the configured models that do not answer; they are asked now. One that sleeps would.
         Loaded models do not count: one that starts or fails must not take the others out of service."""
+        if self._refreshed_at == float("-inf"):
+            await self.refresh()  # a probe would wake what sleeps
         models = [model for model in self.all() if not model.loaded]
         answers = await asyncio.gather(*(self._answers(model) for model in models))
         return [model.name for model, ok in zip(models, answers, strict=True) if not ok]
