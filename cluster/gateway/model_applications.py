@@ -33,7 +33,8 @@ class ModelApplications:
 
     def __init__(self, config: ClusterConfig) -> None:
         self._config = config
-        # Models of the cluster's own application that may be scaled to zero.
+        self._configured = {model.name for model in config.models}
+        # Those of them that may be scaled to zero.
         self._sleepers = {m.name for m in config.models if m.autoscaling and m.autoscaling.min_replicas == 0}
 
     async def presences(self) -> Mapping[str, Presence]:
@@ -42,7 +43,9 @@ class ModelApplications:
         found: dict[str, Presence] = {}
         for name, application in applications.items():
             model = model_of(name)
-            if model is not None and application.status is not ApplicationStatus.DELETING:
+            if model is None or model in self._configured:
+                continue
+            if application.status is not ApplicationStatus.DELETING:
                 found[model] = _presence(application, deployment_name(model))
         own = applications.get(APP_NAME)
         for model in self._sleepers if own is not None else ():

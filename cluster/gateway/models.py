@@ -203,9 +203,11 @@ class ModelDirectory:
         return next(iter(self._models)) if len(self._models) == 1 else None
 
     async def unready(self) -> list[str]:
-        """The names of the models that do not answer; those that are always there are asked now. A model that
-        sleeps would answer."""
-        models = self.all()
+        """The names of the configured models that do not answer; they are asked now. One that sleeps would.
+        Loaded models do not count: one that starts or fails must not take the others out of service."""
+        if self._refreshed_at == float("-inf"):
+            await self.refresh()  # a probe would wake what sleeps
+        models = [model for model in self.all() if not model.loaded]
         answers = await asyncio.gather(*(self._answers(model) for model in models))
         return [model.name for model, ok in zip(models, answers, strict=True) if not ok]
 

@@ -255,3 +255,15 @@ def test_the_draft_pool_grows_with_its_work(folders: dict[str, str], tmp_path: P
         wait_until(lambda: workers() == 1, 60.0, "the pool shrinks", interval_s=0.5)
         assert not streaming.problems
         assert ask(running, "steady").status_code == 200
+
+
+@pytest.mark.slow
+def test_a_configured_model_may_begin_asleep(folders: dict[str, str], tmp_path: Path) -> None:
+    """The server is ready without it, and its first request brings it."""
+    sleepy = model("sleepy", folders["guest"], autoscaling=SCALING)
+    with cluster(tmp_path, [sleepy], {"replicas": 0}) as running:
+        assert state(running, "sleepy") == "asleep"
+        assert replicas(running, "sleepy") == 0
+        assert ask(running, "sleepy").status_code == 200
+        wait_until(lambda: state(running, "sleepy") == "ready", 20.0, "it is awake", interval_s=0.5)
+        wait_until(lambda: state(running, "sleepy") == "asleep", 60.0, "it sleeps again", interval_s=0.5)

@@ -79,7 +79,7 @@ async def test_a_model_appears_falls_asleep_and_is_gone() -> None:
     with pytest.raises(ApiError) as starting:
         await models.ready_model("guest")
     assert (starting.value.status, starting.value.retry_after_s) == (503, 5.0)
-    assert await models.unready() == ["guest"]
+    assert await models.unready() == [], "what is loaded takes nothing else out of service"
     serve.found["guest"] = Presence("asleep")
     await models.refresh()
     assert await models.unready() == []
@@ -223,3 +223,16 @@ def test_presence_as_serve_tells_it(status: str, trigger: str, counts: dict[str,
     found = _presence(application, "target-m")
     assert found.state == state
     assert found.message == ("last line" if state == "failed" else "")
+
+
+async def test_a_configured_model_that_may_sleep_counts_for_readiness() -> None:
+    serve = FakeServe()
+    serve.found["steady"] = Presence("asleep")
+    models = directory(serve)
+    await models.refresh()
+    assert await models.unready() == []
+    serve.found["steady"] = Presence("failed", "out of memory")
+    await models.refresh()
+    assert await models.unready() == ["steady"]
+    models.forget("steady")
+    assert models.names() == ["steady"], "only what was loaded can be forgotten"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -25,11 +26,12 @@ from actors.models.threads import physical_cores
 from actors.models.tokenizer import eos_token_ids, load_tokenizer
 
 
-def install(site: Path, name: str, files: dict[str, bytes]) -> None:
+def install(site: Path, name: str, files: dict[str, bytes], requires: Sequence[str] = ()) -> None:
     """A minimal installed distribution on `site`."""
     info = site / f"{name.replace('-', '_')}-1.0.dist-info"
     info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    needs = "".join(f"Requires-Dist: {required}\n" for required in requires)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n{needs}")
     (info / "RECORD").write_text("".join(f"{file},,\n" for file in files))
     for file, content in files.items():
         (site / file).parent.mkdir(parents=True, exist_ok=True)
@@ -52,6 +54,24 @@ class TestResolve:
         monkeypatch.syspath_prepend(str(tmp_path))
         with pytest.raises(ModelSourceError, match="exactly one GGUF"):
             resolve_source("package:odd-weights")
+
+    def test_package_with_a_file_in_parts(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Over a package and those that it needs, in the order of their numbers."""
+        monkeypatch.setenv(ENVIRONMENT_VARIABLE, str(tmp_path / "cache"))
+        site = tmp_path / "site"
+        install(site, "big", {"big/big.gguf.part00": b"GG"}, ["big-more==1.0", 'unrelated>=2; extra == "x"'])
+        monkeypatch.syspath_prepend(str(site))
+        with pytest.raises(ModelSourceError, match="big-more, unrelated is not installed"):
+            resolve_source("package:big")
+        install(site, "big-more", {"more/big.gguf.part10": b"!", "more/big.gguf.part01": b"UF"})
+        install(site, "unrelated", {"unrelated/readme.txt": b"parts? none"})
+        with pytest.raises(ModelSourceError, match=r"not those of one file: .*part10"):
+            resolve_source("package:big")
+        shutil.rmtree(site / "big_more-1.0.dist-info")
+        install(site, "big-more", {"more/big.gguf.part02": b"!", "more/big.gguf.part01": b"UF"})
+        found = resolve_source("package:big")
+        assert (found.kind, found.name, found.path.read_bytes()) == ("gguf", "big", b"GGUF!")
+        assert resolve_source("package:big") == found
 
     def test_package_with_a_deleted_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         install(tmp_path, "lost-weights", {"a/one.gguf": b"1"})
