@@ -41,9 +41,12 @@ def record_trace(settings: TraceSettings, say: Say = lambda message: None) -> Tr
     )
     tokenizer = TextTokenizer(loaded.tokenizer_folder)
     renderer = PromptRenderer(loaded.tokenizer_folder)
+    keep = min(settings.max_prompt, loaded.info.max_model_len - settings.max_tokens)
+    if keep < 1:
+        raise ValueError(f"max_tokens: must be less than the model's {loaded.info.max_model_len} tokens")
     answers: list[tuple[Question, tuple[int, ...], list[int], Ints]] = []
     for index, question in enumerate(questions, 1):
-        prompt = renderer.render(question.turns[:1]).ids[-settings.max_prompt :]
+        prompt = renderer.render(question.turns[:1]).ids[-keep:]
         say(f"answer {index} of {len(questions)}: {question.task}, {len(prompt)} prompt tokens")
         tokens, candidates = greedy_answer(loaded, prompt, settings.max_tokens, tokenizer.eos_token_ids)
         answers.append((question, tuple(prompt), tokens, candidates))
@@ -167,9 +170,10 @@ def chains(
 def round_seconds(loaded: LoadedModel, repeats: int) -> dict[int, float]:
     """The least of `repeats` passes by rows: what else ran on the machine only ever adds."""
     result: dict[int, float] = {}
-    loaded.runner.forward(RaggedBatch.chain(torch.zeros(_PROFILE_CONTEXT, dtype=torch.int64)))
-    for rows in PROFILED_ROWS:
-        batch = RaggedBatch.chain(torch.zeros(rows, dtype=torch.int64), _PROFILE_CONTEXT)
+    context = max(1, min(_PROFILE_CONTEXT, loaded.info.max_model_len - PROFILED_ROWS[-1]))
+    loaded.runner.forward(RaggedBatch.chain(torch.zeros(context, dtype=torch.int64)))
+    for rows in [n for n in PROFILED_ROWS if context + n <= loaded.info.max_model_len]:
+        batch = RaggedBatch.chain(torch.zeros(rows, dtype=torch.int64), context)
         times = []
         for _ in range(repeats):
             started = time.perf_counter()
