@@ -28,7 +28,7 @@ def test_the_deepest_exit_agrees_with_the_target(tmp_path: Path) -> None:
         for place in range(1, len(answer.token_ids)):
             follows = np.array(answer.token_ids[place : place + 3])
             assert np.array_equal(answer.drafts[4][place, : len(follows)], follows)
-            assert (answer.confidence[2][place] > 0).all()
+            assert answer.confidence[2][place, 0] > 0
     assert all(s > 0 for table in trace.card.step_s.values() for s in table.values())
 
 
