@@ -146,9 +146,7 @@ def test_what_the_router_says_becomes_what_the_engine_obeys() -> None:
     off = Assignment("t", "d0", (), 0, "why", cap_pinned=True)
     assert engine_assignment(off, only_nested=False) == DraftAssignment("d0", None, 0, 0)
     # A target that drafts itself knows better what its copy costs; an operator's word holds for it too.
-    assert engine_assignment(said, only_nested=True, holds_draft=True) == DraftAssignment(
-        "d0", shadow=Shadow(4, 2, 0.5)
-    )
+    assert engine_assignment(said, only_nested=True, holds_draft=True) == DraftAssignment("d0")
     assert engine_assignment(off, only_nested=False, holds_draft=True) == DraftAssignment("d0", None, 0, 0)
     fixed = Assignment("t", "d0", (2,), 3, "why", exits_pinned=True)
     assert engine_assignment(fixed, only_nested=False, holds_draft=True).exit_depth == 2
