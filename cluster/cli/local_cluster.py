@@ -39,6 +39,8 @@ RAY_ENVIRONMENT = {
     "RAY_raylet_start_wait_time_s": "120",
     # Chunks travel from worker to gateway to proxy as gRPC messages, not as objects of Ray's store.
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    # How soon the first request to a sleeping model is noticed. 10 s by default.
+    "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
 }
 CROWDED_ENVIRONMENT = {
     # Ten times a second by default, which takes 3 % of a core. Health is looked at every few seconds.

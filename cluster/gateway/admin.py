@@ -57,7 +57,7 @@ def build_admin_router(gateway: Gateway, read_metrics: MetricsReader) -> APIRout
 
     @router.get("/ready")
     async def ready() -> Response:
-        """200 only when every model answers and new requests are accepted."""
+        """200 only when every configured model answers, or sleeps, and new requests are accepted."""
         if gateway.in_flight.draining:
             raise not_ready("the service is shutting down", retry_after_s=10.0)
         unready = await gateway.directory.unready()

@@ -18,12 +18,14 @@ from actors.target_worker.messages import (
     TargetState,
 )
 from cluster.config import ModelConfig
-from cluster.gateway.errors import ApiError, model_not_found, not_ready
+from cluster.gateway.errors import ApiError, model_not_found, not_ready, overloaded
 
 logger = logging.getLogger(__name__)
 PROBE_INTERVAL_S = 1.0
 PROBE_TIMEOUT_S = 5.0
 DISCOVERY_INTERVAL_S = 5.0
+MOST_WAITING = 256
+"""Requests that wait for one model to wake."""
 PROBE_FAILURES_TO_UNREADY = 2
 READY_TIMEOUT_S = 2.0
 
@@ -128,6 +130,14 @@ class ServedModel:
         return True
 
 
+@dataclass
+class _Waking:
+    """A call that wakes a model, and how many requests wait for it."""
+
+    call: asyncio.Task[bool]
+    waiting: int = 0
+
+
 class ModelDirectory:
     """All served models. `start` keeps probing them, so that requests to a dead model are refused at once
     instead of waiting for it.
@@ -149,6 +159,7 @@ class ModelDirectory:
         self._wake_timeout_s = wake_timeout_s
         self._prober: asyncio.Task[None] | None = None
         self._refreshed_at = float("-inf")
+        self._waking: dict[str, _Waking] = {}
 
     def all(self) -> list[ServedModel]:
         return list(self._models.values())
@@ -174,6 +185,8 @@ class ModelDirectory:
             await self.refresh()  # it may have been loaded a moment ago
         model = self.find(name)
         if model.presence is not None:
+            if time.monotonic() - self._refreshed_at >= PROBE_INTERVAL_S:
+                await self.refresh()  # it may have fallen asleep a moment ago
             return model, await self._awake(model, model.presence)
         if not model.ready:
             await model.probe(READY_TIMEOUT_S)
@@ -189,14 +202,30 @@ class ModelDirectory:
             )
         if presence.state == "ready" and model.last_info is not None:
             return model.last_info
-        # The call waits in Serve's queue until a worker is there, and its waiting makes Serve start one.
-        if not await model.probe(self._wake_timeout_s) or model.last_info is None:
+        if not await self._wake(model) or model.last_info is None:
             raise not_ready(
                 f"the model `{model.name}` was asleep and did not wake within {self._wake_timeout_s:g} s",
                 retry_after_s=10.0,
             )
         model.presence = Presence("ready")
         return model.last_info
+
+    async def _wake(self, model: ServedModel) -> bool:
+        """One call for all who wait: it waits in Serve's queue until a worker is there, and its waiting makes
+        Serve start one. Raises 429 when too many wait."""
+        waking = self._waking.get(model.name)
+        if waking is None:
+            waking = self._waking[model.name] = _Waking(
+                asyncio.get_running_loop().create_task(model.probe(self._wake_timeout_s))
+            )
+            waking.call.add_done_callback(lambda _: self._waking.pop(model.name, None))
+        if waking.waiting >= MOST_WAITING:
+            raise overloaded(f"too many requests wait for the model `{model.name}` to wake", 10.0)
+        waking.waiting += 1
+        try:
+            return await asyncio.shield(waking.call)
+        finally:
+            waking.waiting -= 1
 
     def only_name(self) -> str | None:
         """The name to assume where `model` may be left out."""
@@ -223,6 +252,8 @@ class ModelDirectory:
             self._prober = asyncio.get_running_loop().create_task(self._probe_forever())
 
     async def close(self) -> None:
+        for waking in [*self._waking.values()]:
+            waking.call.cancel()
         if self._prober is not None:
             self._prober.cancel()
             with contextlib.suppress(asyncio.CancelledError):

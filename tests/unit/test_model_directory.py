@@ -236,3 +236,38 @@ async def test_a_configured_model_that_may_sleep_counts_for_readiness() -> None:
     assert await models.unready() == ["steady"]
     models.forget("steady")
     assert models.names() == ["steady"], "only what was loaded can be forgotten"
+
+
+async def test_one_call_wakes_a_model_for_all_who_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.gateway.models.MOST_WAITING", 20)
+    serve = FakeServe()
+    serve.found["guest"] = Presence("asleep")
+    models = directory(serve, wake_timeout_s=5.0)
+    await models.refresh()
+    waiting = [asyncio.create_task(models.ready_model("guest")) for _ in range(20)]
+    gone = asyncio.create_task(models.ready_model("guest"))
+    await asyncio.sleep(0.01)
+    with pytest.raises(ApiError) as refused:
+        await gone
+    assert (refused.value.status, refused.value.retry_after_s) == (429, 10.0)
+    waiting[0].cancel()  # a client that leaves takes nobody along
+    await asyncio.sleep(0)
+    serve.sleepers["guest"].awake.set()
+    answers = await asyncio.gather(*waiting, return_exceptions=True)
+    assert isinstance(answers[0], asyncio.CancelledError)
+    assert all(not isinstance(answer, BaseException) for answer in answers[1:])
+    assert serve.sleepers["guest"].calls == 1
+
+
+async def test_a_look_at_a_model_that_may_sleep_is_never_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    serve = FakeServe()
+    serve.found["guest"] = Presence("ready")
+    models = directory(serve, wake_timeout_s=0.1)
+    await models.refresh()
+    serve.sleepers["guest"].awake.set()
+    await models.ready_model("guest")
+    serve.found["guest"] = Presence("asleep")
+    serve.sleepers["guest"].awake.clear()
+    monkeypatch.setattr("cluster.gateway.models.PROBE_INTERVAL_S", 0.0)
+    with pytest.raises(ApiError, match="did not wake"):
+        await models.ready_model("guest")
