@@ -12,6 +12,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 
 from actors.drafting.interface import SessionDraft
+from actors.drafting.tree_acceptance import PendingTree, TreeRecord
 
 MAX_POSITIONS = 16
 _PRIOR = 0.5
@@ -61,7 +62,7 @@ class RequestAcceptance:
     """One request's own record, and the proposal being scored."""
 
     drafters: dict[str, _Local] = field(default_factory=dict)
-    pending: _Pending | None = None
+    pending: _Pending | PendingTree | None = None
 
 
 class AcceptanceModel:
@@ -71,10 +72,12 @@ class AcceptanceModel:
     def __init__(self) -> None:
         self._averages: dict[str, _Averages] = {}
         self._exits: dict[int, _Averages] = {}
+        self._trees: dict[str, TreeRecord] = {}
 
     def reset(self) -> None:
         self._averages.clear()
         self._exits.clear()
+        self._trees.clear()
 
     def proposed(self, request: RequestAcceptance, draft: SessionDraft | None, names: Iterable[str]) -> None:
         """Start scoring a proposal (None or empty: nobody had a guess)."""
@@ -88,12 +91,24 @@ class AcceptanceModel:
         else:
             request.pending = None
 
+    def proposed_tree(self, request: RequestAcceptance, draft: SessionDraft | None, name: str) -> None:
+        """The same for a request whose proposals are trees (every one with its parents), recorded as `name`."""
+        local = request.drafters.setdefault(name, _Local())
+        answered = draft is not None and bool(draft.token_ids)
+        local.available += 0.2 * (answered - local.available)
+        request.pending = PendingTree(name, draft) if draft is not None and answered else None
+
     def emitted(self, request: RequestAcceptance, token_ids: Iterable[int]) -> None:
         """Score the pending proposal with tokens that the target emitted."""
         for token in token_ids:
             pending = request.pending
             if pending is None:
                 return
+            if isinstance(pending, PendingTree):
+                if not pending.advance(token):
+                    self._record_tree(request, pending)
+                    request.pending = None
+                continue
             hit = pending.token_ids[pending.position] == token
             self._record(request, pending, hit)
             pending.position += 1
@@ -110,6 +125,15 @@ class AcceptanceModel:
         if pending.exit_depth is not None:
             self.observe_exit(pending.exit_depth, at, hit)
 
+    def _record_tree(self, request: RequestAcceptance, pending: PendingTree) -> None:
+        local = request.drafters[pending.name]
+        expected = self._trees.setdefault(pending.name, TreeRecord()).record(pending)
+        local.hits = local.hits * _LOCAL_DECAY + len(pending.path)
+        local.expected = local.expected * _LOCAL_DECAY + expected
+        if pending.draft.exit_depth is not None:
+            for place, hit in enumerate(pending.exit_hits()):
+                self.observe_exit(pending.draft.exit_depth, place, hit)
+
     def observe_exit(self, exit_depth: int, position: int, hit: bool) -> None:
         """A token that an exit drafted was scored; those before it in its draft were right."""
         self._exits.setdefault(exit_depth, _Averages()).record(min(position, MAX_POSITIONS - 1), hit)
@@ -122,8 +146,7 @@ class AcceptanceModel:
     def survival(self, request: RequestAcceptance, drafter: str, length: int) -> list[float]:
         """P(the first j + 1 tokens are all accepted) for j < length."""
         averages = self._averages.get(drafter)
-        local = request.drafters.get(drafter, _Local())
-        scale = (_LOCAL_PRIOR_WEIGHT + local.hits) / (_LOCAL_PRIOR_WEIGHT + local.expected)
+        scale = _scale(request.drafters.get(drafter, _Local()))
         product, result = 1.0, []
         for position in range(length):
             overall = averages.accept[min(position, MAX_POSITIONS - 1)] if averages else _PRIOR
@@ -140,9 +163,24 @@ class AcceptanceModel:
                 total[position] += share * value
         return [min(1.0, value) for value in total]
 
+    def tree_survival(self, request: RequestAcceptance, draft: SessionDraft, name: str) -> list[float]:
+        """P(token j accepted) for the tokens of a tree that came, never rising."""
+        record = self._trees.get(name) or TreeRecord()
+        scale = _scale(request.drafters.get(name, _Local()))
+        return [min(_MAX_RATE, likely * scale) for likely in record.expected(draft)]
+
+    def expected_tree_survival(self, request: RequestAcceptance, name: str, length: int) -> list[float]:
+        """The same before a tree came."""
+        record = self._trees.get(name) or TreeRecord()
+        local = request.drafters.get(name, _Local())
+        scale = _scale(local)
+        return [local.available * min(_MAX_RATE, likely * scale) for likely in record.by_place[:length]]
+
     def table(self) -> dict[str, list[float]]:
-        """Conditional acceptance by drafter and position, for people."""
-        return {name: [round(a, 3) for a in averages.accept[:8]] for name, averages in self._averages.items()}
+        """Conditional acceptance by drafter and position, for people; of trees, acceptance by place in them."""
+        table = {name: [round(a, 3) for a in found.accept[:8]] for name, found in self._averages.items()}
+        trees = {name: [round(a, 3) for a in found.by_place[:8]] for name, found in self._trees.items()}
+        return table | trees
 
     def evidence(self) -> dict[str, Evidence]:
         """By drafter."""
@@ -151,3 +189,8 @@ class AcceptanceModel:
     def exit_evidence(self) -> dict[int, Evidence]:
         """By exit depth of the nested drafter, shadow scoring included."""
         return {depth: averages.evidence() for depth, averages in self._exits.items()}
+
+
+def _scale(local: _Local) -> float:
+    """How much better than expected a request has fared."""
+    return (_LOCAL_PRIOR_WEIGHT + local.hits) / (_LOCAL_PRIOR_WEIGHT + local.expected)

@@ -46,6 +46,7 @@ def open_to_proto(session: SessionOpen) -> pb.SessionOpen:
             rule=s.rule,
         ),
         epoch=session.epoch,
+        trees=session.trees,
     )
 
 
@@ -70,6 +71,7 @@ def open_from_proto(message: pb.SessionOpen, scope: int = 0) -> SessionOpen:
             rule=s.rule or "coupled",
         ),
         epoch=message.epoch,
+        trees=message.trees,
     )
 
 
@@ -132,6 +134,7 @@ def draft_to_proto(draft: SessionDraft) -> pb.SessionDraft:
         drafter=draft.drafter,
         exit_depth=draft.exit_depth or 0,
         confidence=draft.confidence,
+        sources=draft.sources,
         q=[pb.DraftDistribution(token_ids=ids, probabilities=p) for ids, p in draft.q],
         error=_TO_WIRE[draft.error] if draft.error is not None else pb.DRAFT_ERROR_UNSPECIFIED,
         error_message=draft.error_message,
@@ -152,6 +155,7 @@ def draft_from_proto(message: pb.SessionDraft, epoch: int | None = None) -> Sess
         drafter=message.drafter,
         exit_depth=message.exit_depth or None,
         confidence=tuple(message.confidence),
+        sources=tuple(message.sources),
         q=tuple((tuple(d.token_ids), tuple(d.probabilities)) for d in message.q),
         error=error,
         error_message=message.error_message,

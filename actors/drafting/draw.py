@@ -13,7 +13,7 @@ from actors.drafting.coupling import SharedColumns
 from actors.drafting.interface import DraftSampling
 from actors.sampling.noise import DRAFT
 from actors.sampling.params import GREEDY_TEMPERATURE
-from actors.sampling.reduce import best_ids
+from actors.sampling.reduce import best_ids, top_entries
 from actors.sampling.truncation import survival_threshold
 from actors.verification.coupled import sample
 
@@ -23,11 +23,13 @@ MAX_Q = 64
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """`confidence` is the draft's own probability of the token; `q` what it was drawn from, where needed."""
+    """`confidence` is the draft's own probability of the token; `q` what it was drawn from, where needed.
+    `others`: the next best tokens with theirs, best first, where they were asked for."""
 
     token_id: int
     confidence: float
     q: tuple[tuple[int, ...], tuple[float, ...]] | None = None
+    others: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,7 @@ def draw_tokens(
     positions: Sequence[int],
     vocabulary: CutVocabulary | None = None,
     shared: Sequence[SharedColumns | None] = (),
+    others: int = 0,
 ) -> list[Draw]:
     """Draw one token a row.
 
@@ -55,19 +58,22 @@ def draw_tokens(
         vocabulary: what the columns stand for; None: column v is token v.
         shared: one a row, or empty: where given, a row that samples draws from the tokens shared with a
             target of another vocabulary, by that target's noise. The token is the draft's, q the target's.
+        others: alternatives wanted of rows that are drawn greedily.
 
     Returns:
         Draws in the target's token ids.
     """
-    best, confidence = _greedy(logits)
+    best, confidence = _greedy(logits, 1 + others)
     if vocabulary is not None:
         # Ids ascend, so of equal logits the lowest id still wins.
-        best = vocabulary.ids[torch.tensor(best, dtype=torch.int64, device=vocabulary.ids.device)].tolist()
+        best = vocabulary.ids[best.to(vocabulary.ids.device)]
+    greedy = list(zip(best.tolist(), confidence.tolist(), strict=True))
     draws: list[Draw] = []
     for row, sampling in enumerate(samplings):
         common = shared[row] if shared else None
         if sampling.temperature < GREEDY_TEMPERATURE or (common is not None and not common.draft_of):
-            draws.append(Draw(best[row], confidence[row]))
+            ids, likely = greedy[row]
+            draws.append(Draw(ids[0], likely[0], others=tuple(zip(ids[1:], likely[1:], strict=True))))
             continue
         draw = _with_q if sampling.rule == "leviathan" else _coupled
         if common is None:
@@ -87,11 +93,14 @@ def _spread(row: Tensor, vocabulary: CutVocabulary | None) -> Tensor:
     return whole
 
 
-def _greedy(logits: Tensor) -> tuple[list[int], list[float]]:
-    """Each row's best token and its probability at temperature 1 (S2D's confidence)."""
-    best = best_ids(logits)
-    top = logits[torch.arange(len(best)), best]
-    return best, (top - torch.logsumexp(logits, dim=-1)).exp().tolist()
+def _greedy(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Each row's `count` best columns and their probabilities at temperature 1 (S2D's confidence), [N, count]."""
+    if count == 1:
+        best = torch.tensor(best_ids(logits), dtype=torch.int64, device=logits.device)[:, None]
+        top = logits.gather(1, best)
+    else:
+        top, best = top_entries(logits, count)
+    return best, (top - torch.logsumexp(logits, dim=-1, keepdim=True)).exp()
 
 
 def _processed(logits: Tensor, sampling: DraftSampling) -> Tensor:

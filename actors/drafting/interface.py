@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 NESTED = "nested"
 """Name of the nested drafter, whose exits a router assigns."""
+TREE = "tree"
+"""What a proposal calls itself that joins the guesses of all drafters."""
 MAX_HELD_CANDIDATES = 256
 """Verified rows of a session that a source keeps for learning drafters until it tells them; older ones are
 dropped."""
@@ -48,14 +50,16 @@ class DraftSampling:
 @dataclass(frozen=True, slots=True)
 class SessionOpen:
     """A session is one request on one target worker. `token_ids` is the prompt, or the prompt and what has
-    been emitted when a worker is told again; `prompt_len` marks the boundary. `foreign` says, inside a draft
-    worker, whose tokens these are when they are not the nested drafter's own."""
+    been emitted when a worker is told again; `prompt_len` marks the boundary. `trees`: whether the target can
+    verify a tree of tokens. `foreign` says, inside a draft worker, whose tokens these are when they are not
+    the nested drafter's own."""
 
     session_id: int
     token_ids: tuple[int, ...]
     prompt_len: int
     sampling: DraftSampling
     epoch: int = 0
+    trees: bool = False
     foreign: ForeignTarget | None = None
 
 
@@ -105,10 +109,12 @@ class SessionUpdate:
 
 @dataclass(frozen=True, slots=True)
 class SessionDraft:
-    """A proposal. `parents[j]` is the index of token j's parent, -1 for the last committed token; empty for
-    a chain. `confidence[j]` estimates P(token j accepted | its ancestors accepted). `q[j]` holds the exact
-    (ids, probabilities) that token j was drawn from, only under rules that need it and only for sampling
-    drafters; an empty q means a deterministic draft (one-hot)."""
+    """A proposal. `parents[j]` < j is the index of token j's parent, -1 for the last committed token; empty
+    for a chain. A tree that has to be cut loses its last tokens: they are ordered by how likely they are to be
+    accepted. `confidence[j]` estimates P(token j accepted | its parent accepted). `sources[j]` names the
+    drafter of token j where several took part, else it is empty. `q[j]` holds the exact (ids, probabilities)
+    that token j was drawn from, only under rules that need it and only for sampling drafters; an empty q
+    means a deterministic draft (one-hot)."""
 
     session_id: int
     epoch: int
@@ -117,6 +123,7 @@ class SessionDraft:
     drafter: str = ""
     exit_depth: int | None = None
     confidence: tuple[float, ...] = ()
+    sources: tuple[str, ...] = ()
     q: tuple[tuple[tuple[int, ...], tuple[float, ...]], ...] = ()
     error: DraftErrorCode | None = None
     error_message: str = ""
@@ -124,6 +131,10 @@ class SessionDraft:
     def __post_init__(self) -> None:
         if self.parents and len(self.parents) != len(self.token_ids):
             raise ValueError("parents must be empty or one a token")
+        if any(not -1 <= parent < j for j, parent in enumerate(self.parents)):
+            raise ValueError("a token's parent must come before it")
+        if self.sources and len(self.sources) != len(self.token_ids):
+            raise ValueError("sources must be empty or one a token")
         if self.q and len(self.q) != len(self.token_ids):
             raise ValueError("q must be empty or one a token")
 
@@ -131,13 +142,16 @@ class SessionDraft:
 @dataclass(frozen=True, slots=True)
 class DraftQuery:
     """Ask a drafter for up to `budget` tokens after what it knows of the session. `coupling` replaces the
-    session's sampling, for a drafter with a model."""
+    session's sampling, for a drafter with a model. With `tree` the answer may be a tree; a drafter with a
+    model then drafts on only below tokens that are accepted with a probability of `min_survival`."""
 
     session_id: int
     epoch: int
     budget: int
     exit_depth: int | None = None
     coupling: Coupling | None = None
+    tree: bool = False
+    min_survival: float = 0.0
 
 
 class Drafter(Protocol):

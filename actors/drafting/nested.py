@@ -18,6 +18,7 @@ from actors.drafting.errors import DrafterError
 from actors.drafting.exit_heads import ExitHeads
 from actors.drafting.interface import NESTED, DraftQuery, DraftSampling, SessionDraft, SessionOpen
 from actors.drafting.step_times import StepTimes
+from actors.drafting.tree import ROOT
 from actors.models.runner import LayeredRunner, normalised
 from actors.sampling.params import GREEDY_TEMPERATURE
 
@@ -25,6 +26,8 @@ WINDOWS_KEPT = 2
 """The states of one window were themselves computed from the one before it."""
 STATES_CONTEXT = 256
 """Tokens of a session that a draft which reads states sees, unless told otherwise: their states are kept."""
+SIBLINGS = 6
+"""Alternatives to a drafted token that a tree offers at most."""
 ABSORB_FROM = 8
 """Background work leaves this many waiting tokens to the next proposal, which runs them in one pass."""
 
@@ -256,10 +259,13 @@ class NestedDrafter:
                 # Steps that mix exits, or catch up with much, are not what a step of one exit costs.
                 if len({p.exit for p in active}) == 1 and waiting <= 2 * len(active):
                     self._steps.observe(active[0].exit, len(active), time.perf_counter() - started)
-                active = [
-                    p for p in active if len(p.draws) < p.budget and not self._early_stop.ends(p.survival)
-                ]
+                active = [p for p in active if len(p.draws) < p.budget and not self._ends(p)]
         return [self._finish(a) if isinstance(a, _Proposal) else a for a in answers]
+
+    def _ends(self, proposal: _Proposal) -> bool:
+        """Whether a draft ends before its budget."""
+        survival = proposal.survival
+        return survival < proposal.query.min_survival or self._early_stop.ends(survival)
 
     def work(self) -> bool:
         """Run one chunk of waiting prompt tokens; False when none could be run."""
@@ -407,7 +413,8 @@ class NestedDrafter:
         samplings = [p.sampling for p in proposals]
         positions = [p.position for p in proposals]
         shared = [self._columns(p, logits.device) for p in proposals]
-        drawn = draw_tokens(logits, samplings, positions, self._vocabulary, shared)
+        others = SIBLINGS if any(p.query.tree for p in proposals) else 0
+        drawn = draw_tokens(logits, samplings, positions, self._vocabulary, shared, others)
         for proposal, draw in zip(proposals, drawn, strict=True):
             proposal.draws.append(draw)
             greedy = proposal.sampling.temperature < GREEDY_TEMPERATURE
@@ -428,6 +435,8 @@ class NestedDrafter:
 
     def _finish(self, proposal: _Proposal) -> SessionDraft:
         draws = proposal.draws
+        if proposal.query.tree:
+            return self._tree(proposal)
         sampled = all(d.q is not None for d in draws)
         return SessionDraft(
             proposal.query.session_id,
@@ -437,4 +446,28 @@ class NestedDrafter:
             exit_depth=self.exits[proposal.deepest],
             confidence=tuple(proposal.acceptance),
             q=tuple(d.q for d in draws if d.q is not None) if sampled else (),
+        )
+
+    def _tree(self, proposal: _Proposal) -> SessionDraft:
+        """The chain and, beside each of its tokens, the alternatives that the same pass gave for nothing."""
+        token_ids: list[int] = []
+        parents: list[int] = []
+        confidence: list[float] = []
+        last = ROOT
+        for draw, likely in zip(proposal.draws, proposal.acceptance, strict=True):
+            place = len(token_ids)
+            # What calibration takes from the best token, the others get.
+            rest = (1.0 - likely) / max(1.0 - draw.confidence, 1e-6)
+            token_ids += [draw.token_id, *(token for token, _ in draw.others)]
+            parents += [last] * (1 + len(draw.others))
+            confidence += [likely, *(min(likely, p * rest) for _, p in draw.others)]
+            last = place
+        return SessionDraft(
+            proposal.query.session_id,
+            proposal.query.epoch,
+            tuple(token_ids),
+            parents=tuple(parents),
+            drafter=self.name,
+            exit_depth=self.exits[proposal.deepest],
+            confidence=tuple(confidence),
         )

@@ -137,7 +137,7 @@ class RetokenisedDrafter:
                 if session is None:
                     asked[place] = query
                 elif self._prepare(session):
-                    asked[place] = replace(query, coupling=_coupling(session))
+                    asked[place] = replace(query, coupling=_coupling(session), tree=False)
                 else:
                     answers[place] = SessionDraft(query.session_id, query.epoch, drafter=self.name)
             except DrafterError as error:

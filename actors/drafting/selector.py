@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from actors.drafting.errors import DrafterError
 from actors.drafting.interface import (
+    TREE,
     Drafter,
     DraftErrorCode,
     DraftQuery,
@@ -20,6 +21,7 @@ from actors.drafting.interface import (
     SessionOpen,
     SessionUpdate,
 )
+from actors.drafting.tree import Continuation, first_tokens, grow
 from actors.drafting.worth import DraftWorth
 from actors.sampling.params import MAX_DRAFT_TOKENS
 
@@ -47,6 +49,15 @@ class NestedExits(Drafter, Protocol):
     @property
     def exits(self) -> tuple[int, ...]:
         """Exit depths in layers, ascending."""
+        ...
+
+
+@runtime_checkable
+class Continuer(Drafter, Protocol):
+    """A drafter whose guess depends on the last token alone, so that it can go on below any token of a tree."""
+
+    def continuations(self, token: int) -> Sequence[tuple[int, float]]:
+        """What may follow, best first, each with its probability."""
         ...
 
 
@@ -88,6 +99,8 @@ class _Session:
     """`missing` names drafters that do not hold the session, with the reason."""
 
     epoch: int
+    last_token: int
+    trees: bool
     missing: dict[str, DrafterError] = field(default_factory=dict)
 
 
@@ -96,8 +109,10 @@ class DrafterPool:
 
     Every session is opened in, and every verdict told to, all drafters, so that any may be asked next. A
     session is served by the drafter it pins, otherwise by the one whose guess promises most (`DraftWorth`): a
-    drafter is asked where no earlier one has a guess, or where it promises more than that. A drafter that
-    raises loses the sessions concerned (they can be opened again); the others go on.
+    drafter is asked where no earlier one has a guess, or where it promises more than that. A session whose
+    target verifies trees is given the likeliest tokens of all drafters together; a drafter is asked for it
+    where it adds enough to what the earlier ones guess. A drafter that raises loses the sessions concerned
+    (they can be opened again); the others go on.
 
     Args:
         drafters: distinct names, in the order in which they are asked: the cheapest first.
@@ -118,6 +133,8 @@ class DrafterPool:
         self._by_name = dict(zip(names, self._drafters, strict=True))
         # Found once: checking a protocol costs more than the drafts of a lookup.
         self._nested = next((d for d in self._drafters if isinstance(d, NestedExits)), None)
+        self._background = [(d.name, d.work) for d in self._drafters if isinstance(d, BackgroundWorker)]
+        self._continuers: tuple[Continuer, ...] = tuple(d for d in self._drafters if isinstance(d, Continuer))
         self._reader = next(
             (d for d in self._drafters if isinstance(d, StateReader) and d.reads_states), None
         )
@@ -165,7 +182,7 @@ class DrafterPool:
         if not session.token_ids:
             raise DrafterError("unsupported", "a session needs at least one token")
         self.close(sid)
-        state = _Session(session.epoch)
+        state = _Session(session.epoch, session.token_ids[-1], session.trees)
         for drafter in self._drafters:
             error = self._guarded(drafter.name, partial(drafter.open, session))
             if isinstance(error, DrafterError):
@@ -185,6 +202,8 @@ class DrafterPool:
             raise DrafterError("stale_epoch", f"epoch {update.epoch} does not follow {state.epoch}")
         state.epoch = update.epoch
         self._worth.committed(sid, update.new_tokens)
+        if update.new_tokens:
+            state.last_token = update.new_tokens[-1]
         for drafter in self._drafters:
             if drafter.name in state.missing:
                 continue
@@ -208,6 +227,15 @@ class DrafterPool:
                 drafts[i] = _failed(update, error)
             elif update.budget > 0:
                 waiting[i] = update
+        chains = {i: u for i, u in waiting.items() if not self._sessions[u.session_id].trees}
+        trees = {i: u for i, u in waiting.items() if i not in chains}
+        drafts |= self._chains(chains)
+        drafts |= self._trees(trees)
+        return [drafts.get(i) or SessionDraft(u.session_id, u.epoch) for i, u in enumerate(updates)]
+
+    def _chains(self, waiting: Mapping[int, SessionUpdate]) -> dict[int, SessionDraft]:
+        """For each the chain that promises most, or why there is none."""
+        drafts: dict[int, SessionDraft] = {}
         held: dict[int, SessionDraft] = {}
         for drafter in self._drafters:
             asked = {
@@ -219,7 +247,8 @@ class DrafterPool:
             if not asked:
                 continue
             started = self._clock()
-            answers = self._ask(drafter, list(asked.values()))
+            wishes = list(asked.values())
+            answers = self._ask(drafter, wishes, [self._query(drafter, u) for u in wishes])
             self._worth.drafted(drafter.name, answers, self._clock() - started)
             for i, draft in zip(asked, answers, strict=True):
                 if draft.token_ids:
@@ -230,8 +259,59 @@ class DrafterPool:
                     drafts[i] = draft
         for draft in held.values():
             self._worth.taken(draft)
-        drafts |= held
-        return [drafts.get(i) or SessionDraft(u.session_id, u.epoch) for i, u in enumerate(updates)]
+        return drafts | held
+
+    def _trees(self, waiting: Mapping[int, SessionUpdate]) -> dict[int, SessionDraft]:
+        """For each the likeliest tokens of all drafters that are worth asking, or why there are none."""
+        failed: dict[int, SessionDraft] = {}
+        held: dict[int, list[SessionDraft]] = {i: [] for i in waiting}
+        going_on = {i: self._continuations(u) for i, u in waiting.items()}
+        for drafter in self._drafters:
+            if drafter in self._continuers:
+                continue
+            asked: dict[int, DraftQuery] = {}
+            for i, u in waiting.items():
+                if not self._eligible(drafter, u):
+                    continue
+                last = self._sessions[u.session_id].last_token
+                covered = first_tokens(held[i], going_on[i], last)
+                if u.drafter is not None or self._worth.adds(drafter.name, u.session_id, covered):
+                    least = self._worth.least_survival(drafter.name, bool(going_on[i]))
+                    asked[i] = replace(self._query(drafter, u), tree=True, min_survival=least)
+            if not asked:
+                continue
+            started = self._clock()
+            answers = self._ask(drafter, [waiting[i] for i in asked], list(asked.values()))
+            self._worth.guessed(drafter.name, answers, self._clock() - started)
+            for i, draft in zip(asked, answers, strict=True):
+                if draft.token_ids:
+                    held[i].append(draft)
+                elif draft.error is not None:
+                    failed[i] = draft
+        grown = {i: self._grown(u, held[i], going_on[i]) for i, u in waiting.items()}
+        return failed | {i: draft for i, draft in grown.items() if draft.token_ids}
+
+    def _continuations(self, update: SessionUpdate) -> dict[str, Continuation]:
+        return {d.name: d.continuations for d in self._continuers if self._eligible(d, update)}
+
+    def _grown(
+        self,
+        update: SessionUpdate,
+        proposals: Sequence[SessionDraft],
+        going_on: Mapping[str, Continuation],
+    ) -> SessionDraft:
+        budget = min(update.budget, MAX_DRAFT_TOKENS)
+        tree = grow(proposals, going_on, self._sessions[update.session_id].last_token, budget)
+        return SessionDraft(
+            update.session_id,
+            update.epoch,
+            tuple(tree.token_ids),
+            parents=tuple(tree.parents),
+            drafter=update.drafter or TREE,
+            exit_depth=next((p.exit_depth for p in proposals if p.exit_depth is not None), None),
+            confidence=tuple(tree.confidence),
+            sources=tuple(tree.sources) if update.drafter is None else (),
+        )
 
     def shadow(self, update: SessionUpdate) -> SessionDraft | None:
         """What `update.nested.shadow_exit` would have drafted, for scoring; None when it cannot be drafted,
@@ -268,9 +348,8 @@ class DrafterPool:
     def work(self) -> bool:
         """Do one bounded piece of background work; False when there is none."""
         done = False
-        for name, drafter in self._by_name.items():
-            if isinstance(drafter, BackgroundWorker):
-                done = self._guarded(name, drafter.work) is True or done
+        for name, work in self._background:
+            done = self._guarded(name, work) is True or done
         return done
 
     def _refusal(self, update: SessionUpdate) -> DrafterError | None:
@@ -299,23 +378,22 @@ class DrafterPool:
             return False
         return drafter.name not in self._sessions[update.session_id].missing
 
-    def _ask(self, drafter: Drafter, updates: Sequence[SessionUpdate]) -> list[SessionDraft]:
+    def _ask(
+        self, drafter: Drafter, updates: Sequence[SessionUpdate], queries: Sequence[DraftQuery]
+    ) -> list[SessionDraft]:
         """Ask one drafter for a batch; when the batch fails, each session alone, to find the culprit."""
-        if drafter is self._nested:
-            queries = [self._nested_query(update) for update in updates]
-        else:
-            queries = [DraftQuery(u.session_id, u.epoch, min(u.budget, MAX_DRAFT_TOKENS)) for u in updates]
         answer = self._guarded(drafter.name, partial(drafter.propose, queries))
         if not isinstance(answer, DrafterError):
             return answer
         if len(updates) > 1:
-            return [self._ask(drafter, [update])[0] for update in updates]
+            return [self._ask(drafter, [u], [q])[0] for u, q in zip(updates, queries, strict=True)]
         update = updates[0]
         self._drop(drafter, update.session_id, self._sessions[update.session_id], answer)
         return [_failed(update, answer)]
 
-    def _nested_query(self, update: SessionUpdate) -> DraftQuery:
-        budget, depth, wish = min(update.budget, MAX_DRAFT_TOKENS), update.exit_depth, update.nested
+    def _query(self, drafter: Drafter, update: SessionUpdate) -> DraftQuery:
+        budget, depth = min(update.budget, MAX_DRAFT_TOKENS), update.exit_depth
+        wish = update.nested if drafter is self._nested else None
         if wish is not None:
             if wish.cap is not None:
                 budget = min(budget, wish.cap)

@@ -35,6 +35,7 @@ class _Session:
     tokens: list[int]
     prompt_len: int
     sampling: DraftSampling
+    trees: bool
     opened: bool = False
     wire_epoch: int = 0
     open_epoch: int = -1
@@ -67,7 +68,7 @@ class SessionLedger:
         """Remember a session; the worker is told when a draft is first wanted."""
         self.close(session.session_id)
         self._sessions[session.session_id] = _Session(
-            list(session.token_ids), session.prompt_len, session.sampling
+            list(session.token_ids), session.prompt_len, session.sampling, session.trees
         )
 
     def close(self, session_id: int) -> None:
@@ -168,7 +169,12 @@ class SessionLedger:
         session.unsent = session.drafted = session.accepted = 0
         return codec.open_to_proto(
             SessionOpen(
-                session_id, tuple(session.tokens), session.prompt_len, session.sampling, session.wire_epoch
+                session_id,
+                tuple(session.tokens),
+                session.prompt_len,
+                session.sampling,
+                session.wire_epoch,
+                session.trees,
             )
         )
 

@@ -1,8 +1,9 @@
 """Token Recycling (arXiv 2408.08696): a matrix of the candidates last seen after each token.
 
 Row t holds the k most probable next tokens of the last verified row whose input token was t, rejected drafts
-included. The matrix is shared by all sessions. Chain form: follow each row's best entry; the paper's tree
-needs tree verification.
+included. The matrix is shared by all sessions. A chain follows each row's best entry. For a tree, `continuations`
+gives whole rows, each entry with the share of tokens that were the one at its rank, instead of the paper's
+fixed template.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from actors.drafting.interface import DraftQuery, SessionDraft, SessionOpen
 MAX_VOCAB = 1 << 20
 """Token ids at or above this are not learned, which bounds the matrix at 32 MiB for k = 8."""
 UNKNOWN = -1
+_RANKS = (0.35, 0.15, 0.08, 0.05, 0.04, 0.03, 0.02, 0.02)
+"""Before anything was measured: P(the next token is the entry at this rank)."""
 
 
 @dataclass(slots=True)
@@ -45,6 +48,7 @@ class TokenRecyclingDrafter:
         self._max_sessions = max_sessions
         self._sessions: dict[int, _Session] = {}
         self._acceptance = RunningAcceptance([0.5] * 16)
+        self._ranks = RunningAcceptance(_RANKS)
 
     @property
     def known_rows(self) -> int:
@@ -65,6 +69,7 @@ class TokenRecyclingDrafter:
         candidates: Sequence[tuple[int, Sequence[int]]] = (),
     ) -> None:
         state = self._get(session_id)
+        self._score(state.last_token, new_tokens)
         for token, next_ids in candidates:
             self._learn(token, next_ids)
         if not new_tokens:
@@ -84,6 +89,25 @@ class TokenRecyclingDrafter:
     def reset(self) -> None:
         self._matrix.fill(UNKNOWN)
         self._acceptance.reset()
+        self._ranks.reset()
+
+    def continuations(self, token: int) -> list[tuple[int, float]]:
+        """What was last seen after a token, best first, each with the probability that it comes next."""
+        if not 0 <= token < len(self._matrix):
+            return []
+        row: list[int] = self._matrix[token].tolist()
+        return [
+            (follower, self._ranks.probability(r)) for r, follower in enumerate(row) if follower != UNKNOWN
+        ]
+
+    def _score(self, token: int, followers: Sequence[int]) -> None:
+        """Count at which rank the tokens that came after `token`, one after the other, stood so far."""
+        for follower in followers:
+            if 0 <= token < len(self._matrix) and self._matrix[token, 0] != UNKNOWN:
+                row: list[int] = self._matrix[token].tolist()
+                for rank, entry in enumerate(row):
+                    self._ranks.observe(rank, entry == follower)
+            token = follower
 
     def _get(self, session_id: int) -> _Session:
         try:

@@ -3,31 +3,45 @@
 A guess is worth the number of its tokens that can be expected to be accepted, by its drafter's confidence. A
 drafter that has not been asked yet promises what its record says of this session, less the tokens that could
 be decoded in the time that it takes to draft.
+
+Where guesses are joined into a tree, a drafter is worth what it adds: how often the target's next token was
+among its guesses and among nobody else's.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from actors.drafting.acceptance_model import AcceptanceModel, RequestAcceptance
 from actors.drafting.interface import SessionDraft
+from actors.drafting.tree import ROOT, depths, parents_of
 
 _SMOOTHING = 0.05
 _LONGEST_PAUSE_S = 1.0
 """A session that commits nothing for longer waits for something else than its target's next token."""
 _EXPLORE_INTERVAL = 64
 """A drafter that promises too little is asked all the same every so many times."""
+_TOKENS_A_HIT = 1.3
+"""Accepted tokens that a right guess of the next one brings: itself and some of what others guess below it."""
+_UNLIKELY = 0.1
+"""A token with a lower probability is hardly guessed: a tree of few tokens will not hold it."""
+_LIKELY_BELOW, _LIKELY_BELOW_OTHERS = 0.5, 0.25
+"""How often a further token of a drafter is right, and right where those that continue any token are not."""
 
 
 @dataclass(slots=True)
 class _Cost:
-    """Averages over what a drafter was asked for: seconds a token, tokens a draft."""
+    """Averages over what a drafter was asked for: seconds a token, tokens a draft. Of trees: a token is one
+    level; `added` is how often it alone guessed the next token, `uncovered` how likely it was, each time, that
+    nobody else would."""
 
     token_s: float = 0.0
     length: float = 0.0
     passed_over: int = 0
+    added: float = 0.5
+    uncovered: float = 0.5
 
     def observe(self, seconds: float, drafts: int, tokens: int) -> None:
         if not tokens:
@@ -40,8 +54,13 @@ class _Cost:
 
 @dataclass(slots=True)
 class _Session:
+    """`guesses`: by drafter asked for a tree, the first tokens that it guessed (None until it has answered);
+    `covered`: those that earlier drafters had guessed by then, with their probabilities."""
+
     acceptance: RequestAcceptance = field(default_factory=RequestAcceptance)
     committed_at: float | None = None
+    guesses: dict[str, frozenset[int] | None] = field(default_factory=dict)
+    covered: dict[str, Mapping[int, float]] = field(default_factory=dict)
 
 
 class DraftWorth:
@@ -71,6 +90,7 @@ class DraftWorth:
         if not new_tokens:
             return
         self._model.emitted(session.acceptance, new_tokens)
+        self._score_guesses(session, new_tokens[0])
         now, before = self._clock(), session.committed_at
         session.committed_at = now
         if before is not None and now - before <= _LONGEST_PAUSE_S:
@@ -104,11 +124,58 @@ class DraftWorth:
         cost.passed_over += 1
         return cost.passed_over % _EXPLORE_INTERVAL == 0
 
+    def adds(self, name: str, session_id: int, covered: Mapping[int, float]) -> bool:
+        """Whether to ask drafter `name` too, for a tree in which the tokens `covered` are guessed to come next,
+        each with a probability."""
+        session = self._sessions[session_id]
+        cost = self._costs.setdefault(name, _Cost())
+        uncovered = max(0.0, 1.0 - sum(covered.values()))
+        added = cost.added * uncovered / max(cost.uncovered, 0.05)
+        if cost.length and _TOKENS_A_HIT * min(1.0, added) <= self._price(cost) * cost.length:
+            cost.passed_over += 1
+            if cost.passed_over % _EXPLORE_INTERVAL:
+                return False
+        session.guesses[name] = None
+        session.covered[name] = covered
+        return True
+
+    def guessed(self, name: str, drafts: Sequence[SessionDraft], seconds: float) -> None:
+        """The trees that asking a drafter gave, and how long it took for all sessions together."""
+        levels = 0
+        for draft in drafts:
+            parents = parents_of(draft)
+            levels += max(depths(parents), default=0)
+            session = self._sessions[draft.session_id]
+            if name in session.guesses:
+                firsts = (t for t, parent in zip(draft.token_ids, parents, strict=True) if parent == ROOT)
+                session.guesses[name] = frozenset(firsts)
+        self._costs.setdefault(name, _Cost()).observe(seconds, max(1, len(drafts)), levels)
+
+    def least_survival(self, name: str, continued: bool) -> float:
+        """How likely a token of a tree must be accepted for drafter `name` to draft another below it.
+        `continued`: somebody else guesses there for nothing."""
+        cost = self._costs.get(name, _Cost())
+        return self._price(cost) / (_LIKELY_BELOW_OTHERS if continued else _LIKELY_BELOW)
+
+    def _price(self, cost: _Cost) -> float:
+        """Tokens that the session could decode in the time of one draft token."""
+        return cost.token_s / self._pace_s if self._pace_s else 0.0
+
+    def _score_guesses(self, session: _Session, token: int) -> None:
+        for name, guesses in session.guesses.items():
+            if not guesses:  # nothing was guessed: the drafter was not ready
+                continue
+            cost, covered = self._costs[name], session.covered[name]
+            alone = token in guesses and covered.get(token, 0.0) < _UNLIKELY
+            cost.added += _SMOOTHING * (alone - cost.added)
+            cost.uncovered += _SMOOTHING * (max(0.0, 1.0 - sum(covered.values())) - cost.uncovered)
+        session.guesses.clear()
+        session.covered.clear()
+
     def _promise(self, name: str, session_id: int, budget: int) -> float:
         cost = self._costs.get(name, _Cost())
         length = min(budget, round(cost.length)) if cost.length else budget
-        price = cost.token_s / self._pace_s if self._pace_s else 0.0
-        return sum(self._survival(session_id, name, length)) - length * price
+        return sum(self._survival(session_id, name, length)) - length * self._price(cost)
 
     def _survival(self, session_id: int, name: str, length: int) -> list[float]:
         return self._model.survival(self._sessions[session_id].acceptance, name, length)

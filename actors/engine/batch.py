@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from actors.drafting.tree import depths
 from actors.engine.sequence import Work
 from actors.models.runner import RaggedBatch
 
@@ -42,7 +43,9 @@ def build_batch(works: Sequence[Work], device: torch.device) -> tuple[RaggedBatc
         begin = len(token_ids)
         token_ids.extend(seq.token_ids[start : start + work.num_tokens])
         token_ids.extend(work.drafts)
-        positions.extend(range(start, start + work.num_rows))
+        positions.extend(range(start, start + work.num_tokens))
+        last = start + work.num_tokens - 1
+        positions.extend(last + depth for depth in depths(work.parents or range(-1, len(work.drafts) - 1)))
         query_start.append(len(token_ids))
         context_lens.append(start + work.num_rows)
         wanted = begin + work.num_tokens - 1 if work.completes else len(token_ids)
@@ -62,8 +65,20 @@ def build_batch(works: Sequence[Work], device: torch.device) -> tuple[RaggedBatc
         context_lens=_integers(context_lens, device),
         block_tables=torch.from_numpy(tables).to(device),
         logit_rows=_integers(logit_rows, device),
+        parents=_integers(_parents(works), device) if any(work.parents for work in works) else None,
     )
     return batch, spans
+
+
+def _parents(works: Sequence[Work]) -> list[int]:
+    """See `RaggedBatch.parents`; all that is not in a tree follows the entry before it."""
+    parents: list[int] = []
+    for work in works:
+        begin = len(parents)
+        last = begin + work.num_tokens - 1
+        parents += [-1, *range(begin, last)]
+        parents += [last + 1 + p for p in work.parents or range(-1, len(work.drafts) - 1)]
+    return parents
 
 
 def _integers(values: list[int], device: torch.device) -> Tensor:

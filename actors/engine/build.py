@@ -37,7 +37,7 @@ def build_engine(
     max_model_len = runner.info.max_model_len
     speculator = Speculator(source, Controller(CostModel()), timeouts, max_model_len)
     defaults = SpeculationDefaults(
-        speculation.enabled, speculation.max_draft_tokens, speculation.verification
+        speculation.enabled, speculation.max_draft_tokens, speculation.verification, speculation.tree
     )
     built = TorchEngine(runner, Scheduler(pool, limits), speculator, defaults, max_model_len, compile_grammar)
     built.profile()

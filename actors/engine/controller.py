@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from actors.drafting.acceptance_model import AcceptanceModel, RequestAcceptance
+from actors.drafting.interface import SessionDraft
 from actors.engine.account import DraftAccount
 from actors.engine.costs import CostModel
 
@@ -42,12 +43,14 @@ class ControlState:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One request that may draft: at most `limit` tokens, by `drafters`; `forced` bypasses the decision."""
+    """One request that may draft: at most `limit` tokens, by `drafters`; `forced` bypasses the decision. With
+    `tree` its proposals are trees, recorded under the name of the first drafter."""
 
     state: ControlState
     limit: int
     drafters: tuple[str, ...]
     forced: bool = False
+    tree: bool = False
 
 
 class Controller:
@@ -119,7 +122,7 @@ class Controller:
             self._rounds_to_look -= 1
             return set()
         base = len(candidates) + sum(budgets) + other_rows
-        curves = [self.acceptance.expected_survival(c.state.acceptance, c.drafters, c.limit) for _, c in free]
+        curves = [self._expected(candidate) for _, candidate in free]
         wait = 0.0 if forced else self._wait_s
         lengths, gain = self._admit(curves, base, len(candidates), wait)
         self._rounds_to_look = 0 if any(lengths) else _LOOK_INTERVAL - 1
@@ -134,15 +137,29 @@ class Controller:
         self._reason = self._explain(gain, wait, len(free))
         return probes
 
-    def trim(self, drafts: Sequence[tuple[Candidate, str, int]], base_rows: int, emitting: int) -> list[int]:
-        """Lengths to verify of drafts that came: (candidate, drafter, drafted). `base_rows` are in the round
-        anyway, and `emitting` requests emit a token in it anyway."""
+    def _expected(self, candidate: Candidate) -> list[float]:
+        """P(accepted) by place of what a candidate would be given."""
+        request = candidate.state.acceptance
+        if candidate.tree:
+            return self.acceptance.expected_tree_survival(request, candidate.drafters[0], candidate.limit)
+        return self.acceptance.expected_survival(request, candidate.drafters, candidate.limit)
+
+    def _survival(self, candidate: Candidate, draft: SessionDraft, drafted: int) -> list[float]:
+        """P(accepted) by place of a draft that came."""
+        length = min(drafted, candidate.limit)
+        request = candidate.state.acceptance
+        if candidate.tree:
+            return self.acceptance.tree_survival(request, draft, candidate.drafters[0])[:length]
+        return self.acceptance.survival(request, draft.drafter, length)
+
+    def trim(
+        self, drafts: Sequence[tuple[Candidate, SessionDraft, int]], base_rows: int, emitting: int
+    ) -> list[int]:
+        """Lengths to verify of drafts that came: (candidate, draft, tokens of it that may be verified).
+        `base_rows` are in the round anyway, and `emitting` requests emit a token in it anyway."""
         lengths = [drafted if c.forced else 0 for c, _, drafted in drafts]
         free = [(i, d) for i, d in enumerate(drafts) if not d[0].forced]
-        curves = [
-            self.acceptance.survival(c.state.acceptance, drafter, min(drafted, c.limit))
-            for _, (c, drafter, drafted) in free
-        ]
+        curves = [self._survival(*entry) for _, entry in free]
         chosen, _ = self._admit(curves, base_rows + sum(lengths), emitting, 0.0)
         probed = any(chosen)
         for (index, (candidate, _, _)), curve, length in zip(free, curves, chosen, strict=True):

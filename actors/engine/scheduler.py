@@ -88,8 +88,9 @@ class Scheduler:
             length -= 1
         if not self._ensure_blocks(seq, 1 + length):
             return None
-        tokens = proposal.token_ids[:length] if proposal is not None else ()
-        return Work(seq, 1, tokens, proposal if length else None)
+        if proposal is None or not length:
+            return Work(seq, 1)
+        return Work(seq, 1, proposal.token_ids[:length], proposal, proposal.parents[:length])
 
     def _add_prompt_chunk(self, seq: Sequence, budget: int, works: list[Work]) -> int:
         chunk = min(seq.num_pending, budget)

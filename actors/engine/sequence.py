@@ -33,6 +33,8 @@ class Sequence:
     key: int
     max_draft_tokens: int
     """Upper bound of the draft length; 0 when this request does not speculate."""
+    trees: bool = False
+    """Whether drafts of this request may be trees."""
     added_at: float = field(default_factory=time.perf_counter)
     started_at: float = 0.0
     """First admission to the batch, on the same clock."""
@@ -109,16 +111,19 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One sequence in a step: `num_tokens` known tokens from num_computed on, then drafts."""
+    """One sequence in a step: `num_tokens` known tokens from num_computed on, then drafts: a chain, or with
+    `parents` (see `SessionDraft`) a tree."""
 
     seq: Sequence
     num_tokens: int
     drafts: Seq[int] = ()
     proposal: SessionDraft | None = None
+    parents: Seq[int] = ()
 
     def __post_init__(self) -> None:
         assert 1 <= self.num_tokens <= self.seq.num_pending
         assert not self.drafts or self.seq.decoding
+        assert not self.parents or len(self.parents) == len(self.drafts)
 
     @property
     def num_rows(self) -> int:

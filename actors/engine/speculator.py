@@ -12,6 +12,7 @@ from torch import Tensor
 from actors.drafting.assignment import UNRESTRICTED, DraftAssignment
 from actors.drafting.interface import (
     NESTED,
+    TREE,
     DraftSampling,
     DraftSource,
     NestedWish,
@@ -19,6 +20,7 @@ from actors.drafting.interface import (
     SessionOpen,
     SessionUpdate,
 )
+from actors.drafting.tree import best_chain, depths, parents_of
 from actors.engine.controller import Candidate, Controller
 from actors.engine.messages import DrafterStats, DraftingMeasurements
 from actors.engine.sequence import Sequence as EngineSequence
@@ -36,13 +38,14 @@ class _Counts:
     drafted: list[int] | None = None
     accepted: list[int] | None = None
 
-    def add(self, drafted: int, accepted: int) -> None:
+    def add(self, places: Iterable[tuple[int, bool]]) -> None:
+        """One round's tokens: how many stand above each in its draft, and whether it was accepted."""
         self.drafted = self.drafted or [0] * MAX_DRAFT_TOKENS
         self.accepted = self.accepted or [0] * MAX_DRAFT_TOKENS
         self.rounds += 1
-        for place in range(drafted):
+        for place, accepted in places:
             self.drafted[place] += 1
-            self.accepted[place] += place < accepted
+            self.accepted[place] += accepted
 
     def stats(self) -> DrafterStats:
         drafted, accepted = self.drafted or [], self.accepted or []
@@ -104,7 +107,7 @@ class Speculator:
             return
         sampling = seq.sampler.draft_sampling(seq.rule.name) if seq.sampler else DraftSampling(key=seq.key)
         self.source.open(
-            SessionOpen(seq.session_id, tuple(seq.token_ids), seq.prompt_len, sampling, seq.epoch)
+            SessionOpen(seq.session_id, tuple(seq.token_ids), seq.prompt_len, sampling, seq.epoch, seq.trees)
         )
         seq.session_open = True
 
@@ -128,20 +131,19 @@ class Speculator:
         usable: list[tuple[EngineSequence, SessionDraft, Candidate, int]] = []
         for seq in asked:
             seq.asked = False
-            draft = drafts.get(seq.session_id)
-            self.controller.acceptance.proposed(seq.control.acceptance, draft, self._names(seq))
-            if draft is None or not draft.token_ids or draft.error is not None or draft.parents:
+            draft = self._fitting(seq, drafts.get(seq.session_id))
+            if draft is None:
                 continue
             candidate = self._candidate(seq)
             length = min(len(draft.token_ids), candidate.limit)
             if seq.sampler is not None:
                 try:
-                    length = seq.sampler.admissible(draft.token_ids[:length])
+                    length = seq.sampler.admissible(draft.token_ids[:length], draft.parents[:length])
                 except GrammarError:
                     length = 0  # judging meets the same error and ends the request
             usable.append((seq, draft, candidate, length))
         lengths = self.controller.trim(
-            [(candidate, draft.drafter, length) for _, draft, candidate, length in usable],
+            [(candidate, draft, length) for _, draft, candidate, length in usable],
             len(decoding) + prompt_rows,
             len(decoding),
         )
@@ -151,20 +153,35 @@ class Speculator:
             if length > 0
         }
 
+    def _fitting(self, seq: EngineSequence, draft: SessionDraft | None) -> SessionDraft | None:
+        """A draft in the form that the sequence takes, noted for scoring; None when there is nothing in it."""
+        acceptance, request = self.controller.acceptance, seq.control.acceptance
+        if draft is not None and (draft.error is not None or not draft.token_ids):
+            draft = None
+        if seq.trees:
+            # A tree is what it is also where a worker could only give a chain.
+            draft = None if draft is None else replace(draft, parents=parents_of(draft))
+            acceptance.proposed_tree(request, draft, self._names(seq)[0])
+        else:
+            draft = None if draft is None else best_chain(draft)
+            acceptance.proposed(request, draft, self._names(seq))
+        return draft
+
     def committed(
         self,
         seq: EngineSequence,
         emitted: Sequence[int],
         draft: SessionDraft | None,
         drafted: int,
-        accepted: int,
+        accepted: Sequence[int],
         states: Tensor | None = None,
     ) -> None:
-        """Record a verdict, to be sent with the next `submit`. states: [len(emitted), H] or None."""
+        """Record a verdict, to be sent with the next `submit`. accepted: indices of the draft's tokens that
+        were, out of the first `drafted`. states: [len(emitted), H] or None."""
         if draft is not None:
-            self._counts.setdefault(draft.drafter, _Counts()).add(drafted, accepted)
+            self._count(draft, drafted, accepted)
             if not seq.forced:
-                self.controller.observe_accepted(accepted)
+                self.controller.observe_accepted(len(accepted))
         if not seq.session_open:
             return
         self.controller.acceptance.emitted(seq.control.acceptance, emitted)
@@ -172,7 +189,15 @@ class Speculator:
         if states is not None:
             seq.unsent_states.append(states)
         seq.unsent_drafted += drafted
-        seq.unsent_accepted += accepted
+        seq.unsent_accepted += len(accepted)
+
+    def _count(self, draft: SessionDraft, drafted: int, accepted: Sequence[int]) -> None:
+        found: dict[str, list[tuple[int, bool]]] = {}
+        for index, depth in enumerate(depths(parents_of(draft)[:drafted])):
+            source = draft.sources[index] if draft.sources else draft.drafter
+            found.setdefault(source, []).append((depth - 1, index in accepted))
+        for source, places in found.items():
+            self._counts.setdefault(source, _Counts()).add(places)
 
     def submit(self, running: Iterable[EngineSequence], prompt_rows: int) -> None:
         """Plan the coming round and send verdicts and wishes in one message.
@@ -240,13 +265,16 @@ class Speculator:
 
     def _names(self, seq: EngineSequence) -> tuple[str, ...]:
         pinned = seq.request.speculation.drafter
-        return (pinned,) if pinned is not None else tuple(self.source.drafters)
+        if pinned is not None:
+            return (pinned,)
+        return (TREE,) if seq.trees else tuple(self.source.drafters)
 
     def _candidate(self, seq: EngineSequence) -> Candidate:
         limit = min(seq.max_draft_tokens, seq.room_for_drafts(self._max_model_len))
-        if limit > self._assigned.cap and not _pinned(seq):
+        if limit > self._assigned.cap and not _pinned(seq) and (not seq.trees or self._assigned.cap == 0):
+            # The length of a chain; what a tree has beside it costs the pool nothing.
             limit = self._assigned.cap
-        return Candidate(seq.control, limit, self._names(seq), seq.forced)
+        return Candidate(seq.control, limit, self._names(seq), seq.forced, seq.trees)
 
     def reset(self) -> None:
         self.source.reset()

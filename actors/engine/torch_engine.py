@@ -6,7 +6,7 @@ Plain decoding is the same round with no drafts in it, so speculation on and off
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from actors.drafting.assignment import DraftAssignment
 from actors.drafting.interface import SessionDraft
+from actors.drafting.tree import depths
 from actors.engine.batch import RowSpan, build_batch
 from actors.engine.messages import EngineRequest, EngineStats, RequestOutput, RoundReport
 from actors.engine.phases import PhaseClock
@@ -28,7 +29,7 @@ from actors.sampling.noise import derive_key
 from actors.sampling.params import GrammarSpec, ParameterError
 from actors.sampling.pipeline import SequenceSampler
 from actors.sampling.reduce import best_ids, top_ids
-from actors.verification.coupled import accept_equal
+from actors.verification.coupled import CoupledRule, accept_equal, accept_path
 from actors.verification.registry import get_rule
 from actors.verification.rule import Verdict
 
@@ -43,6 +44,7 @@ class SpeculationDefaults:
     enabled: bool
     max_draft_tokens: int
     verification: str
+    tree: bool = True
 
 
 class TorchEngine:
@@ -104,7 +106,10 @@ class TorchEngine:
             asked = speculation.max_draft_tokens
             limit = self._defaults.max_draft_tokens if asked is None else asked
         key = sampler.key if sampler is not None else derive_key(sampling.seed, request.choice)
-        return EngineSequence(request, sampler, rule, key, limit)
+        # A forced length is that of a chain. The other rule judges chains, and is a chain's when greedy too.
+        trees = self._defaults.tree and self._runner.supports_trees and not speculation.force
+        trees = trees and isinstance(rule, CoupledRule) and (sampler is None or not sampler.remembers)
+        return EngineSequence(request, sampler, rule, key, limit, trees)
 
     def abort(self, request_id: str) -> None:
         seq = self._scheduler.find(request_id)
@@ -186,7 +191,7 @@ class TorchEngine:
                 verdicts.append(None)
             elif work.seq.sampler is None:
                 tokens = [chosen[row] for row in range(span.last - span.decisions, span.last)]
-                verdicts.append(accept_equal(tokens, work.drafts))
+                verdicts.append(_accept_greedy(tokens, work))
             else:
                 verdicts.append(self._judge_sampled(work, work.seq.sampler, span.deciding(logits)))
         return verdicts
@@ -194,19 +199,26 @@ class TorchEngine:
     @staticmethod
     def _judge_sampled(work: Work, sampler: SequenceSampler, logits: Tensor) -> Verdict | None:
         """None when the request's grammar fails at run time, which ends that request alone."""
+        rule, greedy = work.seq.rule, work.seq.request.sampling.greedy
+        first_position = len(work.seq.token_ids)
+        if work.parents and isinstance(rule, CoupledRule):
+            scores = sampler.tree_scores(logits, depths(work.parents))
+            return rule.verify_tree(
+                scores,
+                work.drafts,
+                work.parents,
+                key=sampler.key,
+                first_position=first_position,
+                greedy=greedy,
+            )
         try:
             scores = sampler.scores(logits, work.drafts)
         except GrammarError as error:
             work.seq.finish_reason, work.seq.error = "error", str(error)
             return None
         q = work.proposal.q[: len(work.drafts)] if work.proposal is not None else ()
-        return work.seq.rule.verify(
-            scores,
-            work.drafts,
-            q,
-            key=sampler.key,
-            first_position=len(work.seq.token_ids),
-            greedy=work.seq.request.sampling.greedy,
+        return rule.verify(
+            scores, work.drafts, q, key=sampler.key, first_position=first_position, greedy=greedy
         )
 
     def _collect_candidates(self, works: Sequence[Work], spans: Sequence[RowSpan], logits: Tensor) -> None:
@@ -247,12 +259,16 @@ class TorchEngine:
         if verdict is None:
             self._scheduler.commit(seq, seq.num_computed + work.num_tokens)
             return None
-        emitted = self._cut(seq, [*work.drafts[: verdict.accepted], verdict.next_token])
-        accepted = min(verdict.accepted, len(emitted))
+        path = verdict.accepted_at
+        emitted = self._cut(seq, [*(work.drafts[i] for i in path), verdict.next_token])
+        accepted = path[: len(emitted)]
+        # Row 0 decides the first token, the row of an accepted draft the one after it.
+        rows = [0, *(i + 1 for i in path)][: len(emitted)]
+        self._straighten(seq, accepted)
         top = seq.request.sampling.logprobs
         logprobs = None
         if top is not None:
-            logprobs = tuple(token_logprobs(span.deciding(logits)[: len(emitted)], emitted, top))
+            logprobs = tuple(token_logprobs(span.deciding(logits)[rows], emitted, top))
         seq.token_ids.extend(emitted)
         if seq.sampler is not None:
             try:
@@ -261,7 +277,7 @@ class TorchEngine:
                 seq.error = str(error)
                 return self._fail(seq)
         self._scheduler.commit(seq, max(seq.num_computed, len(seq.token_ids) - 1))
-        read = None if states is None else span.deciding(states)[: len(emitted)]
+        read = None if states is None else span.deciding(states)[rows]
         self._speculator.committed(seq, emitted, work.proposal, len(work.drafts), accepted, read)
         if seq.finish_reason is not None:
             self._remove(seq)
@@ -275,12 +291,27 @@ class TorchEngine:
             request_id=seq.request.request_id,
             token_ids=tuple(emitted),
             logprobs=logprobs,
-            round=_round_report(work.proposal, len(work.drafts), accepted),
+            round=_round_report(work.proposal, len(work.drafts), len(accepted)),
             finish_reason=seq.finish_reason,
             stop_token_id=seq.stop_token_id,
             cached_tokens=seq.cached_tokens if first else 0,
             queue_s=seq.started_at - seq.added_at if first else None,
             prompt_logprobs=tuple(seq.prompt_logprobs) if first and seq.wants_prompt_logprobs else None,
+        )
+
+    def _straighten(self, seq: EngineSequence, accepted: Sequence[int]) -> None:
+        """Move the KV of a tree's accepted drafts to where a chain's would be: right after the known tokens."""
+        moves = [(i, place) for place, i in enumerate(accepted) if i != place]
+        if not moves:
+            return
+        first = len(seq.token_ids)
+
+        def slots(entries: Iterable[int]) -> Tensor:
+            at = [seq.blocks[e // BLOCK_SIZE] * BLOCK_SIZE + e % BLOCK_SIZE for e in entries]
+            return torch.tensor(at, dtype=torch.int64, device=self._runner.info.device)
+
+        self._runner.copy_slots(
+            slots(first + i for i, _ in moves), slots(first + place for _, place in moves)
         )
 
     def _fail(self, seq: EngineSequence) -> RequestOutput:
@@ -366,6 +397,13 @@ class TorchEngine:
 
     def close(self) -> None:
         self._speculator.source.close()
+
+
+def _accept_greedy(tokens: Sequence[int], work: Work) -> Verdict:
+    """The verdict where row j's best token is `tokens[j]`."""
+    if work.parents:
+        return accept_path(lambda row, _: tokens[row], work.drafts, work.parents)
+    return accept_equal(tokens, work.drafts)
 
 
 def _round_report(proposal: SessionDraft | None, drafted: int, accepted: int) -> RoundReport:

@@ -1,6 +1,7 @@
 #include "model.h"
 
 #include <math.h>
+#include <string.h>
 
 #include <algorithm>
 
@@ -248,8 +249,12 @@ const char* Model::assemble(const Token& token, int64_t packed, char* pool, int 
         path[static_cast<size_t>(i)] = tokens_[static_cast<size_t>(t)].index;
     }
     char* tail = reinterpret_cast<char*>(tails_[static_cast<size_t>(thread)].data());
-    for (int64_t j = first * BLOCK; j < token.keys; ++j) {
-        const int64_t index = j < token.base ? j : path[static_cast<size_t>(j - token.base)];
+    for (int64_t b = first; b * BLOCK < token.keys; ++b) {
+        memcpy(tail + (b - first) * head_bytes_, pool + token.table[b] * block_bytes_, static_cast<size_t>(head_bytes_));
+    }
+    for (int64_t j = token.base; j < token.keys; ++j) {
+        const int64_t index = path[static_cast<size_t>(j - token.base)];
+        if (index == j) continue;
         const char* from = pool + token.table[index / BLOCK] * block_bytes_;
         char* to = tail + (j / BLOCK - first) * head_bytes_;
         if (shape_.bf16) {

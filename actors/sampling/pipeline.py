@@ -118,6 +118,11 @@ class SequenceSampler:
         return self._sampling.greedy
 
     @property
+    def remembers(self) -> bool:
+        """Whether scores depend on which tokens were emitted, not only on how many."""
+        return self._penalties is not None or self._grammar is not None
+
+    @property
     def output_ids(self) -> Sequence[int]:
         """All tokens emitted, earlier replicas' included."""
         return self._output
@@ -134,19 +139,31 @@ class SequenceSampler:
             rule=rule,
         )
 
-    def admissible(self, drafts: Sequence[int]) -> int:
+    def admissible(self, drafts: Sequence[int], parents: Sequence[int] = ()) -> int:
         """How many of the drafts may be verified: up to the first that the grammar forbids (or that is no
-        token at all), and none after a stop id. Changes no state."""
+        token at all), and none after a stop id. Of a tree (`parents` given, no grammar), up to the first that
+        is no token; the target stops at a stop id by itself. Changes no state."""
         count = 0
         for token in drafts:
             if not 0 <= token < self._vocab_size:
                 break
             count += 1
-            if token in self._stop_ids:
+            if token in self._stop_ids and not parents:
                 break
         if self._grammar is not None and count:
             count = self._grammar.admissible(drafts[:count])
         return count
+
+    def tree_scores(self, logits: Tensor, depths: Sequence[int]) -> Tensor:
+        """Processed scores of a tree's rows, for a sampler that does not remember: float32 [K + 1, V], a new
+        tensor. logits: the same, raw; row 0 follows the last emitted token, row j + 1 draft j, which is token
+        number `depths[j]` after it."""
+        if self.remembers:
+            raise ValueError("penalties and grammars need to know the tokens before a row")
+        out = logits.to(torch.float32, copy=True).contiguous()
+        for row, depth in zip(out, (0, *depths), strict=True):
+            self._process(row, len(self._output) + depth, None)
+        return out
 
     def scores(self, logits: Tensor, drafts: Sequence[int]) -> Tensor:
         """Processed scores of a block.

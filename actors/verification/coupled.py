@@ -9,7 +9,7 @@ that adds the same noise to its own scores guesses the same token often (a coupl
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -57,6 +57,27 @@ def accept_equal(tokens: Sequence[int], drafts: Sequence[int]) -> Verdict:
     return Verdict(len(drafts), tokens[len(drafts)])
 
 
+def accept_path(decide: Callable[[int, int], int], drafts: Sequence[int], parents: Sequence[int]) -> Verdict:
+    """The verdict over a tree: follow the target's own tokens down from the root while they are drafted.
+
+    Args:
+        decide: (row, depth) -> the target's token after draft `row - 1`, which has `depth` tokens above and
+            with it; row 0 follows the last committed token. Called for the rows on the path only.
+        drafts: K token ids.
+        parents: index of each draft's parent, which comes before it; -1 for the last committed token.
+    """
+    path: list[int] = []
+    at = -1
+    while True:
+        token = decide(at + 1, len(path))
+        below = (i for i in range(at + 1, len(drafts)) if parents[i] == at and drafts[i] == token)
+        found = next(below, None)
+        if found is None:
+            return Verdict(len(path), token, tuple(path))
+        path.append(found)
+        at = found
+
+
 def verify_greedy(scores: Tensor, drafts: Sequence[int]) -> Verdict:
     """Accept while a draft is the best-scoring token; the lowest id wins ties."""
     return accept_equal(best_ids(scores), drafts)
@@ -92,3 +113,21 @@ class CoupledRule:
                 return Verdict(j, token)
         last = len(drafts)
         return Verdict(last, sample(scores[last], key, first_position + last))
+
+    def verify_tree(
+        self,
+        scores: Tensor,
+        drafts: Sequence[int],
+        parents: Sequence[int],
+        *,
+        key: int,
+        first_position: int,
+        greedy: bool,
+    ) -> Verdict:
+        """Judge a tree of K drafts (`parents` as in `accept_path`); the rest is as in `verify`."""
+        if greedy:
+            best = best_ids(scores)
+            return accept_path(lambda row, depth: best[row], drafts, parents)
+        return accept_path(
+            lambda row, depth: sample(scores[row], key, first_position + depth), drafts, parents
+        )

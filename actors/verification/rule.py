@@ -18,10 +18,17 @@ DraftDistribution = tuple[Sequence[int], Sequence[float]]
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """`accepted` draft tokens are emitted, then `next_token`: the target's correction or bonus token."""
+    """`accepted` draft tokens are emitted, then `next_token`: the target's correction or bonus token. Of a
+    tree, `path` are the indices of the accepted tokens; of a chain they are the first ones."""
 
     accepted: int
     next_token: int
+    path: tuple[int, ...] | None = None
+
+    @property
+    def accepted_at(self) -> Sequence[int]:
+        """Indices of the accepted draft tokens."""
+        return range(self.accepted) if self.path is None else self.path
 
 
 class VerificationRule(Protocol):

@@ -222,7 +222,7 @@ class _Replay:
                     seq.unsent_candidates.append((answer.token_ids[at - 1], row))
             seq.token_ids.extend(emitted)
             seq.num_computed += len(emitted)
-            self._speculator.committed(seq, emitted, draft, length, accepted)
+            self._speculator.committed(seq, emitted, draft, length, range(accepted))
             self._emitted += len(emitted)
             self._decoded += 1
             self._accepted += accepted

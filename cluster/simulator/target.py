@@ -149,12 +149,12 @@ class SimulatedTarget:
         self.controller.observe_wait(waited)
         self._waited_s += waited
         self._waits += 1
-        drafts: list[tuple[Candidate, str, int]] = []
+        drafts: list[tuple[Candidate, SessionDraft, int]] = []
         hits: list[int] = []
         for session, (candidate, depth, length) in wishes.items():
             draft, right = self._draft(session, depth, length)
             self.controller.acceptance.proposed(session.control.acceptance, draft, candidate.drafters)
-            drafts.append((candidate, draft.drafter, length))
+            drafts.append((candidate, draft, length))
             hits.append(right)
         lengths = self.controller.trim(drafts, len(self.running), len(self.running))
         verified = {

@@ -73,18 +73,20 @@ class DraftSampling(_message.Message):
     def __init__(self, key: _Optional[int] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., rule: _Optional[str] = ...) -> None: ...
 
 class SessionOpen(_message.Message):
-    __slots__ = ("session_id", "token_ids", "prompt_len", "sampling", "epoch")
+    __slots__ = ("session_id", "token_ids", "prompt_len", "sampling", "epoch", "trees")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LEN_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    TREES_FIELD_NUMBER: _ClassVar[int]
     session_id: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     prompt_len: int
     sampling: DraftSampling
     epoch: int
-    def __init__(self, session_id: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_len: _Optional[int] = ..., sampling: _Optional[_Union[DraftSampling, _Mapping]] = ..., epoch: _Optional[int] = ...) -> None: ...
+    trees: bool
+    def __init__(self, session_id: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_len: _Optional[int] = ..., sampling: _Optional[_Union[DraftSampling, _Mapping]] = ..., epoch: _Optional[int] = ..., trees: _Optional[bool] = ...) -> None: ...
 
 class Candidates(_message.Message):
     __slots__ = ("token_id", "next_ids")
@@ -157,7 +159,7 @@ class DraftDistribution(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., probabilities: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class SessionDraft(_message.Message):
-    __slots__ = ("session_id", "epoch", "token_ids", "parents", "drafter", "exit_depth", "confidence", "q", "error", "error_message")
+    __slots__ = ("session_id", "epoch", "token_ids", "parents", "drafter", "exit_depth", "confidence", "q", "error", "error_message", "sources")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -168,6 +170,7 @@ class SessionDraft(_message.Message):
     Q_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     ERROR_MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    SOURCES_FIELD_NUMBER: _ClassVar[int]
     session_id: int
     epoch: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -178,7 +181,8 @@ class SessionDraft(_message.Message):
     q: _containers.RepeatedCompositeFieldContainer[DraftDistribution]
     error: DraftError
     error_message: str
-    def __init__(self, session_id: _Optional[int] = ..., epoch: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., parents: _Optional[_Iterable[int]] = ..., drafter: _Optional[str] = ..., exit_depth: _Optional[int] = ..., confidence: _Optional[_Iterable[float]] = ..., q: _Optional[_Iterable[_Union[DraftDistribution, _Mapping]]] = ..., error: _Optional[_Union[DraftError, str]] = ..., error_message: _Optional[str] = ...) -> None: ...
+    sources: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, session_id: _Optional[int] = ..., epoch: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., parents: _Optional[_Iterable[int]] = ..., drafter: _Optional[str] = ..., exit_depth: _Optional[int] = ..., confidence: _Optional[_Iterable[float]] = ..., q: _Optional[_Iterable[_Union[DraftDistribution, _Mapping]]] = ..., error: _Optional[_Union[DraftError, str]] = ..., error_message: _Optional[str] = ..., sources: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class DraftReply(_message.Message):
     __slots__ = ("round_id", "incarnation", "drafts", "candidates_wanted", "drafters", "service_us", "shadows")

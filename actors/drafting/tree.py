@@ -1,0 +1,182 @@
+"""Draft trees: several guesses for the same places, which the target verifies in one pass (SpecInfer,
+arXiv 2305.09781), grown best first by how likely each token is to be accepted (EAGLE-2, arXiv 2406.16858).
+
+A tree is a proposal with `parents` (see `SessionDraft`). Its first n tokens are always a tree too, the best one
+of n tokens, so that a budget cuts it anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from heapq import heappop, heappush
+
+from actors.drafting.interface import NESTED, SessionDraft
+
+ROOT = -1
+"""Parent of the tokens that follow the last committed one."""
+_LEAST = 0.01
+"""A token that is less likely to be accepted is not worth a row."""
+_MOST = 0.98
+"""Guesses that agree leave some doubt."""
+
+Continuation = Callable[[int], Sequence[tuple[int, float]]]
+"""From a token to what may follow it and with which probability, whatever came before."""
+
+
+def parents_of(draft: SessionDraft) -> tuple[int, ...]:
+    """A parent for each token, also of a chain."""
+    return draft.parents or tuple(range(-1, len(draft.token_ids) - 1))
+
+
+def depths(parents: Sequence[int]) -> list[int]:
+    """Tokens from the root to each token, itself included."""
+    found: list[int] = []
+    for parent in parents:
+        found.append(1 if parent < 0 else found[parent] + 1)
+    return found
+
+
+def reach(draft: SessionDraft) -> list[float]:
+    """P(token j accepted), from the confidences along its path; empty when the draft has none."""
+    if not draft.confidence:
+        return []
+    found: list[float] = []
+    for parent, confidence in zip(parents_of(draft), draft.confidence, strict=True):
+        found.append(confidence if parent < 0 else found[parent] * confidence)
+    return found
+
+
+def best_chain(draft: SessionDraft) -> SessionDraft:
+    """The first child of the root, its first child, and so on: the likeliest, as trees are ordered."""
+    if not draft.parents:
+        return draft
+    kept: list[int] = []
+    last = ROOT
+    for index, parent in enumerate(draft.parents):
+        if parent == last:
+            kept.append(index)
+            last = index
+    return replace(
+        draft,
+        token_ids=tuple(draft.token_ids[i] for i in kept),
+        parents=(),
+        confidence=tuple(draft.confidence[i] for i in kept) if draft.confidence else (),
+        sources=tuple(draft.sources[i] for i in kept) if draft.sources else (),
+        q=tuple(draft.q[i] for i in kept) if draft.q else (),
+    )
+
+
+@dataclass(slots=True)
+class Grown:
+    """A tree being grown: one entry a token."""
+
+    token_ids: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    confidence: list[float] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Guess:
+    """A token that may come next, and where in each proposal it stands."""
+
+    missed: float = 1.0
+    source: str = ""
+    strength: float = 0.0
+    places: list[tuple[int, int]] = field(default_factory=list)
+
+    def add(self, source: str, probability: float) -> None:
+        self.missed *= 1.0 - min(probability, _MOST)
+        # Exits are judged by what the nested drafter guessed, also where others guessed the same.
+        strength = probability + (source == NESTED)
+        if strength > self.strength:
+            self.source, self.strength = source, strength
+
+
+def grow(
+    proposals: Sequence[SessionDraft],
+    continuations: Mapping[str, Continuation],
+    last_token: int,
+    budget: int,
+) -> Grown:
+    """The `budget` tokens most likely to be accepted, of what `proposals` (chains or trees) and
+    `continuations` (by drafter) guess after `last_token`.
+
+    Guesses of the same token are taken for independent, and the probabilities of all children of a token are
+    scaled to sum to one at most.
+    """
+    children = [_children(parents_of(p)) for p in proposals]
+    tree = Grown()
+    heap: list[tuple[float, int, int, int, float, _Guess]] = []
+    pushed = 0
+
+    def push(parent: int, token: int, reached: float, places: Sequence[tuple[int, int]]) -> None:
+        nonlocal pushed
+        guesses: dict[int, _Guess] = {}
+        for which, at in places:
+            proposal = proposals[which]
+            for child in children[which].get(at, ()):
+                guess = guesses.setdefault(proposal.token_ids[child], _Guess())
+                guess.places.append((which, child))
+                guess.add(proposal.drafter, proposal.confidence[child] if proposal.confidence else 0.5)
+        for name, after in continuations.items():
+            for follower, probability in after(token):
+                guesses.setdefault(follower, _Guess()).add(name, probability)
+        total = max(1.0, sum(1.0 - guess.missed for guess in guesses.values()))
+        for follower, guess in guesses.items():
+            confidence = (1.0 - guess.missed) / total
+            if reached * confidence >= _LEAST:
+                pushed += 1
+                heappush(heap, (-reached * confidence, pushed, parent, follower, confidence, guess))
+
+    push(ROOT, last_token, 1.0, [(which, ROOT) for which in range(len(proposals))])
+    while heap and len(tree.token_ids) < budget:
+        negative, _, parent, token, confidence, guess = heappop(heap)
+        tree.token_ids.append(token)
+        tree.parents.append(parent)
+        tree.confidence.append(confidence)
+        tree.sources.append(guess.source)
+        push(len(tree.token_ids) - 1, token, -negative, guess.places)
+    return tree
+
+
+def first_tokens(
+    proposals: Sequence[SessionDraft], continuations: Mapping[str, Continuation], last_token: int
+) -> dict[int, float]:
+    """What is guessed to come right after `last_token`, with the likeliest probability that a guess gives."""
+    found: dict[int, float] = {}
+    for proposal in proposals:
+        for index, parent in enumerate(parents_of(proposal)):
+            if parent == ROOT:
+                token = proposal.token_ids[index]
+                likely = proposal.confidence[index] if proposal.confidence else 0.5
+                found[token] = max(found.get(token, 0.0), likely)
+    for after in continuations.values():
+        for token, likely in after(last_token):
+            found[token] = max(found.get(token, 0.0), likely)
+    return found
+
+
+def _children(parents: Sequence[int]) -> dict[int, list[int]]:
+    found: dict[int, list[int]] = {}
+    for index, parent in enumerate(parents):
+        found.setdefault(parent, []).append(index)
+    return found
+
+
+def accepted_path(
+    token_ids: Sequence[int], parents: Sequence[int], emitted: Sequence[int]
+) -> tuple[list[int], bool]:
+    """Indices of the tokens that `emitted` confirms, from the root down, and whether it says more: False when
+    it ends where the tree might have gone on."""
+    path: list[int] = []
+    at = ROOT
+    for token in emitted:
+        below = [i for i in range(at + 1, len(parents)) if parents[i] == at]
+        found = next((i for i in below if token_ids[i] == token), None)
+        if found is None:
+            return path, True
+        path.append(found)
+        at = found
+    return path, at not in parents[at + 1 :]

@@ -1,0 +1,98 @@
+"""How often the tokens of draft trees are right: by their place in the tree, and by how likely they were said to
+be.
+
+A drafter's probabilities need not be calibrated, and joining guesses as if they were independent makes them less
+so. Both are corrected by counting.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from actors.drafting.acceptance import RunningAcceptance
+from actors.drafting.interface import NESTED, SessionDraft
+from actors.drafting.tree import ROOT, reach
+from actors.sampling.params import MAX_DRAFT_TOKENS
+
+_SMOOTHING = 0.02
+_BUCKETS = 14
+"""Two a halving: the last holds what is less likely than one in a hundred."""
+_WEIGHT, _WINDOW = 24.0, 2000.0
+"""The prior is worth so many tokens: a request's own luck is not to count twice, here and in its scale."""
+_PRIOR_FIRST, _PRIOR_DECAY = 0.4, 0.8
+
+
+def _bucket(probability: float) -> int:
+    return min(_BUCKETS - 1, int(-2.0 * math.log2(max(probability, 1e-6))))
+
+
+@dataclass(slots=True)
+class PendingTree:
+    """A tree being compared with what the target emits: `path` is confirmed, its last token is `at`."""
+
+    name: str
+    draft: SessionDraft
+    path: list[int] = field(default_factory=list)
+    at: int = ROOT
+
+    def advance(self, token: int) -> bool:
+        """Compare one more token; False when the tree says nothing about what follows."""
+        parents, ids = self.draft.parents, self.draft.token_ids
+        for index in range(self.at + 1, len(ids)):
+            if parents[index] == self.at and ids[index] == token:
+                self.path.append(index)
+                self.at = index
+                return index in parents[index + 1 :]
+        return False
+
+    def exit_hits(self) -> list[bool]:
+        """Whether the nested drafter's own chain was right, token by token up to the first that was not."""
+        draft, hits, at = self.draft, list[bool](), ROOT
+        whole = not draft.sources and draft.drafter == NESTED
+        for index, parent in enumerate(draft.parents):
+            if parent == at and (whole or (draft.sources and draft.sources[index] == NESTED)):
+                hits.append(index in self.path)
+                if not hits[-1]:
+                    break
+                at = index
+        return hits
+
+
+@dataclass(slots=True)
+class TreeRecord:
+    """Of one kind of tree (one name): P(the token at a place is accepted), and the calibration."""
+
+    by_place: list[float] = field(
+        default_factory=lambda: [_PRIOR_FIRST * _PRIOR_DECAY**place for place in range(MAX_DRAFT_TOKENS)]
+    )
+    trials: list[int] = field(default_factory=lambda: [0] * MAX_DRAFT_TOKENS)
+    calibration: RunningAcceptance = field(
+        default_factory=lambda: RunningAcceptance(
+            [2.0 ** (-(bucket + 0.5) / 2.0) for bucket in range(_BUCKETS)], _WEIGHT, _WINDOW
+        )
+    )
+
+    def expected(self, draft: SessionDraft) -> list[float]:
+        """P(token j accepted) of a tree at hand, never rising."""
+        values: list[float] = []
+        for place, reached in enumerate(reach(draft) or self.by_place[: len(draft.token_ids)]):
+            likely = (
+                self.calibration.probability(_bucket(reached)) if draft.confidence else self.by_place[place]
+            )
+            values.append(min(likely, values[-1]) if values else likely)
+        return values
+
+    def record(self, pending: PendingTree) -> float:
+        """Count a tree whose path is known; how many accepted tokens had been expected of it."""
+        expected = sum(self.expected(pending.draft))
+        reached = reach(pending.draft)
+        on_path = set(pending.path)
+        for place in range(len(pending.draft.token_ids)):
+            hit = place in on_path
+            self.trials[place] += 1
+            step = max(_SMOOTHING, 1.0 / (self.trials[place] + _WEIGHT))
+            self.by_place[place] += step * (hit - self.by_place[place])
+            if reached:
+                self.calibration.observe(_bucket(reached[place]), hit)
+        return expected
