@@ -43,7 +43,7 @@ class SpeculationConfig(ConfigModel):
     """How a target uses drafts unless a request says otherwise."""
 
     enabled: bool = Field(True, description="Whether requests speculate by default.")
-    max_draft_tokens: int = Field(6, ge=0, le=16, description="Draft tokens a round, at most.")
+    max_draft_tokens: int = Field(8, ge=0, le=16, description="Draft tokens a round, at most.")
     tree: bool = Field(True, description="Whether drafts may be trees where the request and model allow it.")
     verification: Literal["coupled", "leviathan"] = Field("coupled", description="Default verification rule.")
     draft_timeout_ms: float = Field(15.0, gt=0, description="Longest wait for a round's drafts.")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 SHARE = 0.01
 """Share of plain decoding time that may be spent on drafts that do not pay: probes and wrong estimates."""
-LIMIT_ROUNDS = 2.0
+LIMIT_ROUNDS = 3.0
 """Most that can be saved up, in plain rounds."""
 
 

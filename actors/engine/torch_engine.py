@@ -26,12 +26,12 @@ from actors.models.runner import BLOCK_SIZE, ModelRunner, RaggedBatch, forward_w
 from actors.sampling.grammar import GrammarError, GrammarMatcher
 from actors.sampling.logprobs import token_logprobs
 from actors.sampling.noise import derive_key
-from actors.sampling.params import GrammarSpec, ParameterError
+from actors.sampling.params import GrammarSpec, ParameterError, SpeculationParams
 from actors.sampling.pipeline import SequenceSampler
 from actors.sampling.reduce import best_ids, top_ids
 from actors.verification.coupled import CoupledRule, accept_equal, accept_path
 from actors.verification.registry import get_rule
-from actors.verification.rule import Verdict
+from actors.verification.rule import Verdict, VerificationRule
 
 _PROFILED_ROWS = (1, 2, 3, 5, 9, 17, 33)
 _PROFILE_CONTEXT = 64
@@ -106,10 +106,25 @@ class TorchEngine:
             asked = speculation.max_draft_tokens
             limit = self._defaults.max_draft_tokens if asked is None else asked
         key = sampler.key if sampler is not None else derive_key(sampling.seed, request.choice)
-        # A forced length is that of a chain. The other rule judges chains, and is a chain's when greedy too.
-        trees = self._defaults.tree and self._runner.supports_trees and not speculation.force
-        trees = trees and isinstance(rule, CoupledRule) and (sampler is None or not sampler.remembers)
+        trees = self._takes_trees(speculation, rule, sampler)
         return EngineSequence(request, sampler, rule, key, limit, trees)
+
+    def _takes_trees(
+        self, speculation: SpeculationParams, rule: VerificationRule, sampler: SequenceSampler | None
+    ) -> bool:
+        """Whether a request's drafts are trees. Raises `ParameterError` when it insists and they cannot be."""
+        reason = None
+        if not self._runner.supports_trees:
+            reason = "this model verifies chains only"
+        elif not isinstance(rule, CoupledRule):
+            reason = f"verification {rule.name!r} judges chains only"
+        elif sampler is not None and sampler.remembers:
+            reason = "penalties and grammars allow chains only"
+        if speculation.tree is None:
+            return reason is None and self._defaults.tree and not speculation.force
+        if speculation.tree and reason is not None:
+            raise ParameterError("speculation.tree", f"must not be true: {reason}")
+        return speculation.tree
 
     def abort(self, request_id: str) -> None:
         seq = self._scheduler.find(request_id)

@@ -1,22 +1,8 @@
 #include "linear.h"
 
 #include <algorithm>
-#include <map>
 
 namespace s2d {
-namespace {
-
-// One team a number of threads, as long as a matrix uses it. A pool runs one caller at a time.
-std::shared_ptr<Pool> shared_pool(int threads) {
-    static std::mutex mutex;
-    static std::map<int, std::weak_ptr<Pool>> pools;
-    std::lock_guard<std::mutex> lock(mutex);
-    std::shared_ptr<Pool> pool = pools[threads].lock();
-    if (!pool) pools[threads] = pool = std::make_shared<Pool>(threads);
-    return pool;
-}
-
-}  // namespace
 
 Linear::Linear(const void* rows, bool bf16, const float* bias, int64_t n, int64_t k, Format format, int threads,
                const Kernels& kernels)

@@ -2,9 +2,6 @@
 // such matrices of the process share.
 #pragma once
 
-#include <memory>
-#include <mutex>
-
 #include "weights.h"
 
 namespace s2d {

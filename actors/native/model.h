@@ -91,7 +91,8 @@ private:
 
     const Shape shape_;
     const Kernels& kernels_;
-    Pool pool_;
+    const std::shared_ptr<Pool> team_;
+    Pool& pool_;
     const int64_t head_bytes_, block_bytes_;
     Arena weights_, kv_;
     std::vector<Layer> layers_;

@@ -22,7 +22,8 @@ int64_t weight_room(const Shape& s) {
 Model::Model(const Shape& shape, int threads, const Kernels& kernels)
     : shape_(shape),
       kernels_(kernels),
-      pool_(threads),
+      team_(shared_pool(threads)),
+      pool_(*team_),
       head_bytes_(2 * BLOCK * shape.head_dim * (shape.bf16 ? 2 : 4)),
       block_bytes_(head_bytes_ * shape.kv_heads),
       weights_(static_cast<size_t>(weight_room(shape))),

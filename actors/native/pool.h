@@ -11,6 +11,8 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
+#include <map>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <type_traits>
@@ -156,5 +158,16 @@ private:
     Event start_, phase_;
     alignas(64) std::atomic<int> arrived_{0};
 };
+
+// One team a number of threads for all models and matrices of the process, as long as any uses it: a draft and its
+// target take turns on the same cores, and a team that has just worked is still awake. A pool runs one caller at a time.
+inline std::shared_ptr<Pool> shared_pool(int threads) {
+    static std::mutex mutex;
+    static std::map<int, std::weak_ptr<Pool>> pools;
+    std::lock_guard<std::mutex> lock(mutex);
+    std::shared_ptr<Pool> pool = pools[threads].lock();
+    if (!pool) pools[threads] = pool = std::make_shared<Pool>(threads);
+    return pool;
+}
 
 }  // namespace s2d

@@ -50,8 +50,9 @@ class GrammarSpec:
 class SpeculationParams:
     """How one request uses speculation. Never changes what is emitted under the coupled rule.
 
-    max_draft_tokens caps the draft length (tokens a round); with `force` it fixes it, whatever the
-    controller thinks. `drafter` and `exit_depth` pin the source of drafts; None leaves the choice.
+    max_draft_tokens caps the tokens drafted a round; with `force` it fixes them, whatever the controller
+    thinks. `drafter` and `exit_depth` pin the source of drafts; None leaves the choice. `tree`: whether
+    drafts are trees or chains; None takes trees where they can be, and chains with `force`.
     """
 
     enabled: bool = True
@@ -60,6 +61,7 @@ class SpeculationParams:
     drafter: str | None = None
     exit_depth: int | None = None
     verification: VerificationName | None = None
+    tree: bool | None = None
 
     def __post_init__(self) -> None:
         if self.max_draft_tokens is not None:

@@ -33,7 +33,7 @@ _PLAIN = (
     "frequency_penalty",
     "repetition_penalty",
 )
-_SPECULATION = ("enabled", "max_draft_tokens", "force", "drafter", "exit_depth", "verification")
+_SPECULATION = ("enabled", "max_draft_tokens", "force", "drafter", "exit_depth", "verification", "tree")
 _GRAMMARS = {"json_object": "json_object", "json_schema": "json", "regex": "regex", "lark": "grammar"}
 
 

@@ -187,6 +187,7 @@ class SpeculationBody(Body):
     drafter: str | None = Field(None, min_length=1)
     exit_depth: int | None = None
     verification: str | None = None
+    tree: bool | None = None
 
 
 class SamplingBody(Body):

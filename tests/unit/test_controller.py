@@ -9,6 +9,9 @@ from actors.engine.controller import Candidate, Controller, ControlState
 from actors.engine.costs import CostModel
 
 
+DRAFT = SessionDraft(1, 1, (1, 2, 3, 4), drafter="d")
+
+
 def _controller(first_row: float = 10.0, per_row: float = 0.5, wait: float = 0.5) -> Controller:
     costs = CostModel()
     for rows in (1, 2, 4, 8, 16, 32):
@@ -34,20 +37,20 @@ def test_good_drafts_are_used_in_full_and_bad_ones_not_at_all() -> None:
         controller, state = _controller(), ControlState()
         _teach(controller, state, accepted)
         candidate = Candidate(state, 4, ("d",))
-        assert controller.trim([(candidate, "d", 4)], base_rows=1, emitting=1) == [expected]
+        assert controller.trim([(candidate, DRAFT, 4)], base_rows=1, emitting=1) == [expected]
 
 
 def test_partly_right_drafts_are_cut_where_they_stop_paying() -> None:
     controller, state = _controller(), ControlState()
     _teach(controller, state, accepted=2, times=80)
-    assert controller.trim([(Candidate(state, 4, ("d",)), "d", 4)], 1, 1) == [2]
+    assert controller.trim([(Candidate(state, 4, ("d",)), DRAFT, 4)], 1, 1) == [2]
 
 
 def test_rows_as_dear_as_the_round_switch_drafting_off() -> None:
     controller, state = _controller(first_row=0.1, per_row=10.0), ControlState()
     _teach(controller, state, accepted=4)
     # Each extra row costs a whole round and survives with probability below one: nothing is gained.
-    assert controller.trim([(Candidate(state, 4, ("d",)), "d", 4)], 1, 1) == [0]
+    assert controller.trim([(Candidate(state, 4, ("d",)), DRAFT, 4)], 1, 1) == [0]
 
 
 def test_a_drafter_that_never_answers_is_not_waited_for() -> None:
@@ -62,7 +65,7 @@ def test_shadow_scoring_brings_a_drafter_back() -> None:
     controller, state = _controller(), ControlState()
     candidate = Candidate(state, 4, ("d",))
     _teach(controller, state, accepted=0)
-    assert controller.trim([(candidate, "d", 4)], 1, 1) == [0]
+    assert controller.trim([(candidate, DRAFT, 4)], 1, 1) == [0]
     # Not verified, but scored against what the target emits one token at a time.
     for _ in range(30):
         controller.acceptance.proposed(
@@ -70,7 +73,7 @@ def test_shadow_scoring_brings_a_drafter_back() -> None:
         )
         for token in (1, 2, 3, 4):
             controller.acceptance.emitted(state.acceptance, [token])
-    assert controller.trim([(candidate, "d", 4)], 1, 1) == [4]
+    assert controller.trim([(candidate, DRAFT, 4)], 1, 1) == [4]
 
 
 def test_forced_lengths_bypass_the_decision() -> None:
@@ -78,7 +81,7 @@ def test_forced_lengths_bypass_the_decision() -> None:
     _teach(controller, state, accepted=0)
     forced = Candidate(state, 3, ("d",), forced=True)
     assert controller.plan([forced]) == [3]
-    assert controller.trim([(forced, "d", 3)], 1, 1) == [3]
+    assert controller.trim([(forced, DRAFT, 3)], 1, 1) == [3]
 
 
 def test_another_exit_is_judged_by_what_is_known_of_it() -> None:
@@ -104,7 +107,7 @@ def test_one_budget_over_the_batch_prefers_the_better_draft() -> None:
     _teach(controller, bad, accepted=0)
     _teach(controller, good, accepted=4)
     lengths = controller.trim(
-        [(Candidate(bad, 4, ("d",)), "d", 4), (Candidate(good, 4, ("d",)), "d", 4)], 2, 2
+        [(Candidate(bad, 4, ("d",)), DRAFT, 4), (Candidate(good, 4, ("d",)), DRAFT, 4)], 2, 2
     )
     assert lengths[1] > 0
     assert lengths[0] == 0
@@ -141,7 +144,7 @@ def test_a_probe_is_verified_a_little() -> None:
     verified = []
     for _ in range(40):
         asked = controller.plan([candidate])[0]
-        verified.append(controller.trim([(candidate, "d", 4)], 1, 1)[0] if asked else 0)
+        verified.append(controller.trim([(candidate, DRAFT, 4)], 1, 1)[0] if asked else 0)
     assert 0 < sum(v > 0 for v in verified) < 8
     assert max(verified) == 2
 
@@ -155,7 +158,7 @@ def test_drafting_that_never_pays_costs_a_bounded_share_whatever_the_estimates_s
     for _ in range(rounds):
         if controller.plan([candidate])[0]:
             controller.observe_wait(2e-3)
-            (length,) = controller.trim([(candidate, "d", 4)], 1, 1)
+            (length,) = controller.trim([(candidate, DRAFT, 4)], 1, 1)
             controller.observe_accepted(0)
             lost += 2e-3 + controller.costs.seconds(1 + length) - controller.costs.seconds(1)
     assert 0.0 < lost < 0.015 * rounds * controller.costs.seconds(1)
@@ -168,7 +171,7 @@ def test_drafting_that_pays_goes_on() -> None:
     for _ in range(200):
         assert controller.plan([candidate]) == [4]
         controller.observe_wait(2e-3)
-        assert controller.trim([(candidate, "d", 4)], 1, 1) == [4]
+        assert controller.trim([(candidate, DRAFT, 4)], 1, 1) == [4]
         controller.observe_accepted(1)
 
 

@@ -211,7 +211,7 @@ def drafted(source: RemoteDraftSource, update: SessionUpdate, timeout_s: float =
 
 
 def test_messages_survive_the_wire() -> None:
-    opened = session(2**63, [1, 2**31], epoch=9)
+    opened = replace(session(2**63, [1, 2**31], epoch=9), trees=True)
     assert codec.open_from_proto(_again(codec.open_to_proto(opened))) == opened
     update = SessionUpdate(4, 7, (1, 2), 5, 3, 2, ((8, (9, 10)), (11, ())), "nested", 12)
     assert codec.update_from_proto(_again(codec.update_to_proto(update))) == update
@@ -219,7 +219,7 @@ def test_messages_survive_the_wire() -> None:
     assigned = wish(0, 1, nested=NestedWish(4, 0, 8, 2))
     assert codec.update_from_proto(_again(codec.update_to_proto(assigned))) == assigned
     q = (((1,), (1.0,)), ((2, 3), (0.5, 0.5)))
-    draft = SessionDraft(4, 7, (1, 2), (-1, -1), "nested", 6, (0.5, 0.25), q)
+    draft = SessionDraft(4, 7, (1, 2), (-1, -1), "tree", 6, (0.5, 0.25), ("nested", "x"), q)
     assert codec.draft_from_proto(_again(codec.draft_to_proto(draft))) == draft
 
 
