@@ -83,6 +83,11 @@ class ModelConfig(ConfigModel):
 
     name: str = Field(description="What clients put into `model`.", min_length=1)
     source: str = Field(description="Local folder, hub id, path of a GGUF file, or package:NAME.")
+    adapter: str | None = Field(
+        None,
+        description="LoRA adapter in PEFT's format, merged into the weights: folder or hub id. A relative folder "
+        "is looked for where the configuration lies.",
+    )
     dtype: DTypeName = Field(
         "bfloat16", description="Weights and KV cache; int8 is for weights, with a bfloat16 cache."
     )
@@ -112,6 +117,12 @@ class ModelConfig(ConfigModel):
         if self.autoscaling is not None and self.replicas != 1:
             raise ValueError("replicas: set by autoscaling; leave one of them out")
         return self
+
+    def found_from(self, folder: Path) -> ModelConfig:
+        """The same with an adapter that lies in `folder` given by its whole path: workers run elsewhere."""
+        if self.adapter is None or not (folder / self.adapter).is_dir():
+            return self
+        return self.model_copy(update={"adapter": str((folder / self.adapter).resolve())})
 
     @property
     def most_replicas(self) -> int:
@@ -315,4 +326,5 @@ class ClusterConfig(ConfigModel):
     def from_yaml(cls, path: Path) -> ClusterConfig:
         """Read and validate a file. Raises pydantic.ValidationError, OSError or yaml.YAMLError."""
         data: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return cls.model_validate(data if data is not None else {})
+        config = cls.model_validate(data if data is not None else {})
+        return config.model_copy(update={"models": tuple(m.found_from(path.parent) for m in config.models)})

@@ -92,7 +92,7 @@ class AcceptanceModel:
             request.pending = None
 
     def proposed_tree(self, request: RequestAcceptance, draft: SessionDraft | None, name: str) -> None:
-        """The same for a request whose proposals are trees (every one with its parents), recorded as `name`."""
+        """The same for a request whose proposals are trees (with their parents), recorded as `name`."""
         local = request.drafters.setdefault(name, _Local())
         answered = draft is not None and bool(draft.token_ids)
         local.available += 0.2 * (answered - local.available)
@@ -177,7 +177,7 @@ class AcceptanceModel:
         return [local.available * min(_MAX_RATE, likely * scale) for likely in record.by_place[:length]]
 
     def table(self) -> dict[str, list[float]]:
-        """Conditional acceptance by drafter and position, for people; of trees, acceptance by place in them."""
+        """Conditional acceptance by drafter and position, for people; of trees, acceptance by place."""
         table = {name: [round(a, 3) for a in found.accept[:8]] for name, found in self._averages.items()}
         trees = {name: [round(a, 3) for a in found.by_place[:8]] for name, found in self._trees.items()}
         return table | trees

@@ -94,7 +94,8 @@ def _spread(row: Tensor, vocabulary: CutVocabulary | None) -> Tensor:
 
 
 def _greedy(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Each row's `count` best columns and their probabilities at temperature 1 (S2D's confidence), [N, count]."""
+    """Each row's `count` best columns and their probabilities at temperature 1 (S2D's confidence):
+    [N, count] each."""
     if count == 1:
         best = torch.tensor(best_ids(logits), dtype=torch.int64, device=logits.device)[:, None]
         top = logits.gather(1, best)

@@ -110,8 +110,8 @@ class SessionUpdate:
 @dataclass(frozen=True, slots=True)
 class SessionDraft:
     """A proposal. `parents[j]` < j is the index of token j's parent, -1 for the last committed token; empty
-    for a chain. A tree that has to be cut loses its last tokens: they are ordered by how likely they are to be
-    accepted. `confidence[j]` estimates P(token j accepted | its parent accepted). `sources[j]` names the
+    for a chain. A tree that has to be cut loses its last tokens: they are ordered by how likely they are to
+    be accepted. `confidence[j]` estimates P(token j accepted | its parent accepted). `sources[j]` names the
     drafter of token j where several took part, else it is empty. `q[j]` holds the exact (ids, probabilities)
     that token j was drawn from, only under rules that need it and only for sampling drafters; an empty q
     means a deterministic draft (one-hot)."""

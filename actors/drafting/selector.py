@@ -54,7 +54,7 @@ class NestedExits(Drafter, Protocol):
 
 @runtime_checkable
 class Continuer(Drafter, Protocol):
-    """A drafter whose guess depends on the last token alone, so that it can go on below any token of a tree."""
+    """A drafter whose guess depends on the last token alone: it can go on below any token of a tree."""
 
     def continuations(self, token: int) -> Sequence[tuple[int, float]]:
         """What may follow, best first, each with its probability."""

@@ -1,9 +1,9 @@
 """Token Recycling (arXiv 2408.08696): a matrix of the candidates last seen after each token.
 
 Row t holds the k most probable next tokens of the last verified row whose input token was t, rejected drafts
-included. The matrix is shared by all sessions. A chain follows each row's best entry. For a tree, `continuations`
-gives whole rows, each entry with the share of tokens that were the one at its rank, instead of the paper's
-fixed template.
+included. The matrix is shared by all sessions. A chain follows each row's best entry. For a tree,
+`continuations` gives whole rows, each entry with the share of tokens that were the one at its rank, instead
+of the paper's fixed template.
 """
 
 from __future__ import annotations

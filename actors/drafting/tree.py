@@ -1,8 +1,8 @@
 """Draft trees: several guesses for the same places, which the target verifies in one pass (SpecInfer,
 arXiv 2305.09781), grown best first by how likely each token is to be accepted (EAGLE-2, arXiv 2406.16858).
 
-A tree is a proposal with `parents` (see `SessionDraft`). Its first n tokens are always a tree too, the best one
-of n tokens, so that a budget cuts it anywhere.
+A tree is a proposal with `parents` (see `SessionDraft`). Its first n tokens are always a tree too, the best
+one of n tokens, so that a budget cuts it anywhere.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""How often the tokens of draft trees are right: by their place in the tree, and by how likely they were said to
-be.
+"""How often the tokens of draft trees are right: by their place in the tree, and by how likely they were said
+to be.
 
-A drafter's probabilities need not be calibrated, and joining guesses as if they were independent makes them less
-so. Both are corrected by counting.
+A drafter's probabilities need not be calibrated, and joining guesses as if they were independent makes them
+less so. Both are corrected by counting.
 """
 
 from __future__ import annotations

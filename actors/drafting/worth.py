@@ -24,7 +24,7 @@ _LONGEST_PAUSE_S = 1.0
 _EXPLORE_INTERVAL = 64
 """A drafter that promises too little is asked all the same every so many times."""
 _TOKENS_A_HIT = 1.3
-"""Accepted tokens that a right guess of the next one brings: itself and some of what others guess below it."""
+"""Accepted tokens that a right guess of the next one brings: itself and some of what is guessed below it."""
 _UNLIKELY = 0.1
 """A token with a lower probability is hardly guessed: a tree of few tokens will not hold it."""
 _LIKELY_BELOW, _LIKELY_BELOW_OTHERS = 0.5, 0.25
@@ -34,8 +34,8 @@ _LIKELY_BELOW, _LIKELY_BELOW_OTHERS = 0.5, 0.25
 @dataclass(slots=True)
 class _Cost:
     """Averages over what a drafter was asked for: seconds a token, tokens a draft. Of trees: a token is one
-    level; `added` is how often it alone guessed the next token, `uncovered` how likely it was, each time, that
-    nobody else would."""
+    level; `added` is how often it alone guessed the next token, `uncovered` how likely it was, each time,
+    that nobody else would."""
 
     token_s: float = 0.0
     length: float = 0.0
@@ -125,8 +125,8 @@ class DraftWorth:
         return cost.passed_over % _EXPLORE_INTERVAL == 0
 
     def adds(self, name: str, session_id: int, covered: Mapping[int, float]) -> bool:
-        """Whether to ask drafter `name` too, for a tree in which the tokens `covered` are guessed to come next,
-        each with a probability."""
+        """Whether to ask drafter `name` too, for a tree in which the tokens `covered` are guessed to come
+        next, each with a probability."""
         session = self._sessions[session_id]
         cost = self._costs.setdefault(name, _Cost())
         uncovered = max(0.0, 1.0 - sum(covered.values()))

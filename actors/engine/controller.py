@@ -44,13 +44,15 @@ class ControlState:
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """One request that may draft: at most `limit` tokens, by `drafters`; `forced` bypasses the decision. With
-    `tree` its proposals are trees, recorded under the name of the first drafter."""
+    `tree` its proposals are trees, recorded under the name of the first drafter. `context`: KV entries that
+    its rows attend to."""
 
     state: ControlState
     limit: int
     drafters: tuple[str, ...]
     forced: bool = False
     tree: bool = False
+    context: int = 0
 
 
 class Controller:
@@ -64,6 +66,7 @@ class Controller:
         self._last_wait_s = 0.0
         self._waited = False
         self._plain_s = 0.0
+        self._attention_s = 0.0
         self._emitting = 1
         self._rounds_to_look = 0
         self._reason = "nothing decided yet"
@@ -100,7 +103,8 @@ class Controller:
             return []
         budgets = [c.limit if c.forced else 0 for c in candidates]
         probes: set[int] = set()
-        self.account.round(self.costs.seconds(len(candidates) + other_rows))
+        self._attention_s = sum(self.costs.attention_s(c.context) for c in candidates)
+        self.account.round(self.costs.seconds(len(candidates) + other_rows) + self._attention_s)
         if self.account.solvent:
             probes = self._plan_free(candidates, budgets, other_rows)
         else:
@@ -124,7 +128,7 @@ class Controller:
         base = len(candidates) + sum(budgets) + other_rows
         curves = [self._expected(candidate) for _, candidate in free]
         wait = 0.0 if forced else self._wait_s
-        lengths, gain = self._admit(curves, base, len(candidates), wait)
+        lengths, gain = self._admit(curves, [c.context for _, c in free], base, len(candidates), wait)
         self._rounds_to_look = 0 if any(lengths) else _LOOK_INTERVAL - 1
         # The wait is shared: once anybody asks, probes that are due soon come along.
         early = due or forced or any(lengths)
@@ -160,7 +164,8 @@ class Controller:
         lengths = [drafted if c.forced else 0 for c, _, drafted in drafts]
         free = [(i, d) for i, d in enumerate(drafts) if not d[0].forced]
         curves = [self._survival(*entry) for _, entry in free]
-        chosen, _ = self._admit(curves, base_rows + sum(lengths), emitting, 0.0)
+        contexts = [candidate.context for _, (candidate, _, _) in free]
+        chosen, _ = self._admit(curves, contexts, base_rows + sum(lengths), emitting, 0.0)
         probed = any(chosen)
         for (index, (candidate, _, _)), curve, length in zip(free, curves, chosen, strict=True):
             state = candidate.state
@@ -175,17 +180,26 @@ class Controller:
             state.probing = False
         if all(not c.forced for c, _, _ in drafts):
             self._emitting = emitting
-            self._plain_s = self.costs.seconds(base_rows)
-            extra_s = self.costs.seconds(base_rows + sum(lengths)) - self._plain_s
+            without = self.costs.seconds(base_rows)
+            self._plain_s = without + self._attention_s
+            extra_s = self.costs.seconds(base_rows + sum(lengths)) - without
+            for (candidate, _, _), length in zip(drafts, lengths, strict=True):
+                extra_s += length * self.costs.drafted_attention_s(candidate.context)
             self.account.spend(self._last_wait_s + extra_s)
         return lengths
 
     def _admit(
-        self, curves: Sequence[Sequence[float]], base_rows: int, emitting: int, wait_s: float
+        self,
+        curves: Sequence[Sequence[float]],
+        contexts: Sequence[int],
+        base_rows: int,
+        emitting: int,
+        wait_s: float,
     ) -> tuple[list[int], float]:
         """Greedy admission of positions; returns a length per curve and the predicted gain over none."""
         emitting = max(1, emitting)
-        baseline = emitting / max(self.costs.seconds(base_rows), 1e-9)
+        attention_s = self._attention_s
+        baseline = emitting / max(self.costs.seconds(base_rows) + attention_s, 1e-9)
         positions = sorted(
             (
                 (value, index, place)
@@ -195,9 +209,10 @@ class Controller:
             key=lambda item: (-item[0], item[2], item[1]),
         )
         expected, best, admitted = float(emitting), baseline * _MIN_GAIN, 0
-        for count, (value, _, _) in enumerate(positions, start=1):
+        for count, (value, index, _) in enumerate(positions, start=1):
             expected += value
-            rate = expected / max(self.costs.seconds(base_rows + count) + wait_s, 1e-9)
+            attention_s += self.costs.drafted_attention_s(contexts[index])
+            rate = expected / max(self.costs.seconds(base_rows + count) + attention_s + wait_s, 1e-9)
             if rate > best:
                 best, admitted = rate, count
         lengths = [0] * len(curves)
@@ -234,6 +249,7 @@ class Controller:
         return {
             "reason": self._reason,
             "cost_ms_by_rows": self.costs.table(),
+            "cost_us_by_kv_entry": self.costs.attention_table(),
             "balance_ms": round(self.account.balance_s * 1e3, 3),
             "wait_ms": round(self._wait_s * 1e3, 3) if math.isfinite(self._wait_s) else None,
             "acceptance": {name: known.get(name, []) for name in drafters},

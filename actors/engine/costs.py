@@ -19,6 +19,9 @@ class CostModel:
     slope of the last two known ones. Predictions never fall with the row count: neighbours that contradict
     that are averaged (isotonic regression). A measurement also pulls the other row counts along, so that a
     profile taken while the machine was busy does not outlive that.
+
+    What a round takes longer the longer its sequences are is kept apart (`attention_s`): drafts of a long
+    sequence cost more than those of a short one.
     """
 
     def __init__(self) -> None:
@@ -26,9 +29,20 @@ class CostModel:
         self._rows: list[int] = []
         self._fitted: list[float] = []
         self._cache: dict[int, float] = {}
+        self._read_s = self._attend_s = 0.0
 
-    def observe(self, rows: int, seconds: float) -> None:
-        """Add a measurement. A stray outlier (a stolen core) moves the average by a bounded amount."""
+    def attention_s(self, context: int, rows: int = 1) -> float:
+        """Seconds that attention over `context` KV entries adds for `rows` rows of one sequence."""
+        return context * (self._read_s + self._attend_s * (rows - 1))
+
+    def drafted_attention_s(self, context: int) -> float:
+        """What one more row of the sequence adds."""
+        return context * self._attend_s
+
+    def observe(self, rows: int, seconds: float, attention_s: float = 0.0) -> None:
+        """Add a measurement, `attention_s` of which was expected for attention. A stray outlier (a stolen
+        core) moves the average by a bounded amount."""
+        seconds = max(seconds - attention_s, seconds / _OUTLIER)
         known = self._seconds.get(rows)
         if known is None:
             self._seconds[rows] = seconds  # first, for `measured` in another thread
@@ -48,8 +62,22 @@ class CostModel:
         for rows in row_counts:
             self.observe(rows, min(run(rows) for _ in range(repeats)))
 
+    def profile_attention(
+        self, run: Callable[[int, int], float], rows: int, contexts: tuple[int, int], repeats: int = 3
+    ) -> None:
+        """Measure what context costs, from `run(rows, context) -> seconds` with one row and with `rows`, at a
+        short and a long context."""
+        short, long = contexts
+        added = {
+            count: min(run(count, long) for _ in range(repeats)) - min(run(count, short) for _ in range(repeats))
+            for count in (1, rows)
+        }
+        self._read_s = max(0.0, added[1] / (long - short))
+        self._attend_s = max(0.0, (added[rows] - added[1]) / ((rows - 1) * (long - short)))
+
     def seconds(self, rows: int) -> float:
-        """Predicted seconds of a round over `rows` rows; 0.0 while nothing has been measured."""
+        """Predicted seconds of a round over `rows` rows without attention over context; 0.0 while nothing has
+        been measured."""
         cached = self._cache.get(rows)
         if cached is None:
             cached = self._cache[rows] = self._predict(rows)
@@ -80,3 +108,7 @@ class CostModel:
     def table(self) -> dict[str, float]:
         """Milliseconds by row count, for people."""
         return {str(rows): round(self._seconds[rows] * 1e3, 3) for rows in self._rows}
+
+    def attention_table(self) -> dict[str, float]:
+        """Microseconds a KV entry, for people: of a sequence's first row, and of each further one."""
+        return {"first_row": round(self._read_s * 1e6, 4), "further_row": round(self._attend_s * 1e6, 4)}

@@ -154,7 +154,7 @@ class Speculator:
         }
 
     def _fitting(self, seq: EngineSequence, draft: SessionDraft | None) -> SessionDraft | None:
-        """A draft in the form that the sequence takes, noted for scoring; None when there is nothing in it."""
+        """A draft in the form that the sequence takes, noted for scoring; None when nothing is in it."""
         acceptance, request = self.controller.acceptance, seq.control.acceptance
         if draft is not None and (draft.error is not None or not draft.token_ids):
             draft = None
@@ -274,7 +274,8 @@ class Speculator:
         if limit > self._assigned.cap and not _pinned(seq) and (not seq.trees or self._assigned.cap == 0):
             # The length of a chain; what a tree has beside it costs the pool nothing.
             limit = self._assigned.cap
-        return Candidate(seq.control, limit, self._names(seq), seq.forced, seq.trees)
+        names = self._names(seq)
+        return Candidate(seq.control, limit, names, seq.forced, seq.trees, context=seq.num_computed)
 
     def reset(self) -> None:
         self.source.reset()

@@ -35,6 +35,8 @@ from actors.verification.rule import Verdict, VerificationRule
 
 _PROFILED_ROWS = (1, 2, 3, 5, 9, 17, 33)
 _PROFILE_CONTEXT = 64
+_LONG_CONTEXT = 1024
+_ATTENDING_ROWS = 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +114,7 @@ class TorchEngine:
     def _takes_trees(
         self, speculation: SpeculationParams, rule: VerificationRule, sampler: SequenceSampler | None
     ) -> bool:
-        """Whether a request's drafts are trees. Raises `ParameterError` when it insists and they cannot be."""
+        """Whether a request's drafts are trees. Raises `ParameterError` when it insists in vain."""
         reason = None
         if not self._runner.supports_trees:
             reason = "this model verifies chains only"
@@ -162,7 +164,9 @@ class TorchEngine:
         verdicts = self._judge(works, spans, logits)
         seconds += clock.lap("judge")
         if all(work.seq.decoding for work in works):
-            self._speculator.controller.costs.observe(batch.num_tokens, seconds)
+            costs = self._speculator.controller.costs
+            attention_s = sum(costs.attention_s(work.seq.num_computed, work.num_rows) for work in works)
+            costs.observe(batch.num_tokens, seconds, attention_s)
         self._collect_candidates(works, spans, logits)
         clock.lap("learn")
         self._steps += 1
@@ -315,7 +319,7 @@ class TorchEngine:
         )
 
     def _straighten(self, seq: EngineSequence, accepted: Sequence[int]) -> None:
-        """Move the KV of a tree's accepted drafts to where a chain's would be: right after the known tokens."""
+        """Move the KV of a tree's accepted drafts to where a chain's is: right after the known tokens."""
         moves = [(i, place) for place, i in enumerate(accepted) if i != place]
         if not moves:
             return
@@ -368,15 +372,20 @@ class TorchEngine:
 
     def profile(self) -> None:
         """Measure what rounds cost by row count. Call before the first request."""
-        device = self._runner.info.device
-        usable = self._scheduler.pool.num_blocks * BLOCK_SIZE - _PROFILE_CONTEXT
-        rows_to_try = [rows for rows in _PROFILED_ROWS if rows <= usable]
-        self._speculator.controller.costs.profile(lambda rows: self._time_round(rows, device), rows_to_try)
+        costs = self._speculator.controller.costs
+        usable = self._scheduler.pool.num_blocks * BLOCK_SIZE
+        long = min(_LONG_CONTEXT, usable - _ATTENDING_ROWS, self._max_model_len - _ATTENDING_ROWS)
+        if long >= 4 * _PROFILE_CONTEXT:
+            costs.profile_attention(self._time_round, _ATTENDING_ROWS, (_PROFILE_CONTEXT, long))
+        costs.profile(
+            lambda rows: self._time_round(rows, _PROFILE_CONTEXT),
+            [rows for rows in _PROFILED_ROWS if rows <= usable - _PROFILE_CONTEXT],
+        )
 
     @torch.inference_mode()
-    def _time_round(self, rows: int, device: torch.device) -> float:
-        token_ids = torch.zeros(rows, dtype=torch.int64, device=device)
-        batch = RaggedBatch.chain(token_ids, _PROFILE_CONTEXT)
+    def _time_round(self, rows: int, context: int) -> float:
+        token_ids = torch.zeros(rows, dtype=torch.int64, device=self._runner.info.device)
+        batch = RaggedBatch.chain(token_ids, context)
         started = time.perf_counter()
         best_ids(self._runner.forward(batch))
         return time.perf_counter() - started

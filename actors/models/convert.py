@@ -34,25 +34,33 @@ def model_folder(
     """
     if source.kind == "folder":
         return source.path
-    folder = cache_dir() / "models" / f"{source.content_hash[:32]}-v{LAYOUT_VERSION}"
+    say = progress or (lambda message: None)
+
+    def write(folder: Path) -> None:
+        started = time.monotonic()
+        say(f"converting {source.path.name} (once; about half a minute for a small model)")
+        _write_dequantised(source, folder)
+        say(f"converted {source.path.name} in {time.monotonic() - started:.0f} s")
+
+    return cached_model(source.content_hash, write, lock_timeout_s)
+
+
+def cached_model(
+    content_hash: str, write: Callable[[Path], None], lock_timeout_s: float = LOCK_TIMEOUT_S
+) -> Path:
+    """The folder in the user's cache that holds what `content_hash` names; `write` fills it on first use."""
+    folder = cache_dir() / "models" / f"{content_hash[:32]}-v{LAYOUT_VERSION}"
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder.with_suffix(".lock"), lock_timeout_s):
         if not folder.is_dir():
-            _convert(source, folder, progress or (lambda message: None))
+            # What a killed process left: nobody else is at it, since the lock is ours.
+            for stale in folder.parent.glob(f"{folder.name}.*.partial"):
+                shutil.rmtree(stale)
+            with complete_or_absent_folder(folder) as partial:
+                write(partial)
     return folder
-
-
-def _convert(source: ResolvedSource, folder: Path, progress: Progress) -> None:
-    started = time.monotonic()
-    progress(f"converting {source.path.name} to {folder} (once; about half a minute for a small model)")
-    # What a killed process left: nobody else is at it, since the lock is ours.
-    for stale in folder.parent.glob(f"{folder.name}.*.partial"):
-        shutil.rmtree(stale)
-    with complete_or_absent_folder(folder) as partial:
-        _write_dequantised(source, partial)
-    progress(f"converted {source.path.name} in {time.monotonic() - started:.0f} s")
 
 
 def _write_dequantised(source: ResolvedSource, folder: Path) -> None:

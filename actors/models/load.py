@@ -59,6 +59,7 @@ def load_runner(
     max_model_len: int | None = None,
     threads: int = 0,
     num_layers: int | None = None,
+    adapter: str | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> LoadedModel:
     """Load a model with its own KV pool.
@@ -68,7 +69,8 @@ def load_runner(
     (Llama family), generic (anything transformers runs through its attention interface). `kv_blocks` blocks
     of BLOCK_SIZE tokens, 0 for what fits `kv_memory_gib`. `threads` 0 takes the
     physical cores; torch's thread count is set for the whole process (to 1 beside the native core, which has
-    its own). `num_layers` keeps only the first so many layers (nested drafts; Llama family only).
+    its own). `num_layers` keeps only the first so many layers (nested drafts; Llama family only). `adapter`: a
+    LoRA adapter to merge into the weights (see `actors.models.adapter`).
 
     Raises ValueError (`ModelSourceError`, `UnsupportedModelError`) naming what is wrong with an argument or
     why a backend cannot run the model, TimeoutError when another process holds the conversion for too long.
@@ -78,6 +80,11 @@ def load_runner(
     torch_device = choose_device(device)
     resolved = resolve_source(source)
     folder = model_folder(resolved, progress)
+    if adapter is not None:
+        from actors.models.adapter import adapted
+
+        resolved = adapted(resolved, folder, adapter, progress)
+        folder = resolved.path
     chosen = choose_backend(folder, backend, torch_device, max_model_len)
     if chosen == "generic" and num_layers is not None:
         raise UnsupportedModelError(f"num_layers needs a Llama-family model, {resolved.name} is none")

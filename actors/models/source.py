@@ -55,13 +55,30 @@ def resolve_source(source: str) -> ResolvedSource:
         return _resolved(source, path)
     if path.suffix == ".gguf" or not HUB_ID.fullmatch(source):
         raise ModelSourceError(f"model source {source!r}: no such file or folder")
+    return _resolved(source, _from_hub("model source", source), name=source.rpartition("/")[2])
+
+
+def resolve_adapter(source: str) -> ResolvedSource:
+    """Find a LoRA adapter in PEFT's format: a folder, or a hub id. Raises `ModelSourceError`."""
+    path = Path(source).expanduser()
+    if not path.exists():
+        if not HUB_ID.fullmatch(source):
+            raise ModelSourceError(f"adapter {source!r}: no such folder")
+        path = _from_hub("adapter", source)
+    for needed in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (path / needed).is_file():
+            raise ModelSourceError(f"adapter {source!r}: {path} holds no {needed}")
+    name = Path(source).name
+    return ResolvedSource(source, "folder", path.resolve(), name, hash_folder(path))
+
+
+def _from_hub(what: str, source: str) -> Path:
     try:
-        folder = Path(snapshot_download(source, allow_patterns=list(HUB_FILES)))
+        return Path(snapshot_download(source, allow_patterns=list(HUB_FILES)))
     except (OSError, ValueError) as error:
         raise ModelSourceError(
-            f"model source {source!r}: no such folder here, and the hub did not give it ({error})"
+            f"{what} {source!r}: no such folder here, and the hub did not give it ({error})"
         ) from error
-    return _resolved(source, folder, name=source.rpartition("/")[2])
 
 
 def _resolved(source: str, path: Path, name: str | None = None) -> ResolvedSource:

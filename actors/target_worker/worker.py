@@ -89,6 +89,7 @@ class TargetWorker:
             kv_memory_gib=config.engine.kv_memory_gib,
             max_model_len=config.max_model_len,
             threads=config.engine.threads,
+            adapter=config.adapter,
         )
         clock.mark("weights")
         model = loaded.info
@@ -125,7 +126,7 @@ class TargetWorker:
         )
         self._info = TargetInfo(
             id=config.name,
-            source=config.source,
+            source=config.source if config.adapter is None else f"{config.source} + {config.adapter}",
             max_model_len=model.max_model_len,
             dtype=model.dtype_name,
             architecture=model.architecture,

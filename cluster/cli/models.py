@@ -94,7 +94,8 @@ def read_model(path: Path | None, options: dict[str, str | None]) -> ModelConfig
         data = yaml.safe_load(path.read_text(encoding="utf-8")) if path is not None else {}
         if not isinstance(data, dict):
             raise fail(f"{path}: the description of one model is needed")
-        return ModelConfig.model_validate(data | {k: v for k, v in options.items() if v is not None})
+        model = ModelConfig.model_validate(data | {k: v for k, v in options.items() if v is not None})
+        return model if path is None else model.found_from(path.parent)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise fail(f"{path or 'options'}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error

@@ -25,7 +25,7 @@ VOCAB, LAYERS = 320, 4
 
 
 class Knowing:
-    """Proposes random trees in which the target's own continuation, where it is known, runs down a random branch."""
+    """Proposes random trees in which the target's own continuation runs down a random branch."""
 
     name, learns = "knowing", False
 

@@ -72,7 +72,7 @@ def test_guesses_that_agree_are_surer_and_say_whose_they_are() -> None:
     assert grown.token_ids == [4, 5, 6]
     assert grown.parents == [-1, 0, 0]
     assert grown.confidence[0] == pytest.approx(0.75)
-    # The nested drafter's guesses are its own also where others guessed the same: its exits are judged by them.
+    # The nested drafter's guesses are its own also where others guessed the same: they judge its exits.
     assert grown.sources == [NESTED, "a", NESTED]
 
 

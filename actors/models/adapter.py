@@ -1,0 +1,62 @@
+"""LoRA adapters (arXiv 2106.09685) in PEFT's format, merged into the weights once: W + (alpha / r) B A.
+
+A merged model costs what its base costs, runs on every backend and in every precision, and keeps the base's
+tokenizer and embedding, so that the base's nested draft drafts for it too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from actors.models.convert import cached_model
+from actors.models.source import ModelSourceError, ResolvedSource, resolve_adapter
+
+_WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
+
+
+def adapted(
+    base: ResolvedSource, folder: Path, adapter: str, progress: Callable[[str], None] | None = None
+) -> ResolvedSource:
+    """The base, in `folder` as Hugging Face has it, with an adapter merged in float32.
+
+    `adapter`: a folder or hub id with PEFT's adapter_config.json and safetensors. Raises ModelSourceError when
+    it is none, or does not fit the base, naming both; TimeoutError as `cached_model`.
+    """
+    found = resolve_adapter(adapter)
+    say = progress or (lambda message: None)
+    both = hashlib.sha256(f"{base.content_hash} + {found.content_hash}".encode()).hexdigest()
+    name = f"{base.name}+{found.name}"
+
+    def write(merged: Path) -> None:
+        say(f"merging adapter {found.name} into {base.name} (once)")
+        _merge(base, folder, found, merged)
+
+    return ResolvedSource(f"{base.source} + {adapter}", "folder", cached_model(both, write), name, both)
+
+
+def _merge(base: ResolvedSource, folder: Path, adapter: ResolvedSource, merged: Path) -> None:
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ModelSourceError(
+            f"adapter {adapter.source!r}: peft is not installed; run: pip install 's2d-serve[adapters]'"
+        ) from error
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    try:
+        adapted = PeftModel.from_pretrained(model, adapter.path, autocast_adapter_dtype=False)
+        whole = adapted.merge_and_unload(safe_merge=True)
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise ModelSourceError(
+            f"adapter {adapter.source!r} does not fit {base.name}: {str(error).splitlines()[0]}"
+        ) from error
+    whole.save_pretrained(merged)
+    # The rest of the folder is the base's: tokenizer, chat template, generation settings.
+    for path in folder.iterdir():
+        if path.is_file() and not (merged / path.name).exists() and not any(path.match(p) for p in _WEIGHTS):
+            shutil.copy(path, merged / path.name)
