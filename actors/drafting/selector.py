@@ -54,9 +54,9 @@ class NestedExits(Drafter, Protocol):
 
 @runtime_checkable
 class Continuer(Drafter, Protocol):
-    """A drafter whose guess depends on the last token alone: it can go on below any token of a tree."""
+    """A drafter that can go on below any token of a tree, by that token alone."""
 
-    def continuations(self, token: int) -> Sequence[tuple[int, float]]:
+    def continuations(self, session_id: int, token: int) -> Sequence[tuple[int, float]]:
         """What may follow, best first, each with its probability."""
         ...
 
@@ -267,8 +267,6 @@ class DrafterPool:
         held: dict[int, list[SessionDraft]] = {i: [] for i in waiting}
         going_on = {i: self._continuations(u) for i, u in waiting.items()}
         for drafter in self._drafters:
-            if drafter in self._continuers:
-                continue
             asked: dict[int, DraftQuery] = {}
             for i, u in waiting.items():
                 if not self._eligible(drafter, u):
@@ -292,7 +290,8 @@ class DrafterPool:
         return failed | {i: draft for i, draft in grown.items() if draft.token_ids}
 
     def _continuations(self, update: SessionUpdate) -> dict[str, Continuation]:
-        return {d.name: d.continuations for d in self._continuers if self._eligible(d, update)}
+        sid = update.session_id
+        return {d.name: partial(d.continuations, sid) for d in self._continuers if self._eligible(d, update)}
 
     def _grown(
         self,

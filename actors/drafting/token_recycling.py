@@ -91,7 +91,7 @@ class TokenRecyclingDrafter:
         self._acceptance.reset()
         self._ranks.reset()
 
-    def continuations(self, token: int) -> list[tuple[int, float]]:
+    def continuations(self, session_id: int, token: int) -> list[tuple[int, float]]:
         """What was last seen after a token, best first, each with the probability that it comes next."""
         if not 0 <= token < len(self._matrix):
             return []
@@ -131,7 +131,7 @@ class TokenRecyclingDrafter:
         state = self._get(query.session_id)
         draft: list[int] = []
         token = state.last_token
-        while len(draft) < query.budget and 0 <= token < len(self._matrix):
+        while len(draft) < query.budget and not query.tree and 0 <= token < len(self._matrix):
             token = int(self._matrix[token, 0])
             if token == UNKNOWN:
                 break

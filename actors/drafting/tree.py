@@ -85,8 +85,12 @@ class _Guess:
     source: str = ""
     strength: float = 0.0
     places: list[tuple[int, int]] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
 
     def add(self, source: str, probability: float) -> None:
+        if source in self.sources:  # a drafter does not confirm itself
+            return
+        self.sources.append(source)
         self.missed *= 1.0 - min(probability, _MOST)
         # Exits are judged by what the nested drafter guessed, also where others guessed the same.
         strength = probability + (source == NESTED)

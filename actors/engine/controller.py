@@ -22,7 +22,8 @@ from actors.engine.costs import CostModel
 
 _WAIT_SMOOTHING = 0.1
 _FIRST_PROBE, _LAST_PROBE = 4, 64
-_PROBE_LENGTH = 2
+_PROBE_LENGTHS = (2, 4, 8)
+"""In turn: what rounds of more rows cost must stay known too."""
 _LOOK_INTERVAL = 4
 """Rounds between two looks at whether drafting pays, while it does not."""
 _MIN_GAIN = 1.01
@@ -69,6 +70,7 @@ class Controller:
         self._attention_s = 0.0
         self._emitting = 1
         self._rounds_to_look = 0
+        self._probes = 0
         self._reason = "nothing decided yet"
         self._decisions = {"asked": 0, "declined": 0, "probes": 0}
 
@@ -174,7 +176,8 @@ class Controller:
             elif state.probing and not probed:
                 # One probe a round is verified, a little of it: the costs of such rounds must stay known. The
                 # others are scored against what the target emits, which costs nothing.
-                length = min(_PROBE_LENGTH, len(curve))
+                length = min(_PROBE_LENGTHS[self._probes % len(_PROBE_LENGTHS)], len(curve))
+                self._probes += 1
                 probed = True
             lengths[index] = length
             state.probing = False

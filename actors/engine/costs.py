@@ -18,7 +18,8 @@ class CostModel:
     Known row counts hold exponential averages; others are interpolated linearly, and extrapolated with the
     slope of the last two known ones. Predictions never fall with the row count: neighbours that contradict
     that are averaged (isotonic regression). A measurement also pulls the other row counts along, so that a
-    profile taken while the machine was busy does not outlive that.
+    profile taken while the machine was busy does not outlive that: a first round replaces what the profile
+    said of its row count, and what was only profiled is believed to cost no more than larger rounds do.
 
     What a round takes longer the longer its sequences are is kept apart (`attention_s`): drafts of a long
     sequence cost more than those of a short one.
@@ -26,6 +27,7 @@ class CostModel:
 
     def __init__(self) -> None:
         self._seconds: dict[int, float] = {}
+        self._only_profiled: set[int] = set()
         self._rows: list[int] = []
         self._fitted: list[float] = []
         self._cache: dict[int, float] = {}
@@ -49,7 +51,9 @@ class CostModel:
             self._rows.insert(bisect_left(self._rows, rows), rows)
         else:
             bounded = min(max(seconds, known / _OUTLIER), known * _OUTLIER)
-            self._seconds[rows] = known + _SMOOTHING * (bounded - known)
+            smoothing = 1.0 if rows in self._only_profiled else _SMOOTHING
+            self._only_profiled.discard(rows)
+            self._seconds[rows] = known + smoothing * (bounded - known)
             drift = 1.0 + _DRIFT * (bounded / known - 1.0)
             for other in self._rows:
                 if other != rows:
@@ -61,6 +65,7 @@ class CostModel:
         """Measure each row count: the best of `repeats` runs of `run(rows) -> seconds`."""
         for rows in row_counts:
             self.observe(rows, min(run(rows) for _ in range(repeats)))
+            self._only_profiled.add(rows)
 
     def profile_attention(
         self, run: Callable[[int, int], float], rows: int, contexts: tuple[int, int], repeats: int = 3
@@ -69,7 +74,8 @@ class CostModel:
         short and a long context."""
         short, long = contexts
         added = {
-            count: min(run(count, long) for _ in range(repeats)) - min(run(count, short) for _ in range(repeats))
+            count: min(run(count, long) for _ in range(repeats))
+            - min(run(count, short) for _ in range(repeats))
             for count in (1, rows)
         }
         self._read_s = max(0.0, added[1] / (long - short))
@@ -87,7 +93,11 @@ class CostModel:
         if not self._rows:
             return 0.0
         if not self._fitted:
-            self._fitted = isotonic([self._seconds[known] for known in self._rows])
+            values = [self._seconds[known] for known in self._rows]
+            for i in range(len(values) - 2, -1, -1):
+                if self._rows[i] in self._only_profiled:  # a busy machine only ever adds
+                    values[i] = min(values[i], values[i + 1])
+            self._fitted = isotonic(values)
         at = bisect_left(self._rows, rows)
         if at == 0:
             return self._fitted[0]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from actors.models.convert import cached_model
-from actors.models.source import ModelSourceError, ResolvedSource, resolve_adapter
+from actors.models.source import ADAPTER_WEIGHTS, ModelSourceError, ResolvedSource, resolve_adapter
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
 
@@ -22,8 +22,8 @@ def adapted(
 ) -> ResolvedSource:
     """The base, in `folder` as Hugging Face has it, with an adapter merged in float32.
 
-    `adapter`: a folder or hub id with PEFT's adapter_config.json and safetensors. Raises ModelSourceError when
-    it is none, or does not fit the base, naming both; TimeoutError as `cached_model`.
+    `adapter`: a folder or hub id with PEFT's adapter_config.json and safetensors. Raises ModelSourceError
+    when it is none, or does not fit the base, naming both; TimeoutError as `cached_model`.
     """
     found = resolve_adapter(adapter)
     say = progress or (lambda message: None)
@@ -39,17 +39,23 @@ def adapted(
 
 def _merge(base: ResolvedSource, folder: Path, adapter: ResolvedSource, merged: Path) -> None:
     try:
-        from peft import PeftModel
+        from peft import PeftModel, get_peft_model_state_dict
     except ImportError as error:
         raise ModelSourceError(
             f"adapter {adapter.source!r}: peft is not installed; run: pip install 's2d-serve[adapters]'"
         ) from error
     import torch
+    from safetensors import safe_open
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     try:
         adapted = PeftModel.from_pretrained(model, adapter.path, autocast_adapter_dtype=False)
+        # PEFT itself is content with an adapter that fits a part of the model, or has more than the model.
+        with safe_open(adapter.path / ADAPTER_WEIGHTS, "pt") as stored:
+            differ = set(stored.keys()) ^ set(get_peft_model_state_dict(adapted))
+        if differ:
+            raise ValueError(f"{len(differ)} tensors are in one of them only, {min(differ)} among them")
         whole = adapted.merge_and_unload(safe_merge=True)
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         raise ModelSourceError(

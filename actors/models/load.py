@@ -69,8 +69,8 @@ def load_runner(
     (Llama family), generic (anything transformers runs through its attention interface). `kv_blocks` blocks
     of BLOCK_SIZE tokens, 0 for what fits `kv_memory_gib`. `threads` 0 takes the
     physical cores; torch's thread count is set for the whole process (to 1 beside the native core, which has
-    its own). `num_layers` keeps only the first so many layers (nested drafts; Llama family only). `adapter`: a
-    LoRA adapter to merge into the weights (see `actors.models.adapter`).
+    its own). `num_layers` keeps only the first so many layers (nested drafts; Llama family only).
+    `adapter`: a LoRA adapter to merge into the weights (see `actors.models.adapter`).
 
     Raises ValueError (`ModelSourceError`, `UnsupportedModelError`) naming what is wrong with an argument or
     why a backend cannot run the model, TimeoutError when another process holds the conversion for too long.

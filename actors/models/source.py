@@ -21,6 +21,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 """What is fetched from the hub: never pickled weights."""
 HASHED_SUFFIXES = frozenset({Path(pattern).suffix for pattern in HUB_FILES} | {".bin"})
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PART = re.compile(r"\.part\d+")
 WHOLE_FILE_BYTES = 1 << 31
 """Files up to this size are hashed whole (about 1 s a GB), larger ones by size and samples."""
@@ -65,7 +66,7 @@ def resolve_adapter(source: str) -> ResolvedSource:
         if not HUB_ID.fullmatch(source):
             raise ModelSourceError(f"adapter {source!r}: no such folder")
         path = _from_hub("adapter", source)
-    for needed in ("adapter_config.json", "adapter_model.safetensors"):
+    for needed in ("adapter_config.json", ADAPTER_WEIGHTS):
         if not (path / needed).is_file():
             raise ModelSourceError(f"adapter {source!r}: {path} holds no {needed}")
     name = Path(source).name

@@ -36,7 +36,7 @@ from cluster.bench.report import write_load, write_profile, write_spec
 from cluster.bench.running import BenchError, running
 from cluster.bench.tables import Table
 from cluster.bench.turns import Turns
-from cluster.config import EMBEDDED_MODEL, EMBEDDED_MODEL_NAME, ClusterConfig, DTypeName, ModelConfig
+from cluster.config import EMBEDDED_MODEL, ClusterConfig, DTypeName, ModelConfig
 
 EXPECTED_ERRORS = (
     BenchError, DatasetError, EngineUnavailableError, ModelSourceError, ParameterError, TimeoutError, OSError,
@@ -240,8 +240,9 @@ def own_server_config(source: str, dtype: DTypeName, file: Path | None, **engine
     if file is not None:
         config = ClusterConfig.from_yaml(file)
     else:
-        name = EMBEDDED_MODEL_NAME if source == EMBEDDED_MODEL else "model"
-        config = ClusterConfig(models=(ModelConfig(name=name, source=source),))
+        default = ClusterConfig.default()
+        own = ClusterConfig(models=(ModelConfig(name="model", source=source),))
+        config = default if source == EMBEDDED_MODEL else own
     first = config.models[0]
     changed = first.engine.model_copy(update={k: v for k, v in engine.items() if v})
     first = first.model_copy(update={"dtype": dtype, "engine": changed})

@@ -14,7 +14,9 @@ def test_default_serves_the_embedded_model() -> None:
     config = ClusterConfig.default("float32")
     assert [m.name for m in config.models] == ["SmolLM2-135M-Instruct"]
     assert config.models[0].dtype == "float32"
-    assert config.draft_pool.drafters == ("prompt_lookup", "token_recycling")
+    assert config.draft_pool.drafters == ("prompt_lookup", "token_recycling", "nested")
+    assert config.draft_pool.nested is not None
+    assert config.draft_pool.nested.resolved_exits() == (1, 2, 4), "the trained draft is in the package"
 
 
 def test_json_round_trip() -> None:

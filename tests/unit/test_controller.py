@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from unittest import mock
 
+import pytest
+
 from actors.drafting.interface import SessionDraft
 from actors.engine.controller import Candidate, Controller, ControlState
 from actors.engine.costs import CostModel
-
 
 DRAFT = SessionDraft(1, 1, (1, 2, 3, 4), drafter="d")
 
@@ -146,7 +147,7 @@ def test_a_probe_is_verified_a_little() -> None:
         asked = controller.plan([candidate])[0]
         verified.append(controller.trim([(candidate, DRAFT, 4)], 1, 1)[0] if asked else 0)
     assert 0 < sum(v > 0 for v in verified) < 8
-    assert max(verified) == 2
+    assert {v for v in verified if v} == {2, 4}, "of any length: rounds of more rows must be measured too"
 
 
 def test_drafting_that_never_pays_costs_a_bounded_share_whatever_the_estimates_say() -> None:
@@ -191,3 +192,44 @@ def test_a_round_in_which_nobody_may_draft_does_not_put_off_the_next_look() -> N
     _teach(controller, state, accepted=4)
     assert controller.plan([Candidate(state, 0, ("d",))]) == [0]
     assert controller.plan([Candidate(state, 4, ("d",))]) == [4]
+
+
+def test_what_context_costs_is_measured_and_kept_apart() -> None:
+    costs = CostModel()
+
+    def run(rows: int, context: int) -> float:
+        return (4.0 + 0.2 * rows + context * (0.001 + 0.0005 * (rows - 1))) / 1e3
+
+    costs.profile_attention(run, 9, (64, 1024))
+    assert costs.attention_s(1000) == pytest.approx(1e-3)
+    assert costs.attention_s(1000, 3) == pytest.approx(2e-3)
+    assert costs.drafted_attention_s(1000) == pytest.approx(0.5e-3)
+    costs.observe(3, run(3, 2000), costs.attention_s(2000, 3))
+    assert costs.seconds(3) == pytest.approx(4.6e-3), "what is left is the cost of the rows"
+
+
+def test_drafts_of_a_long_sequence_must_promise_more() -> None:
+    chosen = {}
+    for context in (0, 4000):
+        controller, state = _controller(first_row=10.0, per_row=0.5), ControlState()
+        controller.costs.profile_attention(
+            lambda rows, context: context * (0.001 + 0.004 * (rows - 1)) / 1e3, 9, (64, 1024)
+        )
+        _teach(controller, state, accepted=1)
+        candidate = Candidate(state, 4, ("d",), context=context)
+        controller.plan([candidate])
+        chosen[context] = controller.trim([(candidate, DRAFT, 4)], 1, 1)[0]
+    assert chosen == {0: 1, 4000: 0}
+
+
+def test_a_profile_taken_while_the_machine_was_busy_does_not_outlive_that() -> None:
+    costs = CostModel()
+    costs.profile(lambda rows: {1: 5.0, 3: 6.0, 5: 18.0, 9: 12.0}[rows] / 1e3, (1, 3, 5, 9))
+    assert costs.seconds(5) == pytest.approx(12e-3), "five rows cost no more than nine"
+    costs.observe(9, 7e-3)
+    assert costs.seconds(9) == pytest.approx(7e-3), "a round says more than the profile"
+    assert costs.seconds(5) == pytest.approx(7e-3)
+    costs.observe(9, 8e-3)
+    assert costs.seconds(9) == pytest.approx(7.1e-3)
+    costs.observe(3, 9e-3)
+    assert costs.seconds(9) >= costs.seconds(3)

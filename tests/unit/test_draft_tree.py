@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -56,7 +57,7 @@ def test_what_is_grown_is_a_tree_of_the_likeliest_tokens(data: st.DataObject) ->
     assert all(-1 <= parent < i for i, parent in enumerate(whole.parents))
     assert len(set(zip(whole.parents, whole.token_ids, strict=True))) == len(whole.token_ids)
     reached = reach(tree(whole.token_ids, whole.parents, whole.confidence))
-    assert all(a >= b - 1e-9 for a, b in zip(reached, reached[1:], strict=False))
+    assert all(a >= b - 1e-9 for a, b in pairwise(reached))
     for parent in set(whole.parents):
         below = [c for p, c in zip(whole.parents, whole.confidence, strict=True) if p == parent]
         assert sum(below) <= 1 + 1e-9
@@ -132,19 +133,19 @@ def test_the_verdict_follows_the_targets_tokens_down(seed: int) -> None:
 def test_recycled_rows_are_weighed_by_how_often_each_rank_was_right() -> None:
     drafter = TokenRecyclingDrafter(width=3)
     drafter.open(SessionOpen(1, (5,), 1, DraftSampling(key=0)))
-    before = dict(drafter.continuations(5))
+    before = dict(drafter.continuations(1, 5))
     assert before == {}
     drafter.commit(1, (), [(5, (6, 7, 8)), (7, (5, 9, 4))])
-    first = [p for _, p in drafter.continuations(5)]
-    assert [t for t, _ in drafter.continuations(5)] == [6, 7, 8]
+    first = [p for _, p in drafter.continuations(1, 5)]
+    assert [t for t, _ in drafter.continuations(1, 5)] == [6, 7, 8]
     for _ in range(60):  # always the second entry, then back by the first
         drafter.commit(1, (7, 5), [(5, (6, 7, 8)), (7, (5, 9, 4))])
-    later = [p for _, p in drafter.continuations(5)]
+    later = [p for _, p in drafter.continuations(1, 5)]
     assert later[1] > first[1]
     assert later[2] < first[2]
     assert later[0] == pytest.approx(0.5, abs=0.1)
     drafter.reset()
-    assert drafter.continuations(5) == []
+    assert drafter.continuations(1, 5) == []
 
 
 def test_acceptance_of_trees_is_learned_by_place_and_by_what_was_said() -> None:

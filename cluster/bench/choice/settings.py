@@ -7,11 +7,11 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from cluster.config import EMBEDDED_MODEL, DTypeName, NestedDrafterConfig
+from cluster.config import EMBEDDED_DRAFT, EMBEDDED_MODEL, DTypeName, NestedDrafterConfig
 
 DEFAULT_NESTED = NestedDrafterConfig(
     source=EMBEDDED_MODEL,
-    artifact="package:actors/smollm2-135m-instruct-124.safetensors",
+    artifact=EMBEDDED_DRAFT,
     context=64,
 )
 """The shipped draft, as examples/nested-draft.yaml has it."""
