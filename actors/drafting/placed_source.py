@@ -16,9 +16,10 @@ from actors.drafting.interface import NESTED, DraftSource, SessionDraft, Session
 
 _TRIALS = 8
 """Rounds that each place is given before the two are compared."""
-_EXPLORE_INTERVAL = 256
-"""Every so many rounds the slower place is tried again."""
-_SMOOTHING = 0.1
+_FIRST_EXPLORED, _EXPLORE_INTERVAL = 16, 256
+"""The slower place is tried again after so many rounds, at doubling distances up to the second number."""
+_RECENT = 4
+"""A place is judged by the shortest of its last waits: whatever disturbs one only adds to it."""
 _SWITCH = 0.8
 """The other place must take less than this share of the time, so that the choice does not flap."""
 
@@ -32,14 +33,18 @@ class ConnectedDraftSource(DraftSource, Protocol):
 
 @dataclass(slots=True)
 class _Place:
-    """`wait_s` is the average time that a round stood still for drafts from here, in seconds."""
+    """How long rounds stood still for drafts from here lately, in seconds."""
 
     rounds: int = 0
-    wait_s: float = 0.0
+    waits: list[float] = field(default_factory=list)
 
     def observe(self, seconds: float) -> None:
         self.rounds += 1
-        self.wait_s += max(_SMOOTHING, 1.0 / self.rounds) * (seconds - self.wait_s)
+        self.waits = [*self.waits[1 - _RECENT :], seconds]
+
+    @property
+    def wait_s(self) -> float:
+        return min(self.waits, default=0.0)
 
 
 @dataclass(slots=True)
@@ -50,6 +55,8 @@ class _Choice:
     remote: _Place = field(default_factory=_Place)
     prefers_local: bool = False
     rounds: int = 0
+    distance: int = _FIRST_EXPLORED
+    explored_at: int = 0
 
     def next_is_local(self) -> bool:
         """The place of the coming round."""
@@ -60,7 +67,11 @@ class _Choice:
         chosen, other = (self.local, self.remote) if self.prefers_local else (self.remote, self.local)
         if other.wait_s < _SWITCH * chosen.wait_s:
             self.prefers_local = not self.prefers_local
-        return self.prefers_local != (self.rounds % _EXPLORE_INTERVAL == 0)
+        if self.rounds - self.explored_at < self.distance:
+            return self.prefers_local
+        self.explored_at = self.rounds
+        self.distance = min(_EXPLORE_INTERVAL, 2 * self.distance)
+        return not self.prefers_local
 
 
 class PlacedDraftSource:
@@ -172,7 +183,7 @@ class PlacedDraftSource:
         self._local.reset()
 
     def stats(self) -> dict[str, object]:
-        """Waits in milliseconds, averaged exponentially; `prefers`: where sessions go that both can serve."""
+        """Waits in milliseconds, the shortest of the last ones; `prefers`: where sessions go that both can serve."""
         choice = self._choice
         return {
             "kind": "placed",

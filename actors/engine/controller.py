@@ -83,7 +83,9 @@ class Controller:
         """Time the engine stood still for drafts in one round."""
         self._last_wait_s = seconds
         self._waited = True
-        self._wait_s += _WAIT_SMOOTHING * (min(seconds, 0.1) - self._wait_s)
+        # What disturbs a measurement adds to it, and who is seldom asked would be judged by that for long.
+        smoothing = _WAIT_SMOOTHING if seconds > self._wait_s else 3 * _WAIT_SMOOTHING
+        self._wait_s += smoothing * (min(seconds, 0.1) - self._wait_s)
 
     @property
     def wait_s(self) -> float:

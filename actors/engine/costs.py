@@ -10,6 +10,8 @@ from actors.isotonic import isotonic
 _SMOOTHING = 0.1
 _DRIFT = 0.08
 _OUTLIER = 4.0
+_FEW = 8
+"""Measurements of a row count from which on it is believed whatever others say."""
 
 
 class CostModel:
@@ -18,8 +20,8 @@ class CostModel:
     Known row counts hold exponential averages; others are interpolated linearly, and extrapolated with the
     slope of the last two known ones. Predictions never fall with the row count: neighbours that contradict
     that are averaged (isotonic regression). A measurement also pulls the other row counts along, so that a
-    profile taken while the machine was busy does not outlive that: a first round replaces what the profile
-    said of its row count, and what was only profiled is believed to cost no more than larger rounds do.
+    profile taken while the machine was busy does not outlive that. Whatever disturbs a measurement only adds
+    to it: a row count that few rounds had is believed to cost no more than larger ones do.
 
     What a round takes longer the longer its sequences are is kept apart (`attention_s`): drafts of a long
     sequence cost more than those of a short one.
@@ -27,7 +29,8 @@ class CostModel:
 
     def __init__(self) -> None:
         self._seconds: dict[int, float] = {}
-        self._only_profiled: set[int] = set()
+        self._rounds: dict[int, int] = {}
+        """Measurements of a row count, a profile being the first."""
         self._rows: list[int] = []
         self._fitted: list[float] = []
         self._cache: dict[int, float] = {}
@@ -51,13 +54,15 @@ class CostModel:
             self._rows.insert(bisect_left(self._rows, rows), rows)
         else:
             bounded = min(max(seconds, known / _OUTLIER), known * _OUTLIER)
-            smoothing = 1.0 if rows in self._only_profiled else _SMOOTHING
-            self._only_profiled.discard(rows)
+            # The smallest row count has many rounds, and pulls the others along with each.
+            few = self._rounds[rows] < _FEW and rows != self._rows[0]
+            smoothing = 1.0 if few and bounded < known else _SMOOTHING
             self._seconds[rows] = known + smoothing * (bounded - known)
             drift = 1.0 + _DRIFT * (bounded / known - 1.0)
             for other in self._rows:
                 if other != rows:
                     self._seconds[other] *= drift
+        self._rounds[rows] = self._rounds.get(rows, 0) + 1
         self._fitted = []
         self._cache.clear()
 
@@ -65,7 +70,6 @@ class CostModel:
         """Measure each row count: the best of `repeats` runs of `run(rows) -> seconds`."""
         for rows in row_counts:
             self.observe(rows, min(run(rows) for _ in range(repeats)))
-            self._only_profiled.add(rows)
 
     def profile_attention(
         self, run: Callable[[int, int], float], rows: int, contexts: tuple[int, int], repeats: int = 3
@@ -79,7 +83,9 @@ class CostModel:
             for count in (1, rows)
         }
         self._read_s = max(0.0, added[1] / (long - short))
-        self._attend_s = max(0.0, (added[rows] - added[1]) / ((rows - 1) * (long - short)))
+        # The first row also fetches what the others find in a cache: where they seem dearer, something else ran.
+        further = (added[rows] - added[1]) / ((rows - 1) * (long - short))
+        self._attend_s = min(self._read_s, max(0.0, further))
 
     def seconds(self, rows: int) -> float:
         """Predicted seconds of a round over `rows` rows without attention over context; 0.0 while nothing has
@@ -95,7 +101,7 @@ class CostModel:
         if not self._fitted:
             values = [self._seconds[known] for known in self._rows]
             for i in range(len(values) - 2, -1, -1):
-                if self._rows[i] in self._only_profiled:  # a busy machine only ever adds
+                if self._rounds[self._rows[i]] < _FEW:
                     values[i] = min(values[i], values[i + 1])
             self._fitted = isotonic(values)
         at = bisect_left(self._rows, rows)

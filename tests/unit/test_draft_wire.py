@@ -32,6 +32,7 @@ from actors.draft_worker.server import DraftServer, build_draft_server
 from actors.draft_worker.vocabularies import DraftVocabulary
 from actors.drafting import codec
 from actors.drafting.interface import (
+    TREE,
     DraftErrorCode,
     DraftQuery,
     DraftSampling,
@@ -357,6 +358,25 @@ def test_a_round_is_one_message_and_one_batch(worker: Worker, sources) -> None: 
     assert drafter.batches == [16]
     assert worker.server is not None
     assert worker.server.state.rounds == 2, "hello and one round"
+
+
+def test_a_target_that_takes_trees_is_given_them_also_after_a_restart(worker: Worker, sources) -> None:  # type: ignore[no-untyped-def]
+    worker.start(model_free())
+    port = worker.port
+    source = sources(worker)
+    source.open(replace(session(1, [1, 2, 1, 3, 1]), trees=True))
+    source.open(session(2, [1, 2, 1, 3, 1]))
+    seen = ((1, (4, 5)),)
+    tree = drafted(source, wish(1, 1, budget=4, candidates=seen))
+    assert {3, 2, 4} <= {t for t, parent in zip(tree.token_ids, tree.parents, strict=True) if parent == -1}
+    assert tree.drafter == TREE
+    assert len(tree.sources) == len(tree.confidence) == 4
+    assert drafted(source, wish(2, 1, budget=4)).parents == ()
+    worker.stop()
+    until(lambda: not source.connected)
+    worker.start(model_free(), port)
+    until(lambda: source.connected)
+    assert drafted(source, wish(1, 2, [1], budget=4, candidates=seen)).parents
 
 
 def test_streams_with_the_same_session_ids_are_isolated(worker: Worker, sources) -> None:  # type: ignore[no-untyped-def]
