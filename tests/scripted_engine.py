@@ -115,6 +115,9 @@ class ScriptedEngine:
                     del self.running[request_id]
         return outputs
 
+    def idle(self) -> bool:
+        return False
+
     def has_work(self) -> bool:
         self._same_thread()
         self.asked += 1

@@ -26,6 +26,11 @@ class TargetEngine(Protocol):
 
     def has_work(self) -> bool: ...
 
+    def idle(self) -> bool:
+        """Do a little of what can wait until no request is inside, a few dozen milliseconds; whether there is
+        more."""
+        ...
+
     def stats(self) -> EngineStats: ...
 
     def assign(self, assignment: DraftAssignment) -> None:

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 IDLE_WAIT_S = 5.0
 """Longest sleep on an empty queue; waking up finds nothing to do and sleeps again."""
+IDLE_WORK_EVERY_S = 0.5
+"""The same while the engine has work for idle moments."""
 MAX_CONSECUTIVE_FAILURES = 3
 """Failed steps in a row after which the engine counts as unhealthy."""
 
@@ -105,6 +107,7 @@ class EngineLoop:
         self._events: list[Event] = []
         self._urgent = False
         self._has_work = False
+        self._idle_work = True
         self._busy_since: float | None = None
         self._failures = 0
         self._idle_s = 0.0
@@ -168,7 +171,10 @@ class EngineLoop:
             return self._inbox.get_nowait()
         started = time.perf_counter()
         try:
-            return self._inbox.get(timeout=IDLE_WAIT_S)
+            return self._inbox.get(timeout=IDLE_WORK_EVERY_S if self._idle_work else IDLE_WAIT_S)
+        except queue.Empty:
+            self._idle_work = self._idle_work and self._engine.idle()
+            raise
         finally:
             self._idle_s += time.perf_counter() - started
 

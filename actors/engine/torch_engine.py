@@ -37,6 +37,8 @@ _PROFILED_ROWS = (1, 2, 3, 5, 9, 17, 33)
 _PROFILE_CONTEXT = 64
 _LONG_CONTEXT = 1024
 _ATTENDING_ROWS = 9
+_REMEASURED = 3
+"""Times that every row count is measured again in idle moments after the start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,7 @@ class TorchEngine:
         self._max_model_len = max_model_len
         self._compile_grammar = compile_grammar
         self._keeps_states = speculator.source.wants_states
+        self._to_remeasure: list[int | None] = []
         self._clock = PhaseClock()
         self._steps = self._emitted = self._prompt_tokens = self._cached_tokens = 0
 
@@ -372,23 +375,52 @@ class TorchEngine:
 
     def profile(self) -> None:
         """Measure what rounds cost by row count. Call before the first request."""
-        costs = self._speculator.controller.costs
+        self._profile_attention()
+        rows_to_try = self._profiled_rows()
+        self._speculator.controller.costs.profile(self._time_short_round, rows_to_try)
+        # Other processes of a deployment start beside this one: measured again when nothing else is to be done.
+        self._to_remeasure = [*rows_to_try, None] * _REMEASURED
+
+    def idle(self) -> bool:
+        """Measure again what rounds cost, one row count a call (None: context), in blocks that hold nothing."""
+        if not self._to_remeasure:
+            return False
+        rows = self._to_remeasure.pop(0)
+        pool = self._scheduler.pool
+        if pool.num_free - pool.num_cached < pool.blocks_for(_LONG_CONTEXT + _ATTENDING_ROWS):
+            return True
+        if rows is None:
+            self._profile_attention()
+        else:
+            self._speculator.controller.costs.remeasure(rows, self._time_short_round)
+        return True
+
+    def _profiled_rows(self) -> list[int]:
+        usable = self._scheduler.pool.num_blocks * BLOCK_SIZE
+        return [rows for rows in _PROFILED_ROWS if rows <= usable - _PROFILE_CONTEXT]
+
+    def _profile_attention(self) -> None:
         usable = self._scheduler.pool.num_blocks * BLOCK_SIZE
         long = min(_LONG_CONTEXT, usable - _ATTENDING_ROWS, self._max_model_len - _ATTENDING_ROWS)
         if long >= 4 * _PROFILE_CONTEXT:
+            costs = self._speculator.controller.costs
             costs.profile_attention(self._time_round, _ATTENDING_ROWS, (_PROFILE_CONTEXT, long))
-        costs.profile(
-            lambda rows: self._time_round(rows, _PROFILE_CONTEXT),
-            [rows for rows in _PROFILED_ROWS if rows <= usable - _PROFILE_CONTEXT],
-        )
+
+    def _time_short_round(self, rows: int) -> float:
+        return self._time_round(rows, _PROFILE_CONTEXT)
 
     @torch.inference_mode()
     def _time_round(self, rows: int, context: int) -> float:
-        token_ids = torch.zeros(rows, dtype=torch.int64, device=self._runner.info.device)
-        batch = RaggedBatch.chain(token_ids, context)
-        started = time.perf_counter()
-        best_ids(self._runner.forward(batch))
-        return time.perf_counter() - started
+        device, pool = self._runner.info.device, self._scheduler.pool
+        batch = RaggedBatch.chain(torch.zeros(rows, dtype=torch.int64, device=device), context)
+        blocks = pool.allocate(batch.block_tables.numel())
+        batch.block_tables = torch.tensor([blocks], dtype=torch.int32, device=device)
+        try:
+            started = time.perf_counter()
+            best_ids(self._runner.forward(batch))
+            return time.perf_counter() - started
+        finally:
+            pool.release(blocks)
 
     def stats(self) -> EngineStats:
         pool = self._scheduler.pool

@@ -272,3 +272,20 @@ def test_leviathan_is_reproducible_and_serves_every_drafter(engine: TorchEngine)
         "v", prompts(1)[0], dataclasses.replace(forced(3, "nested", 1), verification="leviathan")
     )
     assert run(engine, [greedy])["v"].token_ids == solo(engine, greedy).token_ids
+
+
+def test_measuring_again_while_idle_touches_nobodys_blocks(runner: TorchLlamaRunner) -> None:
+    engine = make_engine(runner, [PromptLookupDrafter()])
+    one = request("a", tuple(range(100)))
+    cold = run(engine, [one])["a"].token_ids
+    rounds = 0
+    while engine.idle():
+        rounds += 1
+        assert rounds < 100
+    assert rounds > 10
+    stats = engine.stats()
+    assert stats.kv_blocks_used == 0
+    again = run(engine, [one])["a"]
+    assert again.cached_tokens > 0
+    assert again.token_ids == cold
+    engine.close()
