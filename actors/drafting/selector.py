@@ -271,8 +271,8 @@ class DrafterPool:
             for i, u in waiting.items():
                 if not self._eligible(drafter, u):
                     continue
-                last = self._sessions[u.session_id].last_token
-                covered = first_tokens(held[i], going_on[i], last)
+                others = {name: after for name, after in going_on[i].items() if name != drafter.name}
+                covered = first_tokens(held[i], others, self._sessions[u.session_id].last_token)
                 if u.drafter is not None or self._worth.adds(drafter.name, u.session_id, covered):
                     least = self._worth.least_survival(drafter.name, bool(going_on[i]))
                     asked[i] = replace(self._query(drafter, u), tree=True, min_survival=least)

@@ -144,7 +144,7 @@ class SessionLedger:
         if draft.epoch != session.wire_epoch or session.asked is None:
             return None
         epoch, session.asked = session.asked, None
-        return codec.draft_from_proto(draft, epoch)
+        return _decoded(draft, epoch)
 
     def shadow(self, draft: pb.SessionDraft) -> SessionDraft | None:
         """A draft for scoring with the caller's epoch; None when nobody waits for it."""
@@ -152,7 +152,7 @@ class SessionLedger:
         if session is None or session.shadow is None or session.shadow[0] != draft.epoch:
             return None
         epoch, session.shadow = session.shadow[1], None
-        return codec.draft_from_proto(draft, epoch)
+        return _decoded(draft, epoch)
 
     def _absorb(self, session: _Session, update: SessionUpdate) -> None:
         session.tokens.extend(update.new_tokens)
@@ -206,3 +206,11 @@ class SessionLedger:
         self._closes.clear()
         message.reset_shared_state = self._reset
         self._reset = False
+
+
+def _decoded(draft: pb.SessionDraft, epoch: int) -> SessionDraft:
+    """A draft that makes no sense counts as one that failed: the stream and its other sessions go on."""
+    try:
+        return codec.draft_from_proto(draft, epoch)
+    except ValueError as error:
+        return SessionDraft(draft.session_id, epoch, error="internal", error_message=str(error))

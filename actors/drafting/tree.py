@@ -47,6 +47,20 @@ def reach(draft: SessionDraft) -> list[float]:
     return found
 
 
+def cut(draft: SessionDraft, length: int) -> SessionDraft:
+    """The first `length` tokens of a draft, a chain or a tree."""
+    if len(draft.token_ids) <= length:
+        return draft
+    return replace(
+        draft,
+        token_ids=draft.token_ids[:length],
+        parents=draft.parents[:length],
+        confidence=draft.confidence[:length],
+        sources=draft.sources[:length],
+        q=draft.q[:length],
+    )
+
+
 def best_chain(draft: SessionDraft) -> SessionDraft:
     """The first child of the root, its first child, and so on: the likeliest, as trees are ordered."""
     if not draft.parents:
@@ -167,20 +181,3 @@ def _children(parents: Sequence[int]) -> dict[int, list[int]]:
     for index, parent in enumerate(parents):
         found.setdefault(parent, []).append(index)
     return found
-
-
-def accepted_path(
-    token_ids: Sequence[int], parents: Sequence[int], emitted: Sequence[int]
-) -> tuple[list[int], bool]:
-    """Indices of the tokens that `emitted` confirms, from the root down, and whether it says more: False when
-    it ends where the tree might have gone on."""
-    path: list[int] = []
-    at = ROOT
-    for token in emitted:
-        below = [i for i in range(at + 1, len(parents)) if parents[i] == at]
-        found = next((i for i in below if token_ids[i] == token), None)
-        if found is None:
-            return path, True
-        path.append(found)
-        at = found
-    return path, at not in parents[at + 1 :]

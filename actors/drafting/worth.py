@@ -25,6 +25,8 @@ _EXPLORE_INTERVAL = 64
 """A drafter that promises too little is asked all the same every so many times."""
 _TOKENS_A_HIT = 1.3
 """Accepted tokens that a right guess of the next one brings: itself and some of what is guessed below it."""
+_CHEAP = 0.02
+"""Who takes less than this share of a token's time is always asked for a tree."""
 _UNLIKELY = 0.1
 """A token with a lower probability is hardly guessed: a tree of few tokens will not hold it."""
 _LIKELY_BELOW, _LIKELY_BELOW_OTHERS = 0.5, 0.25
@@ -131,7 +133,8 @@ class DraftWorth:
         cost = self._costs.setdefault(name, _Cost())
         uncovered = max(0.0, 1.0 - sum(covered.values()))
         added = cost.added * uncovered / max(cost.uncovered, 0.05)
-        if cost.length and _TOKENS_A_HIT * min(1.0, added) <= self._price(cost) * cost.length:
+        price = self._price(cost) * cost.length
+        if price > _CHEAP and _TOKENS_A_HIT * min(1.0, added) <= price:
             cost.passed_over += 1
             if cost.passed_over % _EXPLORE_INTERVAL:
                 return False

@@ -91,7 +91,8 @@ class CostModel:
             for count in (1, rows)
         }
         self._read_s = max(0.0, added[1] / (long - short))
-        # The first row also fetches what the others find in a cache: where they seem dearer, something else ran.
+        # The first row also fetches what the others find in a cache: where they seem dearer, the machine
+        # was busy.
         further = (added[rows] - added[1]) / ((rows - 1) * (long - short))
         self._attend_s = min(self._read_s, max(0.0, further))
 

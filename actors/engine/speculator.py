@@ -20,7 +20,7 @@ from actors.drafting.interface import (
     SessionOpen,
     SessionUpdate,
 )
-from actors.drafting.tree import best_chain, depths, parents_of
+from actors.drafting.tree import best_chain, cut, depths, parents_of
 from actors.engine.controller import Candidate, Controller
 from actors.engine.messages import DrafterStats, DraftingMeasurements
 from actors.engine.sequence import Sequence as EngineSequence
@@ -158,6 +158,8 @@ class Speculator:
         acceptance, request = self.controller.acceptance, seq.control.acceptance
         if draft is not None and (draft.error is not None or not draft.token_ids):
             draft = None
+        if draft is not None:
+            draft = cut(draft, MAX_DRAFT_TOKENS)
         if seq.trees:
             # A tree is what it is also where a worker could only give a chain.
             draft = None if draft is None else replace(draft, parents=parents_of(draft))

@@ -378,11 +378,11 @@ class TorchEngine:
         self._profile_attention()
         rows_to_try = self._profiled_rows()
         self._speculator.controller.costs.profile(self._time_short_round, rows_to_try)
-        # Other processes of a deployment start beside this one: measured again when nothing else is to be done.
+        # Other processes of a deployment start beside this one: measured again in idle moments.
         self._to_remeasure = [*rows_to_try, None] * _REMEASURED
 
     def idle(self) -> bool:
-        """Measure again what rounds cost, one row count a call (None: context), in blocks that hold nothing."""
+        """Measure again what rounds cost: one row count a call (None: context), in empty blocks."""
         if not self._to_remeasure:
             return False
         rows = self._to_remeasure.pop(0)

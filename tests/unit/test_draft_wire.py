@@ -300,6 +300,17 @@ def test_ledger_opens_again_after_errors_and_ignores_a_former_life() -> None:
     assert list(retry.updates[0].new_token_ids) == [4, 5]
 
 
+def test_a_draft_that_makes_no_sense_is_one_that_failed() -> None:
+    ledger = SessionLedger(flush_tokens=3)
+    ledger.open(session(5, [1]))
+    ledger.round([wish(5, 1)], 0.0)
+    message = pb.SessionDraft(session_id=5, epoch=1, token_ids=[1, 2], parents=[1, 0])
+    answer = ledger.answer(message, 0.0)
+    assert answer is not None
+    assert answer.error == "internal"
+    assert "parent" in answer.error_message
+
+
 def test_ledger_asks_for_shadow_drafts_and_takes_each_once() -> None:
     ledger = SessionLedger()
     ledger.open(session(5, [1]))
