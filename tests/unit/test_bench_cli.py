@@ -82,8 +82,9 @@ def test_engines_of_one_set_of_drafters_share_a_server() -> None:
     shared = context(concurrency=24, threads=1)
     for name in FACTORIES:
         assert create(name, shared).name == name
-    plain, nested = shared.server(), shared.server("nested")
-    assert plain is shared.server() is shared.server("model-free")
+    plain, nested = shared.server("model-free"), shared.server("nested")
+    assert nested is shared.server() is shared.server(), "the default pool has the trained draft"
+    assert plain is shared.server("model-free")
     assert plain is not nested
     assert plain._config.draft_pool.drafters == ("prompt_lookup", "token_recycling")
     assert nested._config.draft_pool.drafters == ("prompt_lookup", "token_recycling", "nested")
