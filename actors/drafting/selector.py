@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
@@ -271,9 +272,7 @@ class DrafterPool:
             for i, u in waiting.items():
                 if not self._eligible(drafter, u):
                     continue
-                others = {name: after for name, after in going_on[i].items() if name != drafter.name}
-                covered = first_tokens(held[i], others, self._sessions[u.session_id].last_token)
-                if u.drafter is not None or self._worth.adds(drafter.name, u.session_id, covered):
+                if u.drafter is not None or self._adds(drafter, u.session_id, held[i], going_on[i]):
                     least = self._worth.least_survival(drafter.name, bool(going_on[i]))
                     asked[i] = replace(self._query(drafter, u), tree=True, min_survival=least)
             if not asked:
@@ -288,6 +287,18 @@ class DrafterPool:
                     failed[i] = draft
         grown = {i: self._grown(u, held[i], going_on[i]) for i, u in waiting.items()}
         return failed | {i: draft for i, draft in grown.items() if draft.token_ids}
+
+    def _adds(
+        self,
+        drafter: Drafter,
+        sid: int,
+        proposals: Sequence[SessionDraft],
+        going_on: Mapping[str, Continuation],
+    ) -> bool:
+        """Whether a drafter adds enough to what the others guess to come next."""
+        last = self._sessions[sid].last_token
+        others = (after(last) for name, after in going_on.items() if name != drafter.name)
+        return self._worth.adds(drafter.name, sid, first_tokens(proposals, chain.from_iterable(others)))
 
     def _continuations(self, update: SessionUpdate) -> dict[str, Continuation]:
         sid = update.session_id

@@ -129,9 +129,12 @@ class TokenRecyclingDrafter:
 
     def _propose(self, query: DraftQuery) -> SessionDraft:
         state = self._get(query.session_id)
+        if query.tree:  # `continuations` says it all
+            state.draft = ()
+            return SessionDraft(query.session_id, query.epoch, drafter=self.name)
         draft: list[int] = []
         token = state.last_token
-        while len(draft) < query.budget and not query.tree and 0 <= token < len(self._matrix):
+        while len(draft) < query.budget and 0 <= token < len(self._matrix):
             token = int(self._matrix[token, 0])
             if token == UNKNOWN:
                 break

@@ -7,7 +7,7 @@ one of n tokens, so that a budget cuts it anywhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 
@@ -17,6 +17,8 @@ ROOT = -1
 """Parent of the tokens that follow the last committed one."""
 _LEAST = 0.01
 """A token that is less likely to be accepted is not worth a row."""
+_UNSAID = 0.5
+"""For the confidence of a drafter that gives none."""
 _MOST = 0.98
 """Guesses that agree leave some doubt."""
 
@@ -24,9 +26,31 @@ Continuation = Callable[[int], Sequence[tuple[int, float]]]
 """From a token to what may follow it and with which probability, whatever came before."""
 
 
+def chain_parents(count: int) -> range:
+    """The parents of a chain of `count` tokens."""
+    return range(ROOT, ROOT + count)
+
+
 def parents_of(draft: SessionDraft) -> tuple[int, ...]:
     """A parent for each token, also of a chain."""
-    return draft.parents or tuple(range(-1, len(draft.token_ids) - 1))
+    return draft.parents or tuple(chain_parents(len(draft.token_ids)))
+
+
+def find_child(token_ids: Sequence[int], parents: Sequence[int], at: int, token: int) -> int | None:
+    """Index of the child of token `at` (or of `ROOT`) that is `token`; the first of several."""
+    below = range(at + 1, len(token_ids))
+    return next((i for i in below if parents[i] == at and token_ids[i] == token), None)
+
+
+def first_children(parents: Sequence[int], allowed: Callable[[int], bool] = lambda index: True) -> list[int]:
+    """Indices of the root's first child, its first child, and so on, among those `allowed`."""
+    found: list[int] = []
+    last = ROOT
+    for index, parent in enumerate(parents):
+        if parent == last and allowed(index):
+            found.append(index)
+            last = index
+    return found
 
 
 def depths(parents: Sequence[int]) -> list[int]:
@@ -65,12 +89,7 @@ def best_chain(draft: SessionDraft) -> SessionDraft:
     """The first child of the root, its first child, and so on: the likeliest, as trees are ordered."""
     if not draft.parents:
         return draft
-    kept: list[int] = []
-    last = ROOT
-    for index, parent in enumerate(draft.parents):
-        if parent == last:
-            kept.append(index)
-            last = index
+    kept = first_children(draft.parents)
     return replace(
         draft,
         token_ids=tuple(draft.token_ids[i] for i in kept),
@@ -137,7 +156,7 @@ def grow(
             for child in children[which].get(at, ()):
                 guess = guesses.setdefault(proposal.token_ids[child], _Guess())
                 guess.places.append((which, child))
-                guess.add(proposal.drafter, proposal.confidence[child] if proposal.confidence else 0.5)
+                guess.add(proposal.drafter, _confidence(proposal, child))
         for name, after in continuations.items():
             for follower, probability in after(token):
                 guesses.setdefault(follower, _Guess()).add(name, probability)
@@ -160,20 +179,23 @@ def grow(
 
 
 def first_tokens(
-    proposals: Sequence[SessionDraft], continuations: Mapping[str, Continuation], last_token: int
+    proposals: Sequence[SessionDraft], following: Iterable[tuple[int, float]] = ()
 ) -> dict[int, float]:
-    """What is guessed to come right after `last_token`, with the likeliest probability that a guess gives."""
+    """What is guessed to come next, by proposals and as (token, probability), each with the greatest
+    probability that a guess gives it."""
     found: dict[int, float] = {}
     for proposal in proposals:
         for index, parent in enumerate(parents_of(proposal)):
             if parent == ROOT:
                 token = proposal.token_ids[index]
-                likely = proposal.confidence[index] if proposal.confidence else 0.5
-                found[token] = max(found.get(token, 0.0), likely)
-    for after in continuations.values():
-        for token, likely in after(last_token):
-            found[token] = max(found.get(token, 0.0), likely)
+                found[token] = max(found.get(token, 0.0), _confidence(proposal, index))
+    for token, likely in following:
+        found[token] = max(found.get(token, 0.0), likely)
     return found
+
+
+def _confidence(proposal: SessionDraft, index: int) -> float:
+    return proposal.confidence[index] if proposal.confidence else _UNSAID
 
 
 def _children(parents: Sequence[int]) -> dict[int, list[int]]:

@@ -8,11 +8,13 @@ less so. Both are corrected by counting.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from actors.drafting.acceptance import RunningAcceptance
 from actors.drafting.interface import NESTED, SessionDraft
-from actors.drafting.tree import ROOT, reach
+from actors.drafting.tree import ROOT, find_child, first_children, reach
 from actors.sampling.params import MAX_DRAFT_TOKENS
 
 _SMOOTHING = 0.02
@@ -38,24 +40,23 @@ class PendingTree:
 
     def advance(self, token: int) -> bool:
         """Compare one more token; False when the tree says nothing about what follows."""
-        parents, ids = self.draft.parents, self.draft.token_ids
-        for index in range(self.at + 1, len(ids)):
-            if parents[index] == self.at and ids[index] == token:
-                self.path.append(index)
-                self.at = index
-                return index in parents[index + 1 :]
-        return False
+        parents = self.draft.parents
+        found = find_child(self.draft.token_ids, parents, self.at, token)
+        if found is None:
+            return False
+        self.path.append(found)
+        self.at = found
+        return found in parents[found + 1 :]
 
     def exit_hits(self) -> list[bool]:
         """Whether the nested drafter's own chain was right, token by token up to the first that was not."""
-        draft, hits, at = self.draft, list[bool](), ROOT
-        whole = not draft.sources and draft.drafter == NESTED
-        for index, parent in enumerate(draft.parents):
-            if parent == at and (whole or (draft.sources and draft.sources[index] == NESTED)):
-                hits.append(index in self.path)
-                if not hits[-1]:
-                    break
-                at = index
+        draft = self.draft
+        sources = draft.sources or (draft.drafter,) * len(draft.token_ids)
+        hits: list[bool] = []
+        for index in first_children(draft.parents, lambda i: sources[i] == NESTED):
+            hits.append(index in self.path)
+            if not hits[-1]:
+                break
         return hits
 
 
@@ -75,20 +76,19 @@ class TreeRecord:
 
     def expected(self, draft: SessionDraft) -> list[float]:
         """P(token j accepted) of a tree at hand, never rising."""
-        values: list[float] = []
-        for place, reached in enumerate(reach(draft) or self.by_place[: len(draft.token_ids)]):
-            likely = (
-                self.calibration.probability(_bucket(reached)) if draft.confidence else self.by_place[place]
-            )
-            values.append(min(likely, values[-1]) if values else likely)
-        return values
+        return self._expected(reach(draft), len(draft.token_ids))
+
+    def _expected(self, reached: Sequence[float], count: int) -> list[float]:
+        """`reached`: what a draft of `count` tokens says itself, empty when it says nothing."""
+        likely = [self.calibration.probability(_bucket(r)) for r in reached] or self.by_place[:count]
+        return list(accumulate(likely, min))
 
     def record(self, pending: PendingTree) -> float:
         """Count a tree whose path is known; how many accepted tokens had been expected of it."""
-        expected = sum(self.expected(pending.draft))
-        reached = reach(pending.draft)
+        reached, count = reach(pending.draft), len(pending.draft.token_ids)
+        expected = sum(self._expected(reached, count))
         on_path = set(pending.path)
-        for place in range(len(pending.draft.token_ids)):
+        for place in range(count):
             hit = place in on_path
             self.trials[place] += 1
             step = max(_SMOOTHING, 1.0 / (self.trials[place] + _WEIGHT))

@@ -11,12 +11,12 @@ among its guesses and among nobody else's.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from actors.drafting.acceptance_model import AcceptanceModel, RequestAcceptance
 from actors.drafting.interface import SessionDraft
-from actors.drafting.tree import ROOT, depths, parents_of
+from actors.drafting.tree import depths, first_tokens, parents_of
 
 _SMOOTHING = 0.05
 _LONGEST_PAUSE_S = 1.0
@@ -55,14 +55,26 @@ class _Cost:
 
 
 @dataclass(slots=True)
+class _Asked:
+    """What a drafter was asked for, for a tree: `covered` are the tokens that others guess to come next, with
+    their probabilities; `guesses` those that it guessed itself, empty until it has."""
+
+    covered: Mapping[int, float]
+    guesses: Collection[int] = ()
+
+    @property
+    def uncovered(self) -> float:
+        """How likely it is that nobody else guessed the next token."""
+        return max(0.0, 1.0 - sum(self.covered.values()))
+
+
+@dataclass(slots=True)
 class _Session:
-    """`guesses`: by drafter asked for a tree, the first tokens that it guessed (None until it has answered);
-    `covered`: those that earlier drafters had guessed by then, with their probabilities."""
+    """`asked`: by drafter, since the last token."""
 
     acceptance: RequestAcceptance = field(default_factory=RequestAcceptance)
     committed_at: float | None = None
-    guesses: dict[str, frozenset[int] | None] = field(default_factory=dict)
-    covered: dict[str, Mapping[int, float]] = field(default_factory=dict)
+    asked: dict[str, _Asked] = field(default_factory=dict)
 
 
 class DraftWorth:
@@ -129,29 +141,25 @@ class DraftWorth:
     def adds(self, name: str, session_id: int, covered: Mapping[int, float]) -> bool:
         """Whether to ask drafter `name` too, for a tree in which the tokens `covered` are guessed to come
         next, each with a probability."""
-        session = self._sessions[session_id]
+        asked = _Asked(covered)
         cost = self._costs.setdefault(name, _Cost())
-        uncovered = max(0.0, 1.0 - sum(covered.values()))
-        added = cost.added * uncovered / max(cost.uncovered, 0.05)
+        added = cost.added * asked.uncovered / max(cost.uncovered, 0.05)
         price = self._price(cost) * cost.length
         if price > _CHEAP and _TOKENS_A_HIT * min(1.0, added) <= price:
             cost.passed_over += 1
             if cost.passed_over % _EXPLORE_INTERVAL:
                 return False
-        session.guesses[name] = None
-        session.covered[name] = covered
+        self._sessions[session_id].asked[name] = asked
         return True
 
     def guessed(self, name: str, drafts: Sequence[SessionDraft], seconds: float) -> None:
         """The trees that asking a drafter gave, and how long it took for all sessions together."""
         levels = 0
         for draft in drafts:
-            parents = parents_of(draft)
-            levels += max(depths(parents), default=0)
-            session = self._sessions[draft.session_id]
-            if name in session.guesses:
-                firsts = (t for t, parent in zip(draft.token_ids, parents, strict=True) if parent == ROOT)
-                session.guesses[name] = frozenset(firsts)
+            levels += max(depths(parents_of(draft)), default=0)
+            asked = self._sessions[draft.session_id].asked.get(name)
+            if asked is not None:
+                asked.guesses = first_tokens([draft])
         self._costs.setdefault(name, _Cost()).observe(seconds, max(1, len(drafts)), levels)
 
     def least_survival(self, name: str, continued: bool) -> float:
@@ -165,15 +173,14 @@ class DraftWorth:
         return cost.token_s / self._pace_s if self._pace_s else 0.0
 
     def _score_guesses(self, session: _Session, token: int) -> None:
-        for name, guesses in session.guesses.items():
-            if not guesses:  # nothing was guessed: the drafter was not ready
+        for name, asked in session.asked.items():
+            if not asked.guesses:  # nothing was guessed: the drafter was not ready
                 continue
-            cost, covered = self._costs[name], session.covered[name]
-            alone = token in guesses and covered.get(token, 0.0) < _UNLIKELY
+            cost = self._costs[name]
+            alone = token in asked.guesses and asked.covered.get(token, 0.0) < _UNLIKELY
             cost.added += _SMOOTHING * (alone - cost.added)
-            cost.uncovered += _SMOOTHING * (max(0.0, 1.0 - sum(covered.values())) - cost.uncovered)
-        session.guesses.clear()
-        session.covered.clear()
+            cost.uncovered += _SMOOTHING * (asked.uncovered - cost.uncovered)
+        session.asked.clear()
 
     def _promise(self, name: str, session_id: int, budget: int) -> float:
         cost = self._costs.get(name, _Cost())

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actors.drafting.tree import depths
+from actors.drafting.tree import chain_parents, depths
 from actors.engine.sequence import Work
 from actors.models.runner import RaggedBatch
 
@@ -45,7 +45,7 @@ def build_batch(works: Sequence[Work], device: torch.device) -> tuple[RaggedBatc
         token_ids.extend(work.drafts)
         positions.extend(range(start, start + work.num_tokens))
         last = start + work.num_tokens - 1
-        positions.extend(last + depth for depth in depths(work.parents or range(-1, len(work.drafts) - 1)))
+        positions.extend(last + depth for depth in depths(_draft_parents(work)))
         query_start.append(len(token_ids))
         context_lens.append(start + work.num_rows)
         wanted = begin + work.num_tokens - 1 if work.completes else len(token_ids)
@@ -77,8 +77,12 @@ def _parents(works: Sequence[Work]) -> list[int]:
         begin = len(parents)
         last = begin + work.num_tokens - 1
         parents += [-1, *range(begin, last)]
-        parents += [last + 1 + p for p in work.parents or range(-1, len(work.drafts) - 1)]
+        parents += [last + 1 + parent for parent in _draft_parents(work)]
     return parents
+
+
+def _draft_parents(work: Work) -> Sequence[int]:
+    return work.parents or chain_parents(len(work.drafts))
 
 
 def _integers(values: list[int], device: torch.device) -> Tensor:

@@ -63,8 +63,7 @@ class CostModel:
                 if other != rows:
                     self._seconds[other] *= drift
         self._rounds[rows] = self._rounds.get(rows, 0) + 1
-        self._fitted = []
-        self._cache.clear()
+        self._changed()
 
     def profile(self, run: Callable[[int], float], row_counts: Sequence[int], repeats: int = 3) -> None:
         """Measure each row count: the best of `repeats` runs of `run(rows) -> seconds`."""
@@ -76,8 +75,11 @@ class CostModel:
         seconds = min(run(rows) for _ in range(repeats))
         if seconds < self._seconds.get(rows, 0.0):
             self._seconds[rows] = seconds
-            self._fitted = []
-            self._cache.clear()
+            self._changed()
+
+    def _changed(self) -> None:
+        self._fitted = []
+        self._cache.clear()
 
     def profile_attention(
         self, run: Callable[[int, int], float], rows: int, contexts: tuple[int, int], repeats: int = 3

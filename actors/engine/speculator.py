@@ -138,7 +138,7 @@ class Speculator:
             length = min(len(draft.token_ids), candidate.limit)
             if seq.sampler is not None:
                 try:
-                    length = seq.sampler.admissible(draft.token_ids[:length], draft.parents[:length])
+                    length = seq.sampler.admissible(draft.token_ids[:length], tree=seq.trees)
                 except GrammarError:
                     length = 0  # judging meets the same error and ends the request
             usable.append((seq, draft, candidate, length))

@@ -6,8 +6,10 @@ Plain decoding is the same round with no drafts in it, so speculation on and off
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -76,7 +78,7 @@ class TorchEngine:
         self._max_model_len = max_model_len
         self._compile_grammar = compile_grammar
         self._keeps_states = speculator.source.wants_states
-        self._to_remeasure: list[int | None] = []
+        self._idle_jobs: deque[Callable[[], None]] = deque()
         self._clock = PhaseClock()
         self._steps = self._emitted = self._prompt_tokens = self._cached_tokens = 0
 
@@ -379,21 +381,21 @@ class TorchEngine:
         rows_to_try = self._profiled_rows()
         self._speculator.controller.costs.profile(self._time_short_round, rows_to_try)
         # Other processes of a deployment start beside this one: measured again in idle moments.
-        self._to_remeasure = [*rows_to_try, None] * _REMEASURED
+        again = [partial(self._remeasure, rows) for rows in rows_to_try]
+        self._idle_jobs.extend([*again, self._profile_attention] * _REMEASURED)
 
     def idle(self) -> bool:
-        """Measure again what rounds cost: one row count a call (None: context), in empty blocks."""
-        if not self._to_remeasure:
+        """Measure again what rounds cost: one thing a call, in blocks that hold nothing."""
+        if not self._idle_jobs:
             return False
-        rows = self._to_remeasure.pop(0)
+        job = self._idle_jobs.popleft()
         pool = self._scheduler.pool
-        if pool.num_free - pool.num_cached < pool.blocks_for(_LONG_CONTEXT + _ATTENDING_ROWS):
-            return True
-        if rows is None:
-            self._profile_attention()
-        else:
-            self._speculator.controller.costs.remeasure(rows, self._time_short_round)
+        if pool.num_free - pool.num_cached >= pool.blocks_for(_LONG_CONTEXT + _ATTENDING_ROWS):
+            job()
         return True
+
+    def _remeasure(self, rows: int) -> None:
+        self._speculator.controller.costs.remeasure(rows, self._time_short_round)
 
     def _profiled_rows(self) -> list[int]:
         usable = self._scheduler.pool.num_blocks * BLOCK_SIZE

@@ -50,13 +50,13 @@ def _merge(base: ResolvedSource, folder: Path, adapter: ResolvedSource, merged: 
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     try:
-        adapted = PeftModel.from_pretrained(model, adapter.path, autocast_adapter_dtype=False)
+        wrapped = PeftModel.from_pretrained(model, adapter.path, autocast_adapter_dtype=False)
         # PEFT itself is content with an adapter that fits a part of the model, or has more than the model.
         with safe_open(adapter.path / ADAPTER_WEIGHTS, "pt") as stored:
-            differ = set(stored.keys()) ^ set(get_peft_model_state_dict(adapted))
+            differ = set(stored.keys()) ^ set(get_peft_model_state_dict(wrapped))
         if differ:
             raise ValueError(f"{len(differ)} tensors are in one of them only, {min(differ)} among them")
-        whole = adapted.merge_and_unload(safe_merge=True)
+        whole = wrapped.merge_and_unload(safe_merge=True)
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         raise ModelSourceError(
             f"adapter {adapter.source!r} does not fit {base.name}: {str(error).splitlines()[0]}"

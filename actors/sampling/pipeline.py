@@ -139,16 +139,16 @@ class SequenceSampler:
             rule=rule,
         )
 
-    def admissible(self, drafts: Sequence[int], parents: Sequence[int] = ()) -> int:
+    def admissible(self, drafts: Sequence[int], *, tree: bool = False) -> int:
         """How many of the drafts may be verified: up to the first that the grammar forbids (or that is no
-        token at all), and none after a stop id. Of a tree (`parents` given, no grammar), up to the first that
+        token at all), and none after a stop id. Of a `tree` (no grammar), up to the first that
         is no token; the target stops at a stop id by itself. Changes no state."""
         count = 0
         for token in drafts:
             if not 0 <= token < self._vocab_size:
                 break
             count += 1
-            if token in self._stop_ids and not parents:
+            if token in self._stop_ids and not tree:
                 break
         if self._grammar is not None and count:
             count = self._grammar.admissible(drafts[:count])

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from actors.drafting.tree import ROOT, find_child
 from actors.sampling.noise import GUMBEL, gumbel
 from actors.sampling.reduce import best_ids
 from actors.sampling.truncation import surviving_ids
@@ -67,11 +68,10 @@ def accept_path(decide: Callable[[int, int], int], drafts: Sequence[int], parent
         parents: index of each draft's parent, which comes before it; -1 for the last committed token.
     """
     path: list[int] = []
-    at = -1
+    at = ROOT
     while True:
         token = decide(at + 1, len(path))
-        below = (i for i in range(at + 1, len(drafts)) if parents[i] == at and drafts[i] == token)
-        found = next(below, None)
+        found = find_child(drafts, parents, at, token)
         if found is None:
             return Verdict(len(path), token, tuple(path))
         path.append(found)

@@ -98,7 +98,8 @@ def runner(request: pytest.FixtureRequest, folder: Path) -> LayeredRunner:
     if request.param == "torch":
         return torch_runner(folder)
     loaded = load_runner(str(folder), dtype="float32", backend="native", kv_blocks=256, threads=1)
-    return loaded.runner  # type: ignore[return-value]
+    assert isinstance(loaded.runner, LayeredRunner)
+    return loaded.runner
 
 
 @pytest.fixture

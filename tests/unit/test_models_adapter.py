@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM
 
 from actors.models.adapter import adapted
-from actors.models.load import load_runner
+from actors.models.load import DTypeName, load_runner
 from actors.models.runner import RaggedBatch
 from actors.models.source import ModelSourceError, resolve_source
 from cluster.config import ClusterConfig
@@ -45,13 +45,13 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setenv("S2D_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
 
 
-def logits(base: Path, adapter: Path | None, dtype: str = "float32") -> torch.Tensor:
+def logits(base: Path, adapter: Path | None, dtype: DTypeName = "float32") -> torch.Tensor:
     loaded = load_runner(
         str(base),
         adapter=None if adapter is None else str(adapter),
         dtype=dtype,
         kv_blocks=8,
-        threads=1,  # type: ignore[arg-type]
+        threads=1,
     )
     return loaded.runner.forward(RaggedBatch.chain(IDS))
 
@@ -63,7 +63,8 @@ def test_a_merged_model_is_what_peft_computes(base: Path, adapter: Path) -> None
     plain, merged = logits(base, None), logits(base, adapter)
     assert torch.allclose(merged, expected, atol=1e-3)
     assert not torch.allclose(merged, plain, atol=0.1)
-    for dtype in ("bfloat16", "int8"):
+    dtypes: tuple[DTypeName, ...] = ("bfloat16", "int8")
+    for dtype in dtypes:
         assert (logits(base, adapter, dtype) - merged).abs().max() < 0.2 * merged.abs().max()
 
 
