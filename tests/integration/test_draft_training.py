@@ -359,7 +359,7 @@ def test_a_draft_learns_to_read_its_targets_states(
     )
     earlier, _ = trained
     settings = settings_for(
-        base, data, tmp_path / "run", teachers=(folder,), states=True, withheld=0.4, steps=150,
+        base, data, tmp_path / "run", teachers=(folder,), states=True, withheld=0.4, steps=300,
         init=str(earlier.settings.out / ARTIFACT),
     )  # fmt: skip
     train(build_run(settings))
@@ -405,8 +405,7 @@ def test_a_draft_learns_to_read_its_targets_states(
             assert tuple(results[f"{i}"].token_ids) == s.ids[s.labels_from :]
         accepted[reads] = sum(r.accepted for r in results.values())
         engine.close()
-    # That states help is shown above; how much of it chains of a toy keep depends on the CPU's arithmetic.
-    assert accepted[True] > 0.9 * accepted[False], accepted
+    assert accepted[True] > accepted[False], accepted
 
 
 def test_workers_share_a_step(base: Path, data: DataSettings, tmp_path: Path) -> None:
