@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,7 +23,9 @@ from actors.models.source import resolve_source
 from actors.sampling.grammar import GrammarMatcher
 from actors.sampling.params import GrammarSpec, ParameterError
 from actors.text.tokenizer import TextTokenizer
+from actors.training.data_cards import data_card
 from actors.training.generate import ConversationMaker
+from actors.training.resident_data import collect_resident
 from actors.training.settings import DataSettings, TeacherSettings
 from actors.training.teacher import Teacher
 from actors.training.texts import read_prompts, read_texts
@@ -77,6 +78,8 @@ def collect_data(
     """Make a data set, or what is missing of it. Raises DataError, ValueError, OSError."""
     if settings.texts:
         return _from_texts(settings, say, advance)
+    if settings.resident:
+        return collect_resident(settings, say, advance)
     blocks = settings.batch * (-(-settings.max_len // BLOCK_SIZE) + 1) + _MARGIN_BLOCKS
     loaded = load_runner(
         settings.source,
@@ -90,7 +93,7 @@ def collect_data(
     tokenizer = TextTokenizer(loaded.tokenizer_folder)
     prompts = None if settings.prompts is None else read_prompts(settings.prompts)
     kind, info = "generated" if prompts is None else "answered", loaded.info
-    card = _data_card(settings, kind, info.name, loaded.source_hash, tokenizer, info.vocab_size)
+    card = data_card(settings, kind, info.name, loaded.source_hash, tokenizer, info.vocab_size)
     write_card(settings.out, DATA_CARD, card)
     teacher_out = settings.teacher_out or default_teacher_folder(card, loaded.info.name)
     if settings.teacher_top:
@@ -128,7 +131,7 @@ def _from_texts(settings: DataSettings, say: Say, advance: Advance) -> DataCard:
     folder = model_folder(resolved, say)
     tokenizer = TextTokenizer(folder)
     vocab_size = load_config(folder).get_text_config().vocab_size
-    card = _data_card(settings, "texts", resolved.name, resolved.content_hash, tokenizer, vocab_size)
+    card = data_card(settings, "texts", resolved.name, resolved.content_hash, tokenizer, vocab_size)
     write_card(settings.out, DATA_CARD, card)
     found = (s for path in settings.texts for s in read_texts(path, tokenizer, settings.max_len))
     for index, shard in enumerate(_chunks(found, settings.shard)):
@@ -185,21 +188,6 @@ def teach(
     return out
 
 
-def _data_card(
-    settings: DataSettings, kind: str, model: str, source_hash: str, tokenizer: TextTokenizer, vocab_size: int
-) -> DataCard:
-    return DataCard(
-        name=settings.out.name,
-        kind=kind,
-        model=model,
-        source_hash=source_hash,
-        tokenizer_hash=tokenizer.vocab_hash,
-        vocab_size=vocab_size,
-        made_with=_made_with(settings, source_hash),
-        settings=_recorded(settings),
-    )
-
-
 def _teacher_card(
     data: DataCard, loaded: LoadedModel, tokenizer: TextTokenizer, top: int, states: int = 0
 ) -> TeacherCard:
@@ -211,21 +199,3 @@ def _teacher_card(
         data_hash=data.made_with,
         states=states,
     )
-
-
-_FREE = frozenset(
-    {"out", "samples", "teacher_out", "teacher_top", "batch", "part", "threads", "device", "source"}
-)
-"""What may change when a data set is continued: more samples, another machine."""
-
-
-def _recorded(settings: DataSettings) -> dict[str, object]:
-    """Settings as the card keeps them: no paths of this machine."""
-    values = settings.model_dump(mode="json", exclude=set(_FREE))
-    values["prompts"] = None if settings.prompts is None else settings.prompts.name
-    values["texts"] = [path.name for path in settings.texts]
-    return values
-
-
-def _made_with(settings: DataSettings, source_hash: str) -> str:
-    return hashlib.sha256(f"{settings.digest(*_FREE)}{source_hash}".encode()).hexdigest()

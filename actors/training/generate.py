@@ -29,10 +29,12 @@ _PLAIN = SpeculationParams(enabled=False)
 
 @dataclass(frozen=True, slots=True)
 class UserTurn:
-    """What a chat template puts before a user's first turn, as ids, and the ids that end the turn."""
+    """What a chat template puts before a user's first turn, as ids, the ids that end the turn, and what it
+    puts from the turn's end to where the answer begins."""
 
     before: tuple[int, ...]
     ends: tuple[int, ...]
+    header: tuple[int, ...]
 
 
 @dataclass(slots=True)
@@ -52,15 +54,17 @@ class Conversation:
 
 def user_turn(tokenizer: TextTokenizer) -> UserTurn:
     """Raises ValueError when the template does not write the user's text as it is."""
-    text = render_text(tokenizer, [ChatMessage("user", _MARK)], add_generation_prompt=False)
-    before, found, after = text.partition(_MARK)
+    turn = [ChatMessage("user", _MARK)]
+    before, found, after = render_text(tokenizer, turn, add_generation_prompt=False).partition(_MARK)
     if not found or not before:
         raise ValueError("the chat template changes the user's text: give prompts instead")
     ends = set(tokenizer.eos_token_ids)
     following = tokenizer.encode(after, add_special_tokens=False)
     if following:
         ends.add(following[0])
-    return UserTurn(tuple(tokenizer.encode(before, add_special_tokens=False)), tuple(sorted(ends)))
+    header = tokenizer.encode(render_text(tokenizer, turn).partition(_MARK)[2], add_special_tokens=False)
+    before_ids = tokenizer.encode(before, add_special_tokens=False)
+    return UserTurn(tuple(before_ids), tuple(sorted(ends)), tuple(header))
 
 
 def run_requests(

@@ -39,6 +39,7 @@ def data(
     greedy_share: Annotated[float | None, typer.Option(help="Share of greedy answers.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Sequences generated at once.")] = None,
     part: Annotated[str | None, typer.Option(help="I/N: the I-th of N processes on one folder.")] = None,
+    resident: Annotated[bool | None, typer.Option(help="One fixed batch on the device, for a GPU.")] = None,
     teacher_top: Annotated[int | None, typer.Option(min=0, help="Log-probabilities kept a token.")] = None,
     teacher_out: Annotated[Path | None, typer.Option(help="Folder of the log-probabilities.")] = None,
     dtype: DType = None,
@@ -57,7 +58,8 @@ def data(
             {
                 "source": source, "out": folder, "samples": samples, "prompts": prompts,
                 "texts": tuple(text) if text else None, "max_len": max_len, "greedy_share": greedy_share,
-                "batch": batch, "part": part, "teacher_top": teacher_top, "teacher_out": teacher_out,
+                "batch": batch, "part": part, "resident": resident, "teacher_top": teacher_top,
+                "teacher_out": teacher_out,
                 "dtype": dtype, "device": device, "threads": threads, "seed": seed,
             },
         )  # fmt: skip
