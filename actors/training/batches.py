@@ -31,7 +31,9 @@ class Batch:
     """ids, positions, sequence: int64 [B, L] (see `SortedStudent.forward`; padding is sequence -1).
 
     Label n (int64 [N], in the draft's vocabulary, -1: not in it) is predicted at row rows[n], column
-    columns[n]. states: float16 [B, L, H], of the target where it emitted a token, zeros where there is none.
+    columns[n]. states: float16 [B, L, H], of the target where it emitted a token, zeros where there is none:
+    the state of a token is the target's last hidden state at the token before. withheld: bool [B, L], where
+    an online teacher is to find them: tokens without one, those of prompts and padding among them.
     """
 
     ids: Tensor
@@ -42,6 +44,7 @@ class Batch:
     labels: Tensor
     teachers: tuple[TeacherBatch, ...] = ()
     states: Tensor | None = None
+    withheld: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         moved: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -108,18 +111,20 @@ def build_batch(
     max_offset: int = 0,
     anchors: int = 0,
     withheld: float = 0.0,
+    mark_withheld: bool = False,
 ) -> Batch:
     """Lay examples out. With `offsets`, the positions of a sequence but its first `anchors` tokens are
     shifted by a random distance of at most `max_offset` (LongSpec's anchor-offset indices, arXiv
-    2502.17421), and `withheld` of the tokens with states lose them (see `withhold`)."""
+    2502.17421), and `withheld` of the tokens with states lose them (see `withhold`), or are marked."""
     width = max(sum(min(len(examples[i].ids), row_tokens) for i in row) for row in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.int64)
     positions = torch.zeros_like(ids)
     sequence = torch.full_like(ids, -1)
     first = examples[0].states
     states = None if first is None else torch.zeros(*ids.shape, first.shape[1], dtype=first.dtype)
-    at_row: list[int] = []
-    at_column: list[int] = []
+    marks = torch.ones_like(ids, dtype=torch.bool) if mark_withheld else None
+    at_row: list[Tensor] = []
+    at_column: list[Tensor] = []
     chosen: list[tuple[Example, int]] = []
     for r, row in enumerate(rows):
         start = 0
@@ -134,14 +139,17 @@ def build_batch(
                 where[anchors:] += int(offsets.integers(0, max_offset + 1))
             positions[r, span] = where
             count = max(0, length - example.labels_from)
-            at_row += [r] * count
-            at_column += range(start + example.labels_from - 1, start + length - 1)
+            labelled = slice(start + example.labels_from, start + length)
+            at_row.append(torch.full((count,), r))
+            at_column.append(torch.arange(labelled.start - 1, labelled.start - 1 + count))
             chosen.append((example, count))
+            gone = torch.zeros(count, dtype=torch.bool)
+            if offsets is not None and withheld and (mark_withheld or example.states is not None):
+                gone = withhold(count, withheld, offsets)
             if states is not None and example.states is not None:
-                kept = example.states[:count]
-                if offsets is not None and withheld:
-                    kept = kept * ~withhold(count, withheld, offsets)[:, None]
-                states[r, start + example.labels_from : start + length] = kept
+                states[r, labelled] = example.states[:count] * ~gone[:, None]
+            if marks is not None:
+                marks[r, labelled] = gone
             start += length
     labels = torch.cat([example.labels[:count] for example, count in chosen])
     teachers = tuple(
@@ -151,8 +159,9 @@ def build_batch(
         )
         for t in range(len(examples[0].teachers))
     )
-    at = (torch.tensor(at_row, dtype=torch.int64), torch.tensor(at_column, dtype=torch.int64))
-    return Batch(ids, positions, sequence, *at, labels, teachers, states)
+    return Batch(
+        ids, positions, sequence, torch.cat(at_row), torch.cat(at_column), labels, teachers, states, marks
+    )
 
 
 LONGEST_RUN = 4
@@ -163,14 +172,12 @@ def withhold(count: int, share: float, generator: np.random.Generator) -> Tensor
     runs of 1 .. LONGEST_RUN, about `share` of all; of share / 2 of the sequences, all."""
     if generator.random() < share / 2:
         return torch.ones(count, dtype=torch.bool)
-    gone = torch.zeros(count, dtype=torch.bool)
     mean = (1 + LONGEST_RUN) / 2
     begin = share / (mean * (1 - share) + share)  # of a run, at a token outside one
-    at = 0
-    while at < count:
-        if generator.random() < begin:
-            run = int(generator.integers(1, LONGEST_RUN + 1))
-            gone[at : at + run] = True
-            at += run
-        at += 1
-    return gone
+    cycles = count // 2 + 1  # each is two tokens at least: a run, and what follows it
+    spans = np.empty((cycles, 3), dtype=np.int64)
+    spans[:, 0] = generator.geometric(begin, cycles) - 1
+    spans[:, 1] = generator.integers(1, LONGEST_RUN + 1, cycles)
+    spans[:, 2] = 1
+    gone = np.repeat(np.tile(np.array([False, True, False]), cycles), spans.ravel())
+    return torch.from_numpy(gone[:count])

@@ -7,18 +7,22 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from actors.training.token_store import (
     DataCard,
     DataError,
+    SequenceTable,
     TeacherCard,
     TeacherRows,
     TokenSequence,
-    iter_shards,
+    iter_tables,
+    joined,
     read_data_card,
     read_teacher,
     read_teacher_card,
@@ -53,9 +57,26 @@ class RawCorpus:
 
     cards: tuple[DataCard, ...]
     vocab_size: int
-    sequences: list[TokenSequence]
+    table: SequenceTable
     teacher_cards: tuple[TeacherCard, ...]
     rows: tuple[list[TeacherRows], ...]
+
+    @property
+    def sequences(self) -> list[TokenSequence]:
+        return self.table.sequences()
+
+    def is_heldout(self, share: float) -> npt.NDArray[np.bool_]:
+        """bool [n]: see `is_heldout`."""
+        t = self.table
+        return np.array(
+            [
+                _falls_below(share, t.ids[start:end], first)
+                for start, end, first in zip(
+                    t.starts[:-1].tolist(), t.starts[1:].tolist(), t.labels_from.tolist(), strict=True
+                )
+            ],
+            dtype=np.bool_,
+        )
 
 
 def read_corpus(folders: Sequence[Path], teachers: Sequence[Path] = (), *, states: bool = False) -> RawCorpus:
@@ -69,16 +90,17 @@ def read_corpus(folders: Sequence[Path], teachers: Sequence[Path] = (), *, state
                 f"{folders[0]} {cards[0].tokenizer_hash[:12]}"
             )
     of_set = _teachers_of(folders, cards, teachers)
-    sequences: list[TokenSequence] = []
+    tables: list[SequenceTable] = []
     rows: tuple[list[TeacherRows], ...] = tuple([] for _ in of_set[0])
     for folder, paths in zip(folders, of_set, strict=True):
-        for index, shard in iter_shards(folder):
-            sequences += shard
+        for index, table in iter_tables(folder):
+            tables.append(table)
+            labels = (np.diff(table.starts) - table.labels_from).tolist()
             for place, (path, _) in enumerate(paths):
                 first = states and place == 0
-                rows[place].extend(read_teacher(shard_path(path, index), shard, states=first))
+                rows[place].extend(read_teacher(shard_path(path, index), labels, states=first))
     teacher_cards = tuple(teacher for _, teacher in of_set[0])
-    return RawCorpus(cards, cards[0].vocab_size, sequences, teacher_cards, rows)
+    return RawCorpus(cards, cards[0].vocab_size, joined(tables), teacher_cards, rows)
 
 
 def _teachers_of(
@@ -110,23 +132,29 @@ def _teachers_of(
 def is_heldout(sequence: TokenSequence, share: float) -> bool:
     """Decided by a sequence's prompt alone, so that more data moves none across and no prompt is on both
     sides."""
-    prompt = np.array(sequence.ids[: sequence.labels_from], dtype=np.int64)
-    if sequence.labels_from < 2:  # plain text has no prompt
-        prompt = np.array(sequence.ids, dtype=np.int64)
+    return _falls_below(share, np.array(sequence.ids), sequence.labels_from)
+
+
+def _falls_below(share: float, ids: npt.NDArray[Any], labels_from: int) -> bool:
+    # Plain text has no prompt.
+    prompt = (ids if labels_from < 2 else ids[:labels_from]).astype(np.int64)
     value = int.from_bytes(hashlib.sha256(prompt.tobytes()).digest()[:8], "little")
     return value < share * 2**64
 
 
-def draft_vocabulary(sequences: Sequence[TokenSequence], size: int, vocab_size: int) -> Tensor:
-    """int64 [D], ascending: the most frequent label tokens (FR-Spec, arXiv 2502.14856); of equally frequent
-    ones, and to fill up, lower ids first (in byte-pair vocabularies those are the more common). 0: all."""
+def draft_vocabulary(table: SequenceTable, indices: Sequence[int], size: int, vocab_size: int) -> Tensor:
+    """int64 [D], ascending: the most frequent label tokens of some sequences (FR-Spec, arXiv 2502.14856); of
+    equally frequent ones, and to fill up, lower ids first (in byte-pair vocabularies those are the more
+    common). 0: all."""
     if size == 0 or size >= vocab_size:
         return torch.arange(vocab_size)
-    counts = np.zeros(vocab_size, dtype=np.int64)
-    for sequence in sequences:
-        np.add.at(counts, np.array(sequence.ids[sequence.labels_from :], dtype=np.int64), 1)
-    chosen = np.argsort(-counts, kind="stable")[:size]
-    return torch.from_numpy(np.sort(chosen))
+    lengths = np.diff(table.starts)
+    chosen = np.zeros(len(table), dtype=np.bool_)
+    chosen[list(indices)] = True
+    place = np.arange(len(table.ids)) - np.repeat(table.starts[:-1], lengths)
+    label = (place >= np.repeat(table.labels_from, lengths)) & np.repeat(chosen, lengths)
+    counts = np.bincount(table.ids[label], minlength=vocab_size)
+    return torch.from_numpy(np.sort(np.argsort(-counts, kind="stable")[:size]))
 
 
 def build_examples(corpus: RawCorpus, indices: Sequence[int], head_ids: Tensor) -> list[Example]:
@@ -134,9 +162,12 @@ def build_examples(corpus: RawCorpus, indices: Sequence[int], head_ids: Tensor) 
     row_of = torch.full((corpus.vocab_size,), -1, dtype=torch.int64)
     row_of[head_ids] = torch.arange(len(head_ids))
     examples: list[Example] = []
+    # All at once, and then views: there may be a hundred thousand sequences.
+    flat = torch.from_numpy(corpus.table.ids.astype(np.int64))
+    labels = row_of[flat]
+    starts, labels_from = corpus.table.starts.tolist(), corpus.table.labels_from.tolist()
     for index in indices:
-        sequence = corpus.sequences[index]
-        ids = torch.tensor(sequence.ids, dtype=torch.int64)
+        begin, end, first = starts[index], starts[index + 1], labels_from[index]
         teachers = tuple(
             ExampleTeacher(row_of[torch.from_numpy(rows[index].ids)].int(), _half(rows[index]))
             for rows in corpus.rows
@@ -144,9 +175,9 @@ def build_examples(corpus: RawCorpus, indices: Sequence[int], head_ids: Tensor) 
         states = corpus.rows[0][index].states if corpus.rows else None
         examples.append(
             Example(
-                ids,
-                sequence.labels_from,
-                row_of[ids[sequence.labels_from :]],
+                flat[begin:end],
+                first,
+                labels[begin + first : end],
                 teachers,
                 None if states is None else torch.from_numpy(states),
             )

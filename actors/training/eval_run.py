@@ -78,7 +78,9 @@ def _answers(settings: EvalSettings) -> list[Answer]:
     for index, shard in iter_shards(settings.data):
         rows = None
         if settings.states is not None:
-            rows = read_teacher(shard_path(settings.states, index), shard, states=True)
+            rows = read_teacher(
+                shard_path(settings.states, index), [s.num_labels for s in shard], states=True
+            )
         for place, sequence in enumerate(shard):
             if sequence.greedy and (settings.heldout is None or is_heldout(sequence, settings.heldout)):
                 found.append(Answer(sequence, None if rows is None else rows[place].states))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from actors.training.batches import Batch
 from actors.training.checkpoint import Checkpoint, load_latest, save_checkpoint
 from actors.training.curves import plot_curves
 from actors.training.losses import SortedLoss
-from actors.training.run import TrainingRun, build_optimizer, learning_rate
+from actors.training.run import TrainingData, TrainingRun, build_optimizer, learning_rate
 
 ARTIFACT, CHECKPOINTS, CURVES = "draft.safetensors", "checkpoints", "curves.png"
 Record = dict[str, Any]
@@ -28,6 +31,34 @@ class Workers:
     world: int = 1
     wrap: Callable[[nn.Module], nn.Module] = lambda module: module
     barrier: Callable[[], None] = lambda: None
+
+
+class BatchQueue:
+    """The batches of some steps, laid out in a thread a few steps ahead of their use."""
+
+    AHEAD = 3
+
+    def __init__(self, data: TrainingData, steps: range, workers: Workers) -> None:
+        self._data, self._steps, self._workers = data, steps, workers
+        # One thread: the plan of an epoch is made once.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
+
+    def __enter__(self) -> BatchQueue:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def __iter__(self) -> Iterator[Batch]:
+        waiting: deque[Future[Batch]] = deque()
+        for step in self._steps:
+            waiting.append(
+                self._thread.submit(self._data.batch, step, self._workers.rank, self._workers.world)
+            )
+            if len(waiting) > self.AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 @dataclass(slots=True)
@@ -56,29 +87,32 @@ def train(
     workers = workers or Workers()
     settings, out = run.settings, run.settings.out
     loss_module = SortedLoss(run.student, settings.distill).to(run.device)
+    if settings.compile:
+        _compile(run, loss_module)
     optimizer = build_optimizer(run.student, settings)
     state = _resume(run, optimizer, out / CHECKPOINTS)
     wrapped = workers.wrap(loss_module)
-    heldout = [batch.to(run.device) for batch in run.data.heldout_batches()] if workers.rank == 0 else []
+    heldout = run.heldout_batches() if workers.rank == 0 else []
     if state.step == 0 and heldout:
         state.history.append({"step": 0, "heldout": _measure(run, loss_module, heldout)})
         on_step(state.history[-1])
     last = min(settings.steps, stop_after if stop_after is not None else settings.steps)
-    while state.step < last:
-        started = time.perf_counter()
-        record = _step(run, wrapped, optimizer, state, workers)
-        state.step += 1
-        due = state.step % settings.eval_every == 0 or state.step == settings.steps
-        if heldout and due:
-            record["heldout"] = _measure(run, loss_module, heldout)
-        state.seconds += time.perf_counter() - started
-        record["seconds"] = state.seconds
-        state.history.append(record)
-        on_step(record)
-        if state.step % settings.checkpoint_every == 0 or state.step == last:
-            if workers.rank == 0:
-                _save(run, optimizer, state)
-            workers.barrier()
+    with BatchQueue(run.data, range(state.step, last), workers) as batches:
+        for batch in batches:
+            started = time.perf_counter()
+            record = _step(run, wrapped, optimizer, state, workers, batch)
+            state.step += 1
+            due = state.step % settings.eval_every == 0 or state.step == settings.steps
+            if heldout and due:
+                record["heldout"] = _measure(run, loss_module, heldout)
+            state.seconds += time.perf_counter() - started
+            record["seconds"] = state.seconds
+            state.history.append(record)
+            on_step(record)
+            if state.step % settings.checkpoint_every == 0 or state.step == last:
+                if workers.rank == 0:
+                    _save(run, optimizer, state)
+                workers.barrier()
     if workers.rank == 0 and state.step >= settings.steps:
         run.export(
             out / ARTIFACT,
@@ -90,17 +124,30 @@ def train(
     return state.history
 
 
+def _compile(run: TrainingRun, loss: SortedLoss) -> None:
+    """Layers one by one: they share their code, so that it is compiled once."""
+    layers = [*run.student.layers, *run.student.exit_layers]
+    for layer in [*layers, *(run.teacher.layers if run.teacher is not None else ())]:
+        layer.compile()
+    loss.compile_losses()
+
+
 def _step(
-    run: TrainingRun, loss: nn.Module, optimizer: torch.optim.Optimizer, state: _State, workers: Workers
+    run: TrainingRun,
+    loss: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: _State,
+    workers: Workers,
+    prepared: Batch,
 ) -> Record:
     settings = run.settings
-    batch = run.data.batch(state.step, workers.rank, workers.world).to(run.device)
+    batch = prepared.to(run.device)
     rate = learning_rate(settings, state.step)
     for group in optimizer.param_groups:
         group["lr"] = rate
     run.student.train()
-    with torch.autocast(run.device.type, torch.bfloat16, enabled=settings.bf16):
-        value, details = loss(batch)
+    with run.autocast():
+        value, details = loss(batch, None if run.teacher is None else run.teacher.teach(batch))
     value.backward()
     norm = nn.utils.clip_grad_norm_(run.student.parameters(), settings.clip)
     number = float(value.detach())
@@ -127,7 +174,7 @@ def _measure(run: TrainingRun, loss: SortedLoss, batches: list[Any]) -> Record:
     labels = known = 0
     entropy, agree, agree_teacher = [0.0] * count, [0] * count, [0] * count
     for batch in batches:
-        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.settings.bf16):
+        with run.autocast():
             scores = loss.score(batch)
         labels, known = labels + scores.labels, known + scores.known
         for e in range(count):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from actors.training.batches import Batch, TeacherBatch
+from actors.training.online_teacher import Taught
 from actors.training.student import SortedStudent
 
 _TINY = 1e-6
@@ -42,6 +43,18 @@ def distillation(logits: Tensor, teacher: TeacherBatch) -> tuple[Tensor, Tensor]
     return (within * divergence).sum(), within.sum()
 
 
+def full_distillation(logits: Tensor, logprobs: Tensor, within: Tensor) -> tuple[Tensor, Tensor]:
+    """`distillation` over the draft's whole vocabulary: the teacher conditioned on it, each row weighing the
+    probability that it has there.
+
+    Args:
+        logits, logprobs: float32 [N, D]; the teacher's are normalised.
+        within: float32 [N].
+    """
+    divergence = F.kl_div(F.log_softmax(logits, dim=-1), logprobs, reduction="none", log_target=True)
+    return (within * divergence.sum(-1)).sum(), within.sum()
+
+
 @dataclass(frozen=True, slots=True)
 class ExitScores:
     """Sums over labels, one entry an exit: cross-entropy over labels in the vocabulary, labels that the best
@@ -60,24 +73,33 @@ class SortedLoss(nn.Module):
     def __init__(self, student: SortedStudent, distill: float) -> None:
         super().__init__()
         self.student, self._distill = student, distill
+        self._full = full_distillation
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
-        """The mean loss of all exits, and each exit's own (detached)."""
-        hidden = self.student(batch.ids, batch.positions, batch.sequence, batch.states)
+    def compile_losses(self) -> None:
+        self._full = torch.compile(full_distillation)
+
+    def forward(self, batch: Batch, taught: Taught | None = None) -> tuple[Tensor, dict[str, Any]]:
+        """The mean loss of all exits, and each exit's own (detached). `taught`: what an online teacher says
+        of the batch, in the place of stored teachers and states."""
+        states = batch.states if taught is None else taught.states
+        hidden = self.student(batch.ids, batch.positions, batch.sequence, states)
         losses = [
-            self._exit_loss(self.student.logits(h[batch.rows, batch.columns], index), batch)
+            self._exit_loss(self.student.logits(h[batch.rows, batch.columns], index), batch, taught)
             for index, h in enumerate(hidden)
         ]
         stacked = torch.stack(losses)
         return stacked.mean(), {"exits": stacked.detach()}
 
-    def _exit_loss(self, logits: Tensor, batch: Batch) -> Tensor:
+    def _exit_loss(self, logits: Tensor, batch: Batch, taught: Taught | None) -> Tensor:
         known = batch.labels >= 0
-        share = self._distill if batch.teachers else 0.0
+        share = self._distill if batch.teachers or taught is not None else 0.0
         total = logits.new_zeros(())
         if share < 1.0:
             entropy = F.cross_entropy(logits, batch.labels, ignore_index=-1, reduction="sum")
             total = total + (1.0 - share) * entropy / known.sum().clamp(min=1)
+        if taught is not None and share > 0.0:
+            divergence, weight = self._full(logits, taught.logprobs, taught.within)
+            return total + share * divergence / weight.clamp(min=_TINY)
         for teacher in batch.teachers if share > 0.0 else ():
             divergence, weight = distillation(logits, teacher)
             total = total + share / len(batch.teachers) * divergence / weight.clamp(min=_TINY)

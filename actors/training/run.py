@@ -28,9 +28,9 @@ from actors.training.corpus import (
     RawCorpus,
     build_examples,
     draft_vocabulary,
-    is_heldout,
     read_corpus,
 )
+from actors.training.online_teacher import OnlineTeacher
 from actors.training.settings import TrainSettings
 from actors.training.student import SortedStudent
 from actors.training.token_store import DataError, content_hash
@@ -61,14 +61,20 @@ class TrainingData:
             max_offset=self.max_offset,
             anchors=self.settings.anchors,
             withheld=self.settings.withheld,
+            mark_withheld=self._marks,
         )
+
+    @property
+    def _marks(self) -> bool:
+        """Whether states come from an online teacher, which must know whose to withhold."""
+        return self.settings.states and self.settings.teacher_model is not None
 
     def heldout_batches(self) -> list[Batch]:
         lengths = [len(e.ids) for e in self.heldout]
         rows = pack_rows(lengths, range(len(lengths)), self.settings.row_tokens)[: self.settings.heldout_rows]
         size = self.settings.batch_rows
         return [
-            build_batch(self.heldout, rows[i : i + size], self.settings.row_tokens)
+            build_batch(self.heldout, rows[i : i + size], self.settings.row_tokens, mark_withheld=self._marks)
             for i in range(0, len(rows), size)
         ]
 
@@ -83,13 +89,24 @@ class TrainingRun:
     card: DraftCard
     identity: str
     device: torch.device
+    teacher: OnlineTeacher | None = None
+
+    def heldout_batches(self) -> list[Batch]:
+        """On the device, with what the online teacher says of them."""
+        batches = [batch.to(self.device) for batch in self.data.heldout_batches()]
+        if self.teacher is None:
+            return batches
+        with self.autocast():
+            return [self.teacher.annotate(batch) for batch in batches]
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bf16)
 
     def export(
         self, path: Path, *, steps: int, labels: int, seconds: float, agreement: dict[str, float]
     ) -> None:
         """Write the artifact as it is now, with its confidence calibrated on the held-out labels."""
-        heldout = [batch.to(self.device) for batch in self.data.heldout_batches()]
-        calibration = calibrate(self.student, heldout, self.settings.seed)
+        calibration = calibrate(self.student, self.heldout_batches(), self.settings.seed)
         progress = {"steps": steps, "tokens": labels, "hours": round(seconds / 3600, 3)}
         record = self.card.training.model_copy(update={**progress, "heldout_agreement": agreement})
         save_artifact(
@@ -117,16 +134,15 @@ def build_run(settings: TrainSettings, say: Callable[[str], None] = lambda messa
             f"{settings.data[0]} ({corpus.cards[0].name}) has the tokenizer {made_with[:12]}, "
             f"the base {resolved.name} {tokenizer_hash[:12]}"
         )
-    heldout = [i for i, s in enumerate(corpus.sequences) if is_heldout(s, settings.heldout)]
-    held = set(heldout)
-    kept = [i for i in range(len(corpus.sequences)) if i not in held]
+    held = corpus.is_heldout(settings.heldout)
+    heldout, kept = np.flatnonzero(held).tolist(), np.flatnonzero(~held).tolist()
     vocab_size = base.embed.shape[0]
     earlier = _read_earlier(settings, base, resolved.name, config.num_hidden_layers, tokenizer_hash)
     corpus = replace(corpus, vocab_size=vocab_size)
     if earlier is not None:
         head_ids = earlier[1].head_ids
     else:
-        head_ids = draft_vocabulary([corpus.sequences[i] for i in kept], settings.draft_vocab, vocab_size)
+        head_ids = draft_vocabulary(corpus.table, kept, settings.draft_vocab, vocab_size)
     train = _usable(build_examples(corpus, kept, head_ids), settings.row_tokens)
     held_examples = _usable(build_examples(corpus, heldout, head_ids), settings.row_tokens)
     if not train:
@@ -136,14 +152,20 @@ def build_run(settings: TrainSettings, say: Callable[[str], None] = lambda messa
     )
     room = config.get_text_config().max_position_embeddings - settings.row_tokens
     data = TrainingData(train, held_examples, plan, settings, max(0, min(settings.max_offset, room)))
-    states = _states_card(corpus) if settings.states else None
+    taught_by = [(c.name, c.source_hash) for c in corpus.teacher_cards]
+    states = _states_card(corpus) if settings.states and corpus.teacher_cards else None
+    teacher = None
+    if settings.teacher_model is not None:
+        teacher, card_of_states = _online_teacher(
+            settings, settings.teacher_model, tokenizer_hash, head_ids, say
+        )
+        taught_by = [(card_of_states.model, card_of_states.source_hash)]
+        states = card_of_states if settings.states else None
+        teacher = teacher.to(device)
     student = build_student(base, settings, head_ids, 0 if states is None else states.width)
     if earlier is not None:
         student.take(earlier[1])
     student = student.to(device)
-    targets = {c.name: c.source_hash for c in corpus.teacher_cards} or {
-        c.model: c.source_hash for c in corpus.cards
-    }
     data_hash = content_hash(settings.data)
     card = DraftCard(
         base=resolved.name,
@@ -163,14 +185,16 @@ def build_run(settings: TrainSettings, say: Callable[[str], None] = lambda messa
             data_hash=data_hash,
             objective=_objective(settings),
             seed=settings.seed,
-            targets=targets,
+            targets=dict(taught_by) or {c.model: c.source_hash for c in corpus.cards},
             earlier=None if earlier is None else earlier[0].training,
         ),
     )
-    teachers = [c.model_dump_json() for c in corpus.teacher_cards]
-    identity = hashlib.sha256(repr((settings.identity, card.base_hash, data_hash, teachers)).encode())
+    rows = [c.model_dump_json() for c in corpus.teacher_cards]
+    identity = hashlib.sha256(
+        repr((settings.identity, card.base_hash, data_hash, rows or taught_by)).encode()
+    )
     say(f"{len(train)} sequences to train on, {len(held_examples)} held out, {len(head_ids)} draft tokens")
-    return TrainingRun(settings, student, data, card, identity.hexdigest(), device)
+    return TrainingRun(settings, student, data, card, identity.hexdigest(), device, teacher)
 
 
 def _read_base(folder: Path, settings: TrainSettings, depth: int) -> LlamaWeights:
@@ -204,6 +228,26 @@ def _read_earlier(
     return card, weights
 
 
+def _online_teacher(
+    settings: TrainSettings,
+    source: str,
+    tokenizer_hash: str,
+    head_ids: Tensor,
+    say: Callable[[str], None],
+) -> tuple[OnlineTeacher, StatesCard]:
+    """The target that teaches as training goes. Raises DataError for another tokenizer."""
+    resolved = resolve_source(source)
+    folder = model_folder(resolved, say)
+    theirs = TextTokenizer(folder).vocab_hash
+    if theirs != tokenizer_hash:
+        raise DataError(
+            f"the teacher {resolved.name} has the tokenizer {theirs[:12]}, the base {tokenizer_hash[:12]}"
+        )
+    weights, info = load_llama_weights(folder, torch.float32, torch.device("cpu"))
+    card = StatesCard(model=resolved.name, source_hash=resolved.content_hash, width=info.hidden_size)
+    return OnlineTeacher(weights, head_ids, states=settings.states), card
+
+
 def _states_card(corpus: RawCorpus) -> StatesCard:
     teacher = corpus.teacher_cards[0]
     return StatesCard(model=teacher.name, source_hash=teacher.source_hash, width=teacher.states)
@@ -234,9 +278,9 @@ def _seed(seed: int, stream: int) -> int:
 
 
 def _objective(settings: TrainSettings) -> str:
-    if settings.teachers and settings.distill == 1.0:
-        return "kl"
-    return f"{settings.distill:g} kl + {1 - settings.distill:g} ce" if settings.teachers else "ce"
+    if not (settings.teachers or settings.teacher_model):
+        return "ce"
+    return "kl" if settings.distill == 1.0 else f"{settings.distill:g} kl + {1 - settings.distill:g} ce"
 
 
 def build_optimizer(student: SortedStudent, settings: TrainSettings) -> torch.optim.AdamW:
@@ -248,7 +292,8 @@ def build_optimizer(student: SortedStudent, settings: TrainSettings) -> torch.op
         {"params": matrices, "weight_decay": settings.weight_decay},
         {"params": [p for p in learning if id(p) not in known], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas)
+    fused = next(student.parameters()).device.type == "cuda"
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=fused)
 
 
 def learning_rate(settings: TrainSettings, step: int) -> float:

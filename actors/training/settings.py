@@ -133,6 +133,11 @@ class TrainSettings(SettingsModel):
     teachers: tuple[Path, ...] = Field(
         (), description="Folders of log-probabilities to learn from: for each data set, the same teachers."
     )
+    teacher_model: str | None = Field(
+        None,
+        description="Target to learn from as training goes, instead of stored teachers: its whole "
+        "distribution over the draft's vocabulary and, with `states`, its states. For large data on a GPU.",
+    )
     states: bool = Field(
         False,
         description="Whether the draft learns to read the states of the first teacher, for tokens that it "
@@ -156,6 +161,7 @@ class TrainSettings(SettingsModel):
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = Field(1.0, gt=0, description="Norm that gradients are clipped to.")
     bf16: bool = Field(False, description="bfloat16 autocast; weights and optimiser stay float32.")
+    compile: bool = Field(False, description="torch.compile for layers and loss: for a GPU.")
     window: int | None = Field(None, ge=1, description="Attention window in tokens, also when drafting.")
     max_offset: int = Field(
         0, ge=0, description="Positions are shifted by up to this many (LongSpec), within the base's context."
@@ -174,8 +180,10 @@ class TrainSettings(SettingsModel):
     def _consistent(self) -> Self:
         if list(self.exits) != sorted(set(self.exits)) or self.exits[0] < 1:
             raise ValueError("exits must be positive and strictly ascending")
-        if self.states and not self.teachers:
-            raise ValueError("states: a teacher with states is required")
+        if self.teachers and self.teacher_model:
+            raise ValueError("teachers and teacher_model exclude each other")
+        if self.states and not (self.teachers or self.teacher_model):
+            raise ValueError("states: a teacher with states, or teacher_model, is required")
         if self.warmup >= self.steps and self.warmup > 0:
             raise ValueError("warmup must be below steps")
         return self
@@ -184,7 +192,7 @@ class TrainSettings(SettingsModel):
     def identity(self) -> str:
         """What a checkpoint must share to be continued: everything that the weights depend on."""
         return self.digest(
-            "out", "threads", "device", "eval_every", "checkpoint_every", "heldout_rows", "storage"
+            "out", "threads", "device", "eval_every", "checkpoint_every", "heldout_rows", "storage", "compile"
         )
 
 

@@ -132,7 +132,7 @@ class SortedStudent(nn.Module):
         ids, positions: int64 [B, L]. sequence: int64 [B, L], which sequence of its row a token belongs to.
         states: [B, L, S], the target's where it emitted a token, zeros for tokens without.
         """
-        cos, sin = self._rotation(positions)
+        cos, sin = rotation(positions, self.inv_freq, self._scaling)
         mask = visible(sequence, self.window)
         hidden = F.embedding(ids, self.embed)
         if self.state_in is not None and states is not None:
@@ -149,11 +149,6 @@ class SortedStudent(nn.Module):
         """float32 [N, D] of hidden [N, H] at one exit."""
         norm = self.norms[exit_index if self.norms.shape[0] > 1 else 0]
         return F.linear(rms_norm(hidden, norm, self._eps), self.head).float()
-
-    def _rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        angles = positions.float()[:, None, :, None] * self.inv_freq
-        angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos() * self._scaling, angles.sin() * self._scaling
 
     @torch.no_grad()
     def take(self, weights: DraftWeights) -> None:
@@ -175,6 +170,13 @@ class SortedStudent(nn.Module):
             head_ids=self.head_ids,
             state_in=None if self.state_in is None else self.state_in.detach(),
         )
+
+
+def rotation(positions: Tensor, inv_freq: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """cos and sin, [B, 1, L, D] each, of positions [B, L]."""
+    angles = positions.float()[:, None, :, None] * inv_freq
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos() * scaling, angles.sin() * scaling
 
 
 def visible(sequence: Tensor, window: int | None) -> Tensor:

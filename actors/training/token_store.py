@@ -79,6 +79,50 @@ class TokenSequence:
 
 
 @dataclass(frozen=True, slots=True)
+class SequenceTable:
+    """Many sequences in few arrays: ids [tokens] (uint16 or uint32), starts int64 [n + 1], labels_from int32
+    [n], greedy bool [n]."""
+
+    ids: npt.NDArray[np.unsignedinteger[Any]]
+    starts: npt.NDArray[np.int64]
+    labels_from: npt.NDArray[np.int32]
+    greedy: npt.NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.labels_from)
+
+    def sequence(self, index: int) -> TokenSequence:
+        ids = self.ids[self.starts[index] : self.starts[index + 1]].tolist()
+        return TokenSequence(tuple(ids), int(self.labels_from[index]), bool(self.greedy[index]))
+
+    def sequences(self) -> list[TokenSequence]:
+        return [self.sequence(index) for index in range(len(self))]
+
+
+def table_of(sequences: Sequence[TokenSequence], vocab_size: int) -> SequenceTable:
+    lengths = [len(s.ids) for s in sequences]
+    flat = [token for s in sequences for token in s.ids]
+    return SequenceTable(
+        np.array(flat, dtype=id_type(vocab_size)),
+        np.array([0, *np.cumsum(lengths, dtype=np.int64)], dtype=np.int64),
+        np.array([s.labels_from for s in sequences], dtype=np.int32),
+        np.array([s.greedy for s in sequences], dtype=np.bool_),
+    )
+
+
+def joined(tables: Sequence[SequenceTable]) -> SequenceTable:
+    """One table of all, in order; at least one."""
+    offsets = np.cumsum([0, *(len(t.ids) for t in tables)])
+    starts = [t.starts[:-1] + offset for t, offset in zip(tables, offsets, strict=False)]
+    return SequenceTable(
+        np.concatenate([t.ids for t in tables]),
+        np.concatenate([*starts, offsets[-1:]]),
+        np.concatenate([t.labels_from for t in tables]),
+        np.concatenate([t.greedy for t in tables]),
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class TeacherRows:
     """ids [labels, k] int64 and log-probabilities [labels, k] float32 (natural log), best first. states:
     float16 [labels, H], the teacher's last hidden state where it predicted the label, before its final norm,
@@ -140,24 +184,27 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def write_sequences(path: Path, sequences: Sequence[TokenSequence], vocab_size: int) -> None:
-    lengths = [len(s.ids) for s in sequences]
-    flat = [token for s in sequences for token in s.ids]
+    write_table(path, table_of(sequences, vocab_size))
+
+
+def write_table(path: Path, table: SequenceTable) -> None:
     tensors = {
-        "ids": np.array(flat, dtype=id_type(vocab_size)),
-        "starts": np.array([0, *np.cumsum(lengths, dtype=np.int64)], dtype=np.int64),
-        "labels_from": np.array([s.labels_from for s in sequences], dtype=np.int32),
-        "greedy": np.array([s.greedy for s in sequences], dtype=np.uint8),
+        "ids": table.ids,
+        "starts": table.starts,
+        "labels_from": table.labels_from,
+        "greedy": table.greedy.astype(np.uint8),
     }
     _write(path, save(tensors))
 
 
 def read_sequences(path: Path) -> list[TokenSequence]:
+    return read_table(path).sequences()
+
+
+def read_table(path: Path) -> SequenceTable:
     tensors = _load(path)
-    starts, ids = tensors["starts"].tolist(), tensors["ids"].astype(np.int64).tolist()
-    return [
-        TokenSequence(tuple(ids[starts[i] : starts[i + 1]]), int(first), bool(greedy))
-        for i, (first, greedy) in enumerate(zip(tensors["labels_from"], tensors["greedy"], strict=True))
-    ]
+    greedy = tensors["greedy"].astype(np.bool_)
+    return SequenceTable(tensors["ids"], tensors["starts"], tensors["labels_from"], greedy)
 
 
 def write_teacher(path: Path, rows: Sequence[TeacherRows], vocab_size: int) -> None:
@@ -177,15 +224,13 @@ def write_teacher(path: Path, rows: Sequence[TeacherRows], vocab_size: int) -> N
     _write(path, save(stored))
 
 
-def read_teacher(
-    path: Path, sequences: Sequence[TokenSequence], *, states: bool = False
-) -> list[TeacherRows]:
-    """Rows of each of the shard's sequences, with states when asked for. Raises DataError when there are not
-    as many rows as labels, or no states."""
+def read_teacher(path: Path, labels: Sequence[int], *, states: bool = False) -> list[TeacherRows]:
+    """Rows of each of the shard's sequences, with states when asked for. `labels`: how many each has. Raises
+    DataError when there are not as many rows as labels, or no states."""
     tensors = _load(path)
     if states and "states" not in tensors:
         raise DataError(f"{path} holds no states: they are made by s2d draft teach --states")
-    if tensors["counts"].tolist() != [s.num_labels for s in sequences]:
+    if tensors["counts"].tolist() != list(labels):
         raise DataError(f"{path} does not hold one row for each label of its shard")
     ends = np.cumsum(tensors["counts"], dtype=np.int64)
     ids, logprobs = tensors["ids"].astype(np.int64), tensors["logprobs"].astype(np.float32)
@@ -206,13 +251,19 @@ def _load(path: Path) -> dict[str, Any]:
         raise DataError(f"{path} cannot be read: {error}") from error
 
 
-def iter_shards(folder: Path) -> Iterator[tuple[int, list[TokenSequence]]]:
+def iter_tables(folder: Path) -> Iterator[tuple[int, SequenceTable]]:
     """Every shard of a data set. Raises DataError when there is none."""
     count = shard_count(folder)
     if not count:
         raise DataError(f"{folder} holds no shard yet")
     for index in range(count):
-        yield index, read_sequences(shard_path(folder, index))
+        yield index, read_table(shard_path(folder, index))
+
+
+def iter_shards(folder: Path) -> Iterator[tuple[int, list[TokenSequence]]]:
+    """`iter_tables`, sequence by sequence."""
+    for index, table in iter_tables(folder):
+        yield index, table.sequences()
 
 
 def content_hash(folders: Sequence[Path]) -> str:

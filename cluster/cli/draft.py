@@ -156,9 +156,13 @@ def train(
     teacher: Annotated[
         list[Path] | None, typer.Option(help="Folder of log-probabilities; may be repeated.")
     ] = None,
+    teacher_model: Annotated[
+        str | None, typer.Option(help="Target that teaches as training goes, instead of stored teachers.")
+    ] = None,
     states: Annotated[
         bool | None, typer.Option("--states", help="Read the first teacher's hidden states.")
     ] = None,
+    withheld: Annotated[float | None, typer.Option(help="Share of tokens without states.")] = None,
     draft_vocab: Annotated[int | None, typer.Option(min=0, help="Tokens in the head; 0: all.")] = None,
     exit_layers: Annotated[bool | None, typer.Option(help="A layer of its own for each exit.")] = None,
     exit_norms: Annotated[bool | None, typer.Option(help="A norm of its own for each exit.")] = None,
@@ -168,6 +172,7 @@ def train(
     lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
     warmup: Annotated[int | None, typer.Option(min=0, help="Steps of warm-up.")] = None,
     bf16: Annotated[bool | None, typer.Option(help="bfloat16 autocast.")] = None,
+    compiled: Annotated[bool | None, typer.Option("--compile", help="torch.compile, for a GPU.")] = None,
     window: Annotated[int | None, typer.Option(min=1, help="Attention window in tokens.")] = None,
     max_offset: Annotated[int | None, typer.Option(min=0, help="Random shift of positions.")] = None,
     storage: Annotated[str | None, typer.Option(help="bfloat16 or int8.")] = None,
@@ -190,7 +195,7 @@ def train(
                 "base": base, "data": tuple(folders) if folders else None, "out": target, "init": init,
                 "exits": tuple(exits) if exits else None,
                 "teachers": tuple(teacher) if teacher else None, "draft_vocab": draft_vocab,
-                "states": states,
+                "teacher_model": teacher_model, "states": states, "withheld": withheld, "compile": compiled,
                 "exit_layers": exit_layers, "exit_norms": exit_norms, "steps": steps,
                 "batch_rows": batch_rows, "row_tokens": row_tokens, "lr": lr, "warmup": warmup, "bf16": bf16,
                 "window": window, "max_offset": max_offset, "storage": storage, "device": device,

@@ -29,6 +29,7 @@ from actors.training.corpus import read_corpus
 from actors.training.eval_run import run_evaluation
 from actors.training.generate import user_turn
 from actors.training.loop import ARTIFACT, CHECKPOINTS, CURVES, train
+from actors.training.losses import SortedLoss
 from actors.training.on_ray import RaySettings, RayTrainUnavailableError, train_on_ray
 from actors.training.run import build_run
 from actors.training.settings import DataSettings, EvalSettings, TeacherSettings, TrainSettings
@@ -213,6 +214,70 @@ def test_training_goes_on_from_an_artifact(
     ):
         with pytest.raises(ArtifactError, match=problem):
             build_run(settings_for(base, data, tmp_path / "x", init=artifact, **values))
+
+
+def test_an_online_teacher_says_what_a_stored_one_does(
+    base: Path, data: DataSettings, tmp_path: Path
+) -> None:
+    """Its best tokens, its states, and the loss against all that it says."""
+    out = teach(
+        TeacherSettings(
+            data=data.out,
+            source=str(base),
+            out=tmp_path / "t",
+            dtype="float32",
+            top=256,
+            threads=1,
+            states=True,
+        )
+    )
+    values: dict[str, Any] = {"states": True, "withheld": 0.4}
+    stored = build_run(settings_for(base, data, tmp_path / "a", teachers=(out,), **values))
+    online = build_run(
+        settings_for(base, data, tmp_path / "b", teachers=(), teacher_model=str(base), **values)
+    )
+    assert online.teacher is not None
+    for a, b in zip(stored.heldout_batches(), online.heldout_batches(), strict=True):
+        assert torch.equal(a.labels, b.labels)
+        assert torch.equal(a.teachers[0].ids[:, :5], b.teachers[0].ids[:, :5])
+        torch.testing.assert_close(
+            a.teachers[0].logprobs[:, :32], b.teachers[0].logprobs, atol=2e-2, rtol=2e-3
+        )
+        assert a.states is not None
+        assert b.states is not None
+        torch.testing.assert_close(a.states, b.states, atol=1e-2, rtol=1e-2)
+    for step in (0, 3):
+        batch, other = stored.data.batch(step), online.data.batch(step)
+        taught = online.teacher.teach(other)
+        assert batch.states is not None
+        assert taught.states is not None
+        # The same tokens are withheld, since both draw from the same numbers.
+        torch.testing.assert_close(batch.states, taught.states, atol=1e-2, rtol=1e-2)
+        assert taught.states.abs().sum(-1).eq(0).float().mean() > 0.4
+        exact = SortedLoss(online.student, 1.0)(other, taught)[0]
+        assert float(exact) == pytest.approx(float(SortedLoss(stored.student, 1.0)(batch)[0]), rel=0.02)
+
+
+def test_a_draft_learns_from_an_online_teacher(base: Path, data: DataSettings, tmp_path: Path) -> None:
+    settings = settings_for(
+        base, data, tmp_path / "run", teachers=(), teacher_model=str(base), states=True, compile=True
+    )
+    run_ = build_run(settings)
+    history = train(run_, stop_after=30)
+    again = build_run(settings)
+    history = train(again)
+    heldout = [record["heldout"] for record in history if "heldout" in record]
+    assert heldout[-1]["cross_entropy"][1] < 0.8 * heldout[0]["cross_entropy"][1]
+    card = read_card(settings.out / ARTIFACT)
+    assert card.states is not None
+    assert card.training.targets == {card.states.model: card.states.source_hash}
+    assert card.training.objective == "kl"
+    assert card.calibration
+    other = toy_base(tmp_path / "other", tokenizer_vocab=300)
+    with pytest.raises(DataError, match="the teacher other has the tokenizer"):
+        build_run(settings.model_copy(update={"teacher_model": str(other)}))
+    with pytest.raises(ValueError, match="teachers and teacher_model exclude each other"):
+        settings_for(base, data, tmp_path / "x", teacher_model=str(base))
 
 
 def test_several_data_sets_train_one_draft(base: Path, data: DataSettings, tmp_path: Path) -> None:

@@ -24,8 +24,10 @@ from actors.training.token_store import (
     DataError,
     TeacherRows,
     TokenSequence,
+    joined,
     read_sequences,
     read_teacher,
+    table_of,
     write_sequences,
     write_teacher,
 )
@@ -145,6 +147,16 @@ def test_sequences_come_back(tmp_path_factory: pytest.TempPathFactory, texts: li
     assert read_sequences(path) == sequences
 
 
+def test_joined_tables_hold_all_sequences() -> None:
+    sets = [
+        [TokenSequence((1, 2, 3), 1, True)],
+        [],
+        [TokenSequence((4, 5), 1), TokenSequence((6, 7, 8, 9), 2)],
+    ]
+    table = joined([table_of(s, 320) for s in sets])
+    assert table.sequences() == [s for part in sets for s in part]
+
+
 def test_teacher_rows_come_back_and_must_match(tmp_path: Path) -> None:
     sequences = [TokenSequence((1, 2, 3), 1), TokenSequence((4, 5, 6, 7), 2)]
     rows = [
@@ -152,22 +164,23 @@ def test_teacher_rows_come_back_and_must_match(tmp_path: Path) -> None:
         TeacherRows(np.arange(6, 12).reshape(2, 3), -2 * np.ones((2, 3), np.float32)),
     ]
     path = tmp_path / "shard-00000.safetensors"
+    labels = [s.num_labels for s in sequences]
     write_teacher(path, rows, 320)
-    for found, expected in zip(read_teacher(path, sequences), rows, strict=True):
+    for found, expected in zip(read_teacher(path, labels), rows, strict=True):
         assert np.array_equal(found.ids, expected.ids)
         assert np.array_equal(found.logprobs, expected.logprobs)
     with pytest.raises(DataError, match="one row for each label"):
-        read_teacher(path, sequences[:1])
+        read_teacher(path, labels[:1])
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(DataError, match="cannot be read"):
-        read_teacher(path, sequences)
+        read_teacher(path, labels)
 
 
 def test_the_vocabulary_is_the_most_frequent_labels() -> None:
     sequences = [TokenSequence((9, 9, 9, 5, 5, 7), 3), TokenSequence((9, 5, 8), 1)]
-    assert draft_vocabulary(sequences, 3, 12).tolist() == [5, 7, 8]
-    assert draft_vocabulary(sequences, 5, 12).tolist() == [0, 1, 5, 7, 8]
-    assert draft_vocabulary(sequences, 0, 4).tolist() == [0, 1, 2, 3]
+    assert draft_vocabulary(table_of(sequences, 12), range(2), 3, 12).tolist() == [5, 7, 8]
+    assert draft_vocabulary(table_of(sequences, 12), range(2), 5, 12).tolist() == [0, 1, 5, 7, 8]
+    assert draft_vocabulary(table_of(sequences, 12), range(2), 0, 4).tolist() == [0, 1, 2, 3]
 
 
 def test_one_prompt_is_never_on_both_sides() -> None:
