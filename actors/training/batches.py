@@ -13,6 +13,8 @@ from torch import Tensor
 
 from actors.training.corpus import Example
 
+_WIDTHS = 64
+
 
 @dataclass(frozen=True, slots=True)
 class TeacherBatch:
@@ -116,7 +118,9 @@ def build_batch(
     """Lay examples out. With `offsets`, the positions of a sequence but its first `anchors` tokens are
     shifted by a random distance of at most `max_offset` (LongSpec's anchor-offset indices, arXiv
     2502.17421), and `withheld` of the tokens with states lose them (see `withhold`), or are marked."""
-    width = max(sum(min(len(examples[i].ids), row_tokens) for i in row) for row in rows)
+    longest = max(sum(min(len(examples[i].ids), row_tokens) for i in row) for row in rows)
+    # Few different widths: what is compiled is compiled for one.
+    width = min(row_tokens, -(-longest // _WIDTHS) * _WIDTHS)
     ids = torch.zeros(len(rows), width, dtype=torch.int64)
     positions = torch.zeros_like(ids)
     sequence = torch.full_like(ids, -1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from actors.models.convert import model_folder
@@ -22,12 +23,13 @@ from actors.training.token_store import (
     DATA_CARD,
     DataCard,
     DataError,
-    TokenSequence,
+    SequenceTable,
+    id_type,
     read_sequences,
     shard_count,
     shard_path,
     write_card,
-    write_sequences,
+    write_table,
 )
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -71,13 +73,14 @@ def collect_resident(
     torch.manual_seed(settings.seed * SHARDS_AT_MOST + done)
     say(f"{settings.batch} conversations at a time on {device}")
     run = ResidentTalk(weights, script, pace, settings.batch, settings.max_len)
-    waiting: list[TokenSequence] = []
+    waiting: list[Finished] = []
 
     def store(made: list[Finished], last: bool) -> None:
         nonlocal done
-        waiting.extend(TokenSequence(tuple(f.ids.tolist()), f.labels_from, f.greedy) for f in made)
+        waiting.extend(made)
         while len(waiting) >= settings.shard or (last and waiting):
-            write_sequences(shard_path(settings.out, done), waiting[: settings.shard], card.vocab_size)
+            table = _table(waiting[: settings.shard], card.vocab_size)
+            write_table(shard_path(settings.out, done), table)
             del waiting[: settings.shard]
             done += 1
 
@@ -86,6 +89,15 @@ def collect_resident(
         store(made, False)
     store([], True)
     return card
+
+
+def _table(made: list[Finished], vocab_size: int) -> SequenceTable:
+    return SequenceTable(
+        np.concatenate([f.ids for f in made]).astype(id_type(vocab_size)),
+        np.cumsum([0, *(len(f.ids) for f in made)], dtype=np.int64),
+        np.array([f.labels_from for f in made], dtype=np.int32),
+        np.array([f.greedy for f in made], dtype=np.bool_),
+    )
 
 
 def _prompts(path: Path, settings: DataSettings, tokenizer: TextTokenizer) -> list[tuple[int, ...]]:
