@@ -36,6 +36,7 @@ class Batch:
     columns[n]. states: float16 [B, L, H], of the target where it emitted a token, zeros where there is none:
     the state of a token is the target's last hidden state at the token before. withheld: bool [B, L], where
     an online teacher is to find them: tokens without one, those of prompts and padding among them.
+    numbers: which rows of the plan these are, if they are any.
     """
 
     ids: Tensor
@@ -47,12 +48,13 @@ class Batch:
     teachers: tuple[TeacherBatch, ...] = ()
     states: Tensor | None = None
     withheld: Tensor | None = None
+    numbers: tuple[int, ...] = ()
 
     def to(self, device: torch.device) -> Batch:
         moved: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        teachers = tuple(t.to(device) for t in moved.pop("teachers"))
+        teachers, numbers = tuple(t.to(device) for t in moved.pop("teachers")), moved.pop("numbers")
         placed: dict[str, Any] = {k: None if v is None else v.to(device) for k, v in moved.items()}
-        return Batch(**placed, teachers=teachers)
+        return Batch(**placed, teachers=teachers, numbers=numbers)
 
 
 def pack_rows(lengths: Sequence[int], order: Sequence[int], row_tokens: int) -> list[list[int]]:
@@ -74,34 +76,37 @@ def pack_rows(lengths: Sequence[int], order: Sequence[int], row_tokens: int) -> 
 
 
 class BatchPlan:
-    """Which rows make up a step: epochs of a fresh order each, an incomplete last batch left out.
+    """Which rows make up a step: packed once, in a fresh order every epoch, an incomplete last batch left
+    out.
 
     Raises ValueError when the data does not fill one batch.
     """
 
     def __init__(self, lengths: Sequence[int], batch_rows: int, row_tokens: int, seed: int) -> None:
-        self._lengths, self._batch_rows, self._row_tokens, self._seed = lengths, batch_rows, row_tokens, seed
-        self._epoch, self._first = 0, 0
-        self._rows = self._pack(0)
+        self._batch_rows, self._seed = batch_rows, seed
+        order = np.random.default_rng((seed, 0)).permutation(len(lengths)).tolist()
+        self.packed = pack_rows(lengths, order, row_tokens)
+        """Sequences by row. A row stays what it is, so that what was found out about it may be kept."""
+        if len(self.packed) < batch_rows:
+            raise ValueError(f"the data fills {len(self.packed)} rows, a batch takes {batch_rows}")
+        self._epoch, self._order = 0, self._shuffle(0)
 
-    def _pack(self, epoch: int) -> list[list[int]]:
-        generator = np.random.default_rng((self._seed, epoch))
-        order = generator.permutation(len(self._lengths)).tolist()
-        rows = pack_rows(self._lengths, order, self._row_tokens)
-        if len(rows) < self._batch_rows:
-            raise ValueError(f"the data fills {len(rows)} rows, a batch takes {self._batch_rows}")
-        return rows
+    def _shuffle(self, epoch: int) -> list[int]:
+        if epoch == 0:  # packing was in random order already
+            return list(range(len(self.packed)))
+        order = np.random.default_rng((self._seed, epoch)).permutation(len(self.packed))
+        return [int(number) for number in order]
+
+    def numbers(self, step: int) -> list[int]:
+        """The rows of a step, as indices of `packed`; 0 is the first step."""
+        epoch, place = divmod(step, len(self.packed) // self._batch_rows)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self._shuffle(epoch)
+        return self._order[place * self._batch_rows : (place + 1) * self._batch_rows]
 
     def rows(self, step: int) -> list[list[int]]:
-        """The rows of a step, 0 being the first."""
-        if step < self._first:
-            self._epoch, self._first, self._rows = 0, 0, self._pack(0)
-        while step - self._first >= (steps := len(self._rows) // self._batch_rows):
-            self._first += steps
-            self._epoch += 1
-            self._rows = self._pack(self._epoch)
-        start = (step - self._first) * self._batch_rows
-        return self._rows[start : start + self._batch_rows]
+        """The sequences of a step's rows."""
+        return [self.packed[number] for number in self.numbers(step)]
 
 
 def build_batch(

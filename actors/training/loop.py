@@ -18,6 +18,7 @@ from actors.training.checkpoint import Checkpoint, load_latest, save_checkpoint
 from actors.training.curves import plot_curves
 from actors.training.losses import SortedLoss
 from actors.training.run import TrainingData, TrainingRun, build_optimizer, learning_rate
+from actors.training.settings import TrainSettings
 
 ARTIFACT, CHECKPOINTS, CURVES = "draft.safetensors", "checkpoints", "curves.png"
 Record = dict[str, Any]
@@ -102,18 +103,21 @@ def train(
             started = time.perf_counter()
             record = _step(run, wrapped, optimizer, state, workers, batch)
             state.step += 1
-            due = state.step % settings.eval_every == 0 or state.step == settings.steps
+            done = state.step == settings.steps or _over(settings, state)
+            due = state.step % settings.eval_every == 0 or done
             if heldout and due:
                 record["heldout"] = _measure(run, loss_module, heldout)
             state.seconds += time.perf_counter() - started
             record["seconds"] = state.seconds
             state.history.append(record)
             on_step(record)
-            if state.step % settings.checkpoint_every == 0 or state.step == last:
+            if state.step % settings.checkpoint_every == 0 or state.step == last or done:
                 if workers.rank == 0:
                     _save(run, optimizer, state)
                 workers.barrier()
-    if workers.rank == 0 and state.step >= settings.steps:
+            if done:
+                break
+    if workers.rank == 0 and (state.step >= settings.steps or _over(settings, state)):
         run.export(
             out / ARTIFACT,
             steps=state.step,
@@ -122,6 +126,10 @@ def train(
             agreement=last_agreement(state.history, settings.exits),
         )
     return state.history
+
+
+def _over(settings: TrainSettings, state: _State) -> bool:
+    return settings.minutes is not None and state.seconds >= 60 * settings.minutes
 
 
 def _compile(run: TrainingRun, loss: SortedLoss) -> None:
@@ -142,7 +150,7 @@ def _step(
 ) -> Record:
     settings = run.settings
     batch = prepared.to(run.device)
-    rate = learning_rate(settings, state.step)
+    rate = learning_rate(settings, state.step, state.seconds)
     for group in optimizer.param_groups:
         group["lr"] = rate
     run.student.train()

@@ -51,8 +51,11 @@ def full_distillation(logits: Tensor, logprobs: Tensor, within: Tensor) -> tuple
         logits, logprobs: float32 [N, D]; the teacher's are normalised.
         within: float32 [N].
     """
-    divergence = F.kl_div(F.log_softmax(logits, dim=-1), logprobs, reduction="none", log_target=True)
-    return (within * divergence.sum(-1)).sum(), within.sum()
+    with torch.no_grad():
+        p = logprobs.exp()
+        negative_entropy = (p * logprobs).sum(-1)
+    divergence = negative_entropy - (p * F.log_softmax(logits, dim=-1)).sum(-1)
+    return (within * divergence).sum(), within.sum()
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from actors.models.llama_weights import LlamaWeights
 from actors.models.runner import normalised
 from actors.training.batches import Batch, TeacherBatch
-from actors.training.student import Shape, StudentLayer, rms_norm, rotation, visible
+from actors.training.student import Shape, StudentLayer, rotation, visible
 
 _ROWS = 8192
 """Labels whose logits over the whole vocabulary are held at once."""
@@ -50,7 +50,7 @@ class OnlineTeacher(nn.Module):
     def __init__(self, weights: LlamaWeights, head_ids: Tensor, *, states: bool) -> None:
         super().__init__()
         shape = Shape(weights.num_heads, weights.num_kv_heads, weights.head_dim, weights.rms_norm_eps)
-        self._eps, self._scaling, self._states = weights.rms_norm_eps, weights.attention_scaling, states
+        self._scaling, self._states = weights.attention_scaling, states
         buffers = {
             "embed": weights.embed.float(),
             "inv_freq": weights.inv_freq.float(),
@@ -62,51 +62,71 @@ class OnlineTeacher(nn.Module):
             self.register_buffer(name, value, persistent=False)
         self.layers = nn.ModuleList(StudentLayer(layer, shape) for layer in weights.layers)
         self.requires_grad_(False)
+        self._kept: Tensor | None = None
+        self._seen: set[int] = set()
+
+    def row_bytes(self, row_tokens: int) -> int:
+        """What `keep` takes for a row."""
+        return row_tokens * self.embed.shape[1] * 2
+
+    def keep(self, rows: int, row_tokens: int) -> None:
+        """Keep the states of a plan's rows (float16) on the device: each row is run once."""
+        shape = (rows, row_tokens, self.embed.shape[1])
+        self._kept = torch.zeros(shape, dtype=torch.float16, device=self.embed.device)
 
     @torch.no_grad()
     def teach(self, batch: Batch) -> Taught:
-        hidden = self._hidden(batch)
+        states = self._states_of(batch)
         logprobs: list[Tensor] = []
         within: list[Tensor] = []
-        for logits in self._logits(hidden, batch):
+        for logits in self._logits(states, batch):
             listed = logits[:, self.head_ids]
             all_of_it = torch.logsumexp(logits, dim=-1)
             logprobs.append(F.log_softmax(listed, dim=-1))
             within.append((torch.logsumexp(listed, dim=-1) - all_of_it).exp())
-        return Taught(torch.cat(logprobs), torch.cat(within), self._read_states(hidden, batch))
+        return Taught(torch.cat(logprobs), torch.cat(within), self._read_states(states, batch))
 
     @torch.no_grad()
     def annotate(self, batch: Batch, top: int = 32) -> Batch:
         """The batch as stored rows of this teacher would make it: its `top` best tokens, and states."""
-        hidden = self._hidden(batch)
-        row_of = torch.full((self.head.shape[0],), -1, device=hidden.device)
-        row_of[self.head_ids] = torch.arange(len(self.head_ids), device=hidden.device)
+        states = self._states_of(batch)
+        row_of = torch.full((self.head.shape[0],), -1, device=states.device)
+        row_of[self.head_ids] = torch.arange(len(self.head_ids), device=states.device)
         ids: list[Tensor] = []
         logprobs: list[Tensor] = []
-        for logits in self._logits(hidden, batch):
+        for logits in self._logits(states, batch):
             values, tokens = logits.topk(top, dim=-1)
             ids.append(row_of[tokens])
             logprobs.append(values - torch.logsumexp(logits, dim=-1, keepdim=True))
         rows = TeacherBatch(torch.cat(ids), torch.cat(logprobs))
-        return replace(batch, teachers=(rows,), states=self._read_states(hidden, batch))
+        return replace(batch, teachers=(rows,), states=self._read_states(states, batch))
 
-    def _hidden(self, batch: Batch) -> Tensor:
-        """float32 [B, L, H] after the last layer, before the final norm."""
+    def _states_of(self, batch: Batch) -> Tensor:
+        """float16 [B, L, H] after the last layer, normalised, before the final norm's weight."""
+        if self._kept is None or not batch.numbers:
+            return self._run(batch)
+        rows = torch.tensor(batch.numbers, device=self._kept.device)
+        width = batch.ids.shape[1]
+        if not self._seen.issuperset(batch.numbers):
+            self._kept[rows, :width] = self._run(batch)
+            self._seen.update(batch.numbers)
+        return self._kept[rows, :width]
+
+    def _run(self, batch: Batch) -> Tensor:
         cos, sin = rotation(batch.positions, self.inv_freq, self._scaling)
         mask = visible(batch.sequence, None)
         hidden = F.embedding(batch.ids, self.embed)
         for layer in self.layers:
             hidden = layer(hidden, cos, sin, mask)
-        return hidden
+        return normalised(hidden).half()
 
-    def _logits(self, hidden: Tensor, batch: Batch) -> Iterator[Tensor]:
+    def _logits(self, states: Tensor, batch: Batch) -> Iterator[Tensor]:
         """float32 [n, V] of the batch's labels, in parts."""
-        for part in torch.split(hidden[batch.rows, batch.columns], _ROWS):
-            yield F.linear(rms_norm(part, self.norm, self._eps), self.head).float()
+        for part in torch.split(states[batch.rows, batch.columns], _ROWS):
+            yield F.linear(part.float() * self.norm, self.head).float()
 
-    def _read_states(self, hidden: Tensor, batch: Batch) -> Tensor | None:
+    def _read_states(self, states: Tensor, batch: Batch) -> Tensor | None:
         """A token's state is that of the place before it, from which the target emitted it."""
         if not self._states or batch.withheld is None:
             return None
-        states = F.pad(normalised(hidden)[:, :-1], (0, 0, 1, 0))
-        return states.masked_fill(batch.withheld[..., None], 0.0).half()
+        return F.pad(states[:, :-1], (0, 0, 1, 0)).masked_fill(batch.withheld[..., None], 0.0)

@@ -99,6 +99,7 @@ class ResidentTalk:
         rows, device = self.rows, self.device
         numbers = torch.arange(rows, device=device)
         self._text = numbers if self._script.prompts else torch.zeros_like(numbers)
+        self._next = torch.full((1,), rows, device=device)
         self._token = self._texts[self._text.clamp(max=len(self._texts) - 1), 0].long()
         self._position = torch.zeros_like(numbers)
         self._header_at = torch.full_like(numbers, -1)
@@ -166,8 +167,11 @@ class ResidentTalk:
         headed = header_at == len(self._header)
         again = last | dropped
         self._header_at.copy_(torch.where(headed | again, -1, header_at))
-        # Prompts are dealt out, row by row; rows without one left wait.
-        self._text.add_(torch.where(again, self.rows if self._script.prompts else 0, 0))
+        # Prompts are dealt out one after another; rows that get none wait.
+        if self._script.prompts:
+            dealt = torch.cumsum(again, dim=0)
+            self._text.copy_(torch.where(again, self._next + dealt - 1, self._text))
+            self._next.add_(dealt[-1])
         first = self._texts[self._text.clamp(max=len(self._texts) - 1), self._shared - 1].long()
         self._token.copy_(torch.where(again, first, torch.where(idle, self._token, token)))
         start = self._shared - 1

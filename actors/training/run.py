@@ -51,11 +51,11 @@ class TrainingData:
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """Worker `rank`'s share of a step's rows. The same whoever asks, and whenever."""
-        rows = self.plan.rows(step)[rank::world]
+        numbers = self.plan.numbers(step)[rank::world]
         offsets = np.random.default_rng((self.settings.seed, _OFFSETS, step, rank))
-        return build_batch(
+        batch = build_batch(
             self.train,
-            rows,
+            [self.plan.packed[number] for number in numbers],
             self.settings.row_tokens,
             offsets=offsets,
             max_offset=self.max_offset,
@@ -63,6 +63,7 @@ class TrainingData:
             withheld=self.settings.withheld,
             mark_withheld=self._marks,
         )
+        return replace(batch, numbers=tuple(numbers))
 
     @property
     def _marks(self) -> bool:
@@ -162,6 +163,8 @@ def build_run(settings: TrainSettings, say: Callable[[str], None] = lambda messa
         taught_by = [(card_of_states.model, card_of_states.source_hash)]
         states = card_of_states if settings.states else None
         teacher = teacher.to(device)
+        if settings.teacher_cache_gb:
+            _keep_states(teacher, settings, len(plan.packed), say)
     student = build_student(base, settings, head_ids, 0 if states is None else states.width)
     if earlier is not None:
         student.take(earlier[1])
@@ -248,6 +251,16 @@ def _online_teacher(
     return OnlineTeacher(weights, head_ids, states=settings.states), card
 
 
+def _keep_states(
+    teacher: OnlineTeacher, settings: TrainSettings, count: int, say: Callable[[str], None]
+) -> None:
+    fits = int(settings.teacher_cache_gb * 1e9 / teacher.row_bytes(settings.row_tokens))
+    if count <= fits:
+        teacher.keep(count, settings.row_tokens)
+    else:
+        say(f"teacher_cache_gb holds {fits} of {count} rows: the teacher is run every time")
+
+
 def _states_card(corpus: RawCorpus) -> StatesCard:
     teacher = corpus.teacher_cards[0]
     return StatesCard(model=teacher.name, source_hash=teacher.source_hash, width=teacher.states)
@@ -296,10 +309,13 @@ def build_optimizer(student: SortedStudent, settings: TrainSettings) -> torch.op
     return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=fused)
 
 
-def learning_rate(settings: TrainSettings, step: int) -> float:
-    """Of step `step`, 0 being the first: linear warm-up, then a cosine down to min_lr_ratio."""
+def learning_rate(settings: TrainSettings, step: int, seconds: float = 0.0) -> float:
+    """Of step `step`, 0 being the first, `seconds` into the training: linear warm-up, then a cosine down to
+    min_lr_ratio, at the last step or, if that is sooner, when `minutes` are over."""
     if step < settings.warmup:
         return settings.lr * (step + 1) / settings.warmup
     progress = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
+    if settings.minutes is not None:
+        progress = max(progress, seconds / (60 * settings.minutes))
     low = settings.min_lr_ratio
     return settings.lr * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))

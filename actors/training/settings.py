@@ -138,6 +138,11 @@ class TrainSettings(SettingsModel):
         description="Target to learn from as training goes, instead of stored teachers: its whole "
         "distribution over the draft's vocabulary and, with `states`, its states. For large data on a GPU.",
     )
+    teacher_cache_gb: float = Field(
+        0.0,
+        ge=0.0,
+        description="Memory of the device for what teacher_model found, if all rows fit: it is run once.",
+    )
     states: bool = Field(
         False,
         description="Whether the draft learns to read the states of the first teacher, for tokens that it "
@@ -152,6 +157,11 @@ class TrainSettings(SettingsModel):
     )
     distill: float = Field(1.0, ge=0.0, le=1.0, description="Weight of the teachers; labels have the rest.")
     steps: int = Field(2000, ge=1)
+    minutes: float | None = Field(
+        None,
+        gt=0,
+        description="End by then, on a lease for example: the schedule follows the clock if need be.",
+    )
     batch_rows: int = Field(4, ge=1, description="Packed rows a step (of all workers together).")
     row_tokens: int = Field(512, ge=8, description="Tokens of a packed row.")
     lr: float = Field(1e-3, gt=0)
@@ -184,6 +194,8 @@ class TrainSettings(SettingsModel):
             raise ValueError("teachers and teacher_model exclude each other")
         if self.states and not (self.teachers or self.teacher_model):
             raise ValueError("states: a teacher with states, or teacher_model, is required")
+        if self.teacher_cache_gb and (self.teacher_model is None or self.max_offset):
+            raise ValueError("teacher_cache_gb goes with teacher_model, and without max_offset")
         if self.warmup >= self.steps and self.warmup > 0:
             raise ValueError("warmup must be below steps")
         return self
@@ -192,7 +204,15 @@ class TrainSettings(SettingsModel):
     def identity(self) -> str:
         """What a checkpoint must share to be continued: everything that the weights depend on."""
         return self.digest(
-            "out", "threads", "device", "eval_every", "checkpoint_every", "heldout_rows", "storage", "compile"
+            "out",
+            "threads",
+            "device",
+            "eval_every",
+            "checkpoint_every",
+            "heldout_rows",
+            "storage",
+            "compile",
+            "teacher_cache_gb",
         )
 
 

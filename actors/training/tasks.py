@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -47,17 +48,20 @@ class TaskWriter:
         }
 
     def prompts(self, count: int) -> list[TaskPrompt]:
-        """`count` different prompts, tasks in turn. Raises ValueError when a task has no more of them."""
+        """`count` different prompts, tasks in turn; a task that has no more of them is left out from there
+        on. Raises ValueError when none has."""
         written: dict[str, TaskPrompt] = {}
-        for number in range(count):
-            task = list(self._tasks)[number % len(self._tasks)]
+        waiting = deque(self._tasks)
+        while len(written) < count:
+            if not waiting:
+                raise ValueError(f"there are no {count} different prompts, only {len(written)}")
+            task = waiting.popleft()
             for _ in range(1000):
                 prompt = self._tasks[task]()
                 if prompt not in written:
+                    written[prompt] = TaskPrompt(task, prompt)
+                    waiting.append(task)
                     break
-            else:
-                raise ValueError(f"there are no {count} different prompts: {task} has no more")
-            written[prompt] = TaskPrompt(task, prompt)
         return list(written.values())
 
     def _pick(self, values: Sequence[str]) -> str:

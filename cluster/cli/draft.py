@@ -162,11 +162,15 @@ def train(
     states: Annotated[
         bool | None, typer.Option("--states", help="Read the first teacher's hidden states.")
     ] = None,
+    teacher_cache_gb: Annotated[
+        float | None, typer.Option(help="Memory of the device for what the teacher found.")
+    ] = None,
     withheld: Annotated[float | None, typer.Option(help="Share of tokens without states.")] = None,
     draft_vocab: Annotated[int | None, typer.Option(min=0, help="Tokens in the head; 0: all.")] = None,
     exit_layers: Annotated[bool | None, typer.Option(help="A layer of its own for each exit.")] = None,
     exit_norms: Annotated[bool | None, typer.Option(help="A norm of its own for each exit.")] = None,
     steps: Annotated[int | None, typer.Option(min=1)] = None,
+    minutes: Annotated[float | None, typer.Option(help="End by then, whatever the step.")] = None,
     batch_rows: Annotated[int | None, typer.Option(min=1, help="Packed rows a step.")] = None,
     row_tokens: Annotated[int | None, typer.Option(min=8, help="Tokens of a row.")] = None,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
@@ -196,6 +200,7 @@ def train(
                 "exits": tuple(exits) if exits else None,
                 "teachers": tuple(teacher) if teacher else None, "draft_vocab": draft_vocab,
                 "teacher_model": teacher_model, "states": states, "withheld": withheld, "compile": compiled,
+                "teacher_cache_gb": teacher_cache_gb, "minutes": minutes,
                 "exit_layers": exit_layers, "exit_norms": exit_norms, "steps": steps,
                 "batch_rows": batch_rows, "row_tokens": row_tokens, "lr": lr, "warmup": warmup, "bf16": bf16,
                 "window": window, "max_offset": max_offset, "storage": storage, "device": device,

@@ -239,7 +239,8 @@ def test_an_online_teacher_says_what_a_stored_one_does(
     assert online.teacher is not None
     for a, b in zip(stored.heldout_batches(), online.heldout_batches(), strict=True):
         assert torch.equal(a.labels, b.labels)
-        assert torch.equal(a.teachers[0].ids[:, :5], b.teachers[0].ids[:, :5])
+        # All but for neighbours in rank that are equal to the last digit.
+        assert (a.teachers[0].ids[:, :5] == b.teachers[0].ids[:, :5]).float().mean() > 0.99
         torch.testing.assert_close(
             a.teachers[0].logprobs[:, :32], b.teachers[0].logprobs, atol=2e-2, rtol=2e-3
         )
@@ -254,14 +255,22 @@ def test_an_online_teacher_says_what_a_stored_one_does(
         # The same tokens are withheld, since both draw from the same numbers.
         torch.testing.assert_close(batch.states, taught.states, atol=1e-2, rtol=1e-2)
         assert taught.states.abs().sum(-1).eq(0).float().mean() > 0.4
-        exact = SortedLoss(online.student, 1.0)(other, taught)[0]
-        assert float(exact) == pytest.approx(float(SortedLoss(stored.student, 1.0)(batch)[0]), rel=0.02)
+        # What is kept of a row is what a pass finds.
+        online.teacher.keep(len(online.data.plan.packed), 96)
+        for again in (online.teacher.teach(other), online.teacher.teach(other)):
+            torch.testing.assert_close(again.logprobs, taught.logprobs, atol=1e-3, rtol=1e-3)
+            torch.testing.assert_close(again.states, taught.states)
+        exact = SortedLoss(online.student, 1.0)(other, taught)[0].detach()
+        assert float(exact) == pytest.approx(
+            float(SortedLoss(stored.student, 1.0)(batch)[0].detach()), rel=0.02
+        )
 
 
 def test_a_draft_learns_from_an_online_teacher(base: Path, data: DataSettings, tmp_path: Path) -> None:
     settings = settings_for(
-        base, data, tmp_path / "run", teachers=(), teacher_model=str(base), states=True, compile=True
-    )
+        base, data, tmp_path / "run", teachers=(), teacher_model=str(base), states=True, compile=True,
+        teacher_cache_gb=1.0,
+    )  # fmt: skip
     run_ = build_run(settings)
     history = train(run_, stop_after=30)
     again = build_run(settings)
@@ -278,6 +287,17 @@ def test_a_draft_learns_from_an_online_teacher(base: Path, data: DataSettings, t
         build_run(settings.model_copy(update={"teacher_model": str(other)}))
     with pytest.raises(ValueError, match="teachers and teacher_model exclude each other"):
         settings_for(base, data, tmp_path / "x", teacher_model=str(base))
+
+
+def test_training_ends_by_the_clock(base: Path, data: DataSettings, tmp_path: Path) -> None:
+    """With an artifact, and the learning rate where it ends."""
+    settings = settings_for(base, data, tmp_path / "run", minutes=0.02, steps=100_000)
+    history = train(build_run(settings))
+    assert 5 < history[-1]["step"] < 2000
+    assert history[-1]["seconds"] >= 1.2
+    assert history[-1]["lr"] < 0.2 * settings.lr
+    assert "heldout" in history[-1]
+    assert read_card(settings.out / ARTIFACT).training.steps == history[-1]["step"]
 
 
 def test_several_data_sets_train_one_draft(base: Path, data: DataSettings, tmp_path: Path) -> None:

@@ -50,5 +50,15 @@ def test_what_cannot_be_written_is_refused() -> None:
         TaskWriter(["short."], seed=0)
     with pytest.raises(ValueError, match="no passage has a sentence to translate"):
         TaskWriter(["Far too short. " * 40], seed=0)
-    with pytest.raises(ValueError, match=r"no 600 different prompts: summarization has no more"):
-        TaskWriter([TEXT], seed=0).prompts(600)
+
+
+def test_a_task_that_has_no_more_is_left_out() -> None:
+    writer = TaskWriter([TEXT], seed=0)
+    prompts = writer.prompts(600)
+    assert len({p.prompt for p in prompts}) == 600
+    summaries = [i for i, p in enumerate(prompts) if p.task == "summarization"]
+    assert 0 < len(summaries) < 60
+    assert max(summaries) < 400
+    writer._tasks = {"summarization": writer._summary}
+    with pytest.raises(ValueError, match=r"no 600 different prompts, only \d"):
+        writer.prompts(600)
