@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from actors.kv.block_pool import BlockPool
-from actors.models.runner import BLOCK_SIZE, LayeredRunner, RaggedBatch
+from actors.models.runner import BLOCK_SIZE, DraftingRunner, LayeredRunner, RaggedBatch
 
 
 @dataclass(slots=True)
@@ -75,6 +75,7 @@ class DeferredKv:
         self._ranges, self._feeds = tuple(ranges), tuple(feeds)
         self._num_exits, self._own_layers = count, own_layers
         self._device = runner.info.device
+        self._drafts_in_one = isinstance(runner, DraftingRunner)
         self._pool = BlockPool(runner.num_blocks, BLOCK_SIZE, prefix_caching=False)
         slots = runner.num_blocks * BLOCK_SIZE
         # States that a segment leaves to those it feeds, by slot. Segment 0 is fed by the token ids.
@@ -165,6 +166,29 @@ class DeferredKv:
         for seq, span in zip(seqs, spans, strict=True):
             seq.lengths[segment] = span.stop
         return hidden[batch.logit_rows]
+
+    def draft(self, seqs: Sequence[DeferredSequence], exit_index: int, best: int) -> tuple[Tensor, Tensor]:
+        """Run all waiting tokens of sequences that `runs_through` to an exit in one call of a
+        `DraftingRunner`: the `best` rows of its head and their probabilities, [R, best] each."""
+        assert isinstance(self._runner, DraftingRunner)
+        spans = [range(seq.lengths[0], len(seq.tokens)) for seq in seqs]
+        batch = self._batch(seqs, spans)
+        hidden = self._embedded(batch, seqs, spans)
+        found = self._runner.draft_step(hidden, 0, self._ranges[exit_index][1], batch, best)
+        if exit_index in self._states:
+            slots = [seq.slot(i) for seq, span in zip(seqs, spans, strict=True) for i in span]
+            self._states[exit_index][torch.tensor(slots, device=self._device)] = hidden
+        for seq in seqs:
+            seq.lengths[: exit_index + 1] = [len(seq.tokens)] * (exit_index + 1)
+        return found
+
+    def runs_through(self, seq: DeferredSequence, exit_index: int) -> bool:
+        """Whether the same tokens wait for every layer up to an exit, and the runner drafts in one call."""
+        return (
+            self._drafts_in_one
+            and not self._own_layers
+            and all(n == seq.lengths[0] for n in seq.lengths[1 : exit_index + 1])
+        )
 
     def _embedded(
         self, batch: RaggedBatch, seqs: Sequence[DeferredSequence], spans: Sequence[range]

@@ -24,7 +24,7 @@ from actors.models.load import (
     load_runner,
     native_unavailable_reason,
 )
-from actors.models.runner import LayeredRunner, ModelInfo, RaggedBatch
+from actors.models.runner import DraftingRunner, LayeredRunner, ModelInfo, RaggedBatch
 from actors.models.source import resolve_source
 from actors.models.threads import physical_cores
 from actors.text.tokenizer import TextTokenizer
@@ -92,6 +92,25 @@ class BorrowedEmbedding:
         self._inner.copy_slots(source, target)
 
 
+class BorrowedDraftingEmbedding(BorrowedEmbedding):
+    """The same over a `DraftingRunner`, which it then is itself."""
+
+    def __init__(self, inner: LayeredRunner, drafting: DraftingRunner, embed: Tensor) -> None:
+        super().__init__(inner, embed)
+        self._drafting = drafting
+
+    def draft_step(
+        self, hidden: Tensor, first: int, last: int, batch: RaggedBatch, best: int
+    ) -> tuple[Tensor, Tensor]:
+        return self._drafting.draft_step(hidden, first, last, batch, best)
+
+
+def _borrowing(inner: LayeredRunner, embed: Tensor) -> BorrowedEmbedding:
+    if isinstance(inner, DraftingRunner):
+        return BorrowedDraftingEmbedding(inner, inner, embed)
+    return BorrowedEmbedding(inner, embed)
+
+
 def load_draft(
     source: str,
     artifact: str | None = None,
@@ -148,7 +167,7 @@ def _load_trained(
     )
     state_in = None if draft.state_in is None else draft.state_in.float().to(device)
     return LoadedDraft(
-        BorrowedEmbedding(runner, base.embed), card.exits, heads, card.vocab_size, tokenizer, card, state_in
+        _borrowing(runner, base.embed), card.exits, heads, card.vocab_size, tokenizer, card, state_in
     )
 
 

@@ -255,7 +255,10 @@ class NestedDrafter:
             while active:
                 started = time.perf_counter()
                 waiting = sum(1 if p.draws else p.session.backlog(self._segment(p)) for p in active)
-                self._draft_position(active)
+                if self._is_greedy(active):
+                    self._draft_greedily(active)
+                else:
+                    self._draft_position(active)
                 # Steps that mix exits, or catch up with much, are not what a step of one exit costs.
                 if len({p.exit for p in active}) == 1 and waiting <= 2 * len(active):
                     self._steps.observe(active[0].exit, len(active), time.perf_counter() - started)
@@ -383,6 +386,32 @@ class NestedDrafter:
             if not going:
                 return
 
+    def _is_greedy(self, active: Sequence[_Proposal]) -> bool:
+        """Whether all proposals take the likeliest tokens of one exit, so that one call drafts a position."""
+        block = active[0].exit
+        return (
+            block is not None
+            and self._heads.norms is None
+            and all(
+                p.exit == block
+                and p.query.coupling is None
+                and p.sampling.temperature < GREEDY_TEMPERATURE
+                and self._kv.runs_through(p.session.seq, block)
+                for p in active
+            )
+        )
+
+    def _draft_greedily(self, active: Sequence[_Proposal]) -> None:
+        block = active[0].exit
+        assert block is not None
+        others = SIBLINGS if any(p.query.tree for p in active) else 0
+        rows, likely = self._kv.draft([p.session.seq for p in active], block, 1 + others)
+        tokens = rows if self._vocabulary is None else self._vocabulary.ids[rows]
+        for proposal, ids, shares in zip(active, tokens.tolist(), likely.tolist(), strict=True):
+            self._take(
+                proposal, Draw(ids[0], shares[0], others=tuple(zip(ids[1:], shares[1:], strict=True))), block
+            )
+
     def _read(
         self, hidden: Tensor, seqs: Sequence[DeferredSequence], rows: Sequence[int], block: int
     ) -> Tensor:
@@ -416,13 +445,16 @@ class NestedDrafter:
         others = SIBLINGS if any(p.query.tree for p in proposals) else 0
         drawn = draw_tokens(logits, samplings, positions, self._vocabulary, shared, others)
         for proposal, draw in zip(proposals, drawn, strict=True):
-            proposal.draws.append(draw)
-            greedy = proposal.sampling.temperature < GREEDY_TEMPERATURE
-            likely = self._early_stop.acceptance(block, draw.confidence, greedy=greedy)
-            proposal.acceptance.append(likely)
-            proposal.survival *= likely
-            proposal.deepest = max(proposal.deepest, block)
-            proposal.session.seq.tokens.append(draw.token_id)
+            self._take(proposal, draw, block)
+
+    def _take(self, proposal: _Proposal, draw: Draw, block: int) -> None:
+        proposal.draws.append(draw)
+        greedy = proposal.sampling.temperature < GREEDY_TEMPERATURE
+        likely = self._early_stop.acceptance(block, draw.confidence, greedy=greedy)
+        proposal.acceptance.append(likely)
+        proposal.survival *= likely
+        proposal.deepest = max(proposal.deepest, block)
+        proposal.session.seq.tokens.append(draw.token_id)
 
     def _columns(self, proposal: _Proposal, device: torch.device) -> SharedColumns | None:
         coupling = proposal.query.coupling

@@ -204,6 +204,16 @@ class NativeLlamaRunner:
         return self._run(hidden.clone(memory_format=torch.contiguous_format), first, last, batch)
 
     def _run(self, hidden: Tensor, first: int, last: int, batch: RaggedBatch) -> Tensor:
+        packed, _held = self._pack(hidden, batch)
+        _check(
+            self._library.c.s2d_run_layers(
+                self._model, pointer(hidden, torch.float32), first, last, ctypes.byref(packed)
+            )
+        )
+        return hidden
+
+    def _pack(self, hidden: Tensor, batch: RaggedBatch) -> tuple[Batch, list[Tensor]]:
+        """The batch as the core takes it, and the tensors that it points into."""
         if hidden.shape != (batch.num_tokens, self._info.hidden_size):
             raise ValueError(f"hidden is {tuple(hidden.shape)} for {batch.num_tokens} tokens")
         arrays = [t.contiguous() for t in (batch.positions, batch.query_start, batch.context_lens)]
@@ -211,20 +221,14 @@ class NativeLlamaRunner:
         parents = None if batch.parents is None else batch.parents.contiguous()
         if parents is not None and parents.numel() != batch.num_tokens:
             raise ValueError("one parent a token")
-        packed = Batch(
+        return Batch(
             batch.num_tokens,
             batch.num_seqs,
             tables.shape[1],
             *(pointer(t, torch.int64) for t in arrays),
             pointer(tables, torch.int32),
             None if parents is None else pointer(parents, torch.int64),
-        )
-        _check(
-            self._library.c.s2d_run_layers(
-                self._model, pointer(hidden, torch.float32), first, last, ctypes.byref(packed)
-            )
-        )
-        return hidden
+        ), [*arrays, tables, *(() if parents is None else (parents,))]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and head of hidden float32 [N, H]: float32 [N, V]."""
@@ -238,6 +242,32 @@ class NativeLlamaRunner:
             )
         )
         return out
+
+    def draft_step(
+        self, hidden: Tensor, first: int, last: int, batch: RaggedBatch, best: int
+    ) -> tuple[Tensor, Tensor]:
+        """One step of greedy drafting in one call: layers first..last-1 over hidden float32 [T, H], which is
+        left as the layers leave it, then norm and head for the last token of each sequence.
+
+        Returns rows of the head int64 [R, best], best first, equal ones by lower row, and their probabilities
+        float32 [R, best]. Raises ValueError as `run_layers` does, and unless 1 <= best <= `MAX_TOP`.
+        """
+        index = torch.empty(batch.num_seqs, best, dtype=torch.int64)
+        probability = torch.empty(batch.num_seqs, best)
+        packed, _held = self._pack(hidden, batch)
+        _check(
+            self._library.c.s2d_draft_step(
+                self._model,
+                pointer(hidden, torch.float32),
+                first,
+                last,
+                ctypes.byref(packed),
+                best,
+                index.data_ptr(),
+                probability.data_ptr(),
+            )
+        )
+        return index, probability
 
     def copy_slots(self, source: Tensor, target: Tensor) -> None:
         """Copy KV slots (int64 flat slot indices, block * BLOCK_SIZE + offset) in every layer. All sources

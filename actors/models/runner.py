@@ -154,6 +154,19 @@ def forward_with_states(runner: ModelRunner, batch: RaggedBatch) -> tuple[Tensor
     return rows, runner.logits(rows)
 
 
+@runtime_checkable
+class DraftingRunner(Protocol):
+    """A `LayeredRunner` that does a step of greedy drafting in one call."""
+
+    def draft_step(
+        self, hidden: Tensor, first: int, last: int, batch: RaggedBatch, best: int
+    ) -> tuple[Tensor, Tensor]:
+        """Layers first..last-1 over hidden float32 [T, H], changed in place, then norm and head for the last
+        token of each sequence: rows of the head int64 [R, best], best first, equal ones by lower row, and
+        their probabilities float32 [R, best]."""
+        ...
+
+
 def normalised(states: Tensor) -> Tensor:
     """float32 [N, H], every row divided by its root mean square: what drafts read of a target's states."""
     return states.float() * torch.rsqrt(states.float().square().mean(-1, keepdim=True) + 1e-6)

@@ -64,7 +64,7 @@ int32_t guarded(Body&& body) {
 }  // namespace
 
 // Raised whenever a signature below changes.
-S2D_API int32_t s2d_abi_version() { return 4; }
+S2D_API int32_t s2d_abi_version() { return 5; }
 
 S2D_API const char* s2d_isa_name(int32_t isa) {
     const Kernels* kernels = choose(isa);
@@ -109,6 +109,13 @@ S2D_API int32_t s2d_run_layers(void* model, float* hidden, int64_t first, int64_
 
 S2D_API int32_t s2d_logits(void* model, const float* hidden, int64_t rows, float* out) {
     return guarded([&] { return static_cast<Model*>(model)->logits(hidden, rows, out); });
+}
+
+S2D_API int32_t s2d_draft_step(void* model, float* hidden, int64_t first, int64_t last, const Batch* batch, int64_t best,
+                               int64_t* index, float* probability) {
+    return guarded([&] {
+        return static_cast<Model*>(model)->draft_step(hidden, first, last, *batch, best, index, probability);
+    });
 }
 
 S2D_API int32_t s2d_copy_slots(void* model, const int64_t* source, const int64_t* target, int64_t count) {

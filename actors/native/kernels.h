@@ -137,6 +137,8 @@ struct Kernels {
     int64_t (*argmax)(const float* row, int64_t n);
     // The k best of a row, best first, equal values by lower index. Returns how many there were (n < k).
     int64_t (*topk)(const float* row, int64_t n, int64_t k, int64_t* index, float* value);
+    // values[i], some of the row's n values and the first of them the greatest, become their probabilities in it.
+    void (*probabilities)(const float* row, int64_t n, float* values, int64_t count);
     // Reads `bytes` once, but for the last few; the sum only keeps the compiler from skipping it.
     float (*read_stream)(const float* data, int64_t bytes);
 };

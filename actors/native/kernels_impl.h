@@ -31,5 +31,5 @@ void convert(const float* x, int64_t k, Format format, char* row) {
 
 Kernels make_table(const char* name) {
     return Kernels{name,     PACKS,  product, convert, attention,  rms_norm, rotate,
-                   silu_mul, gumbel, argmax,  topk,    read_stream};
+                   silu_mul, gumbel, argmax,  topk,    probabilities, read_stream};
 }

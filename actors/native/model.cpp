@@ -91,6 +91,30 @@ Status Model::logits(const float* hidden, int64_t rows, float* out) {
     return OK;
 }
 
+// Layers, norm and head for the last token of each sequence, and the `best` likeliest outputs with their probabilities,
+// best first. Rows of NaN give index -1.
+Status Model::draft_step(float* hidden, int64_t first, int64_t last, const Batch& batch, int64_t best, int64_t* index,
+                         float* probability) {
+    const Shape& s = shape_;
+    if (best < 1 || best > std::min(MAX_TOP, s.vocab)) return BAD_RANGE;
+    if (const Status status = run_layers(hidden, first, last, batch); status != OK) return status;
+    float* rows = work_.last.reserve(batch.seqs * s.hidden);
+    float* scores = work_.scores.reserve(batch.seqs * s.vocab);
+    for (int64_t r = 0; r < batch.seqs; ++r) {
+        if (batch.query_start[r] == batch.query_start[r + 1]) return BAD_RAGGED;
+        memcpy(rows + r * s.hidden, hidden + (batch.query_start[r + 1] - 1) * s.hidden, sizeof(float) * static_cast<size_t>(s.hidden));
+    }
+    if (const Status status = logits(rows, batch.seqs, scores); status != OK) return status;
+    for (int64_t r = 0; r < batch.seqs; ++r) {
+        const float* row = scores + r * s.vocab;
+        const int64_t held = kernels_.topk(row, s.vocab, best, index + r * best, probability + r * best);
+        std::fill(index + r * best + held, index + (r + 1) * best, -1);
+        std::fill(probability + r * best + held, probability + (r + 1) * best, 0.0f);
+        kernels_.probabilities(row, s.vocab, probability + r * best, held);
+    }
+    return OK;
+}
+
 Status Model::prepare(const Batch& b) {
     tokens_.resize(static_cast<size_t>(b.tokens));
     if (b.query_start[0] != 0 || b.query_start[b.seqs] != b.tokens) return BAD_RAGGED;

@@ -65,13 +65,15 @@ public:
     Status embed(const int64_t* ids, int64_t count, float* out);
     Status run_layers(float* hidden, int64_t first, int64_t last, const Batch& batch);
     Status logits(const float* hidden, int64_t rows, float* out);
+    Status draft_step(float* hidden, int64_t first, int64_t last, const Batch& batch, int64_t best, int64_t* index,
+                      float* probability);
     Status copy_slots(const int64_t* source, const int64_t* target, int64_t count);
     float read_weights();
     int64_t weight_bytes() const { return static_cast<int64_t>(weights_.used()); }
 
 private:
     struct Work {
-        Scratch normed, qkv, attended, gate_up, active, converted;
+        Scratch normed, qkv, attended, gate_up, active, converted, last, scores;
     };
 
     Status prepare(const Batch& batch);

@@ -111,6 +111,19 @@ int64_t topk(const float* row, int64_t n, int64_t k, int64_t* index, float* valu
     return held;
 }
 
+void probabilities(const float* row, int64_t n, float* values, int64_t count) {
+    if (count == 0) return;
+    const float most = values[0];
+    float sums[LANES] = {}, total = 0.0f;
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        for (int64_t j = 0; j < LANES; ++j) sums[j] += exponential(row[i + j] - most);
+    }
+    for (; i < n; ++i) total += exponential(row[i] - most);
+    for (const float sum : sums) total += sum;
+    for (i = 0; i < count; ++i) values[i] = exponential(values[i] - most) / total;
+}
+
 int64_t argmax(const float* row, int64_t n) {
     int64_t index[1] = {0};
     float value[1];
