@@ -20,7 +20,14 @@ import torch
 from torch import Tensor
 
 from actors.kv.block_pool import BlockPool
-from actors.models.runner import BLOCK_SIZE, DraftingRunner, LayeredRunner, RaggedBatch
+from actors.models.runner import (
+    BLOCK_SIZE,
+    ChainWish,
+    DraftedChain,
+    DraftingRunner,
+    LayeredRunner,
+    RaggedBatch,
+)
 
 
 @dataclass(slots=True)
@@ -167,19 +174,24 @@ class DeferredKv:
             seq.lengths[segment] = span.stop
         return hidden[batch.logit_rows]
 
-    def draft(self, seqs: Sequence[DeferredSequence], exit_index: int, best: int) -> tuple[Tensor, Tensor]:
-        """Run all waiting tokens of sequences that `runs_through` to an exit in one call of a
-        `DraftingRunner`: the `best` rows of its head and their probabilities, [R, best] each."""
+    def draft(self, seqs: Sequence[DeferredSequence], exit_index: int, wish: ChainWish) -> DraftedChain:
+        """Draft for sequences that `runs_through` to an exit, in one call of a `DraftingRunner`. Blocks must
+        be reserved for all but the last token of each draft. The caller appends the tokens."""
         assert isinstance(self._runner, DraftingRunner)
         spans = [range(seq.lengths[0], len(seq.tokens)) for seq in seqs]
-        batch = self._batch(seqs, spans)
+        batch = self._batch(seqs, spans, [budget - 1 for budget in wish.budgets])
         hidden = self._embedded(batch, seqs, spans)
-        found = self._runner.draft_step(hidden, 0, self._ranges[exit_index][1], batch, best)
+        found = self._runner.draft_chain(hidden, self._ranges[exit_index][1], batch, wish)
+        run = (found.counts - 1).tolist()
         if exit_index in self._states:
-            slots = [seq.slot(i) for seq, span in zip(seqs, spans, strict=True) for i in span]
-            self._states[exit_index][torch.tensor(slots, device=self._device)] = hidden
-        for seq in seqs:
-            seq.lengths[: exit_index + 1] = [len(seq.tokens)] * (exit_index + 1)
+            states = [hidden, *(found.hidden[r, :more] for r, more in enumerate(run))]
+            indices = [seq.slot(i) for seq, span in zip(seqs, spans, strict=True) for i in span]
+            for seq, span, more in zip(seqs, spans, run, strict=True):
+                indices += [seq.slot(i) for i in range(span.stop, span.stop + more)]
+            slots = torch.tensor(indices, device=self._device)
+            self._states[exit_index][slots] = torch.cat(states)
+        for seq, more in zip(seqs, run, strict=True):
+            seq.lengths[: exit_index + 1] = [len(seq.tokens) + more] * (exit_index + 1)
         return found
 
     def runs_through(self, seq: DeferredSequence, exit_index: int) -> bool:
@@ -202,14 +214,18 @@ class DeferredKv:
                 hidden.index_add_(0, torch.tensor(rows, device=hidden.device), added)
         return hidden
 
-    def _batch(self, seqs: Sequence[DeferredSequence], spans: Sequence[range]) -> RaggedBatch:
+    def _batch(
+        self, seqs: Sequence[DeferredSequence], spans: Sequence[range], more: Sequence[int] = ()
+    ) -> RaggedBatch:
+        """`more`: tokens for which the block tables have room beyond those of the pass, a sequence each."""
         starts = [0]
         for span in spans:
             starts.append(starts[-1] + len(span))
         lengths = [span.stop - seq.first for seq, span in zip(seqs, spans, strict=True)]
-        width = max(-(-length // BLOCK_SIZE) for length in lengths)
+        filled = [length + extra for length, extra in zip(lengths, more or [0] * len(lengths), strict=True)]
+        width = max(-(-length // BLOCK_SIZE) for length in filled)
         tables = []
-        for seq, length in zip(seqs, lengths, strict=True):
+        for seq, length in zip(seqs, filled, strict=True):
             used = seq.blocks[: -(-length // BLOCK_SIZE)]
             tables.append(used + [0] * (width - len(used)))
 

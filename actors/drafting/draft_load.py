@@ -24,7 +24,14 @@ from actors.models.load import (
     load_runner,
     native_unavailable_reason,
 )
-from actors.models.runner import DraftingRunner, LayeredRunner, ModelInfo, RaggedBatch
+from actors.models.runner import (
+    ChainWish,
+    DraftedChain,
+    DraftingRunner,
+    LayeredRunner,
+    ModelInfo,
+    RaggedBatch,
+)
 from actors.models.source import resolve_source
 from actors.models.threads import physical_cores
 from actors.text.tokenizer import TextTokenizer
@@ -99,10 +106,8 @@ class BorrowedDraftingEmbedding(BorrowedEmbedding):
         super().__init__(inner, embed)
         self._drafting = drafting
 
-    def draft_step(
-        self, hidden: Tensor, first: int, last: int, batch: RaggedBatch, best: int
-    ) -> tuple[Tensor, Tensor]:
-        return self._drafting.draft_step(hidden, first, last, batch, best)
+    def draft_chain(self, hidden: Tensor, last: int, batch: RaggedBatch, wish: ChainWish) -> DraftedChain:
+        return self._drafting.draft_chain(hidden, last, batch, wish)
 
 
 def _borrowing(inner: LayeredRunner, embed: Tensor) -> BorrowedEmbedding:

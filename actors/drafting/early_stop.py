@@ -61,6 +61,11 @@ class EarlyStop:
         curves = self.curves[exit_index]
         return interpolate(curves.greedy if greedy or curves.sampled is None else curves.sampled, confidence)
 
+    @property
+    def floor(self) -> float:
+        """A draft ends once the probability that all its tokens are accepted is below this."""
+        return 0.0 if self.threshold is None else 1.0 - self.threshold
+
     def ends(self, survival: float) -> bool:
         """Whether a draft whose tokens are all accepted with probability `survival` ends here."""
-        return self.threshold is not None and 1.0 - survival > self.threshold
+        return survival < self.floor

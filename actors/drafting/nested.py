@@ -19,7 +19,7 @@ from actors.drafting.exit_heads import ExitHeads
 from actors.drafting.interface import NESTED, DraftQuery, DraftSampling, SessionDraft, SessionOpen
 from actors.drafting.step_times import StepTimes
 from actors.drafting.tree import ROOT
-from actors.models.runner import LayeredRunner, normalised
+from actors.models.runner import ChainWish, LayeredRunner, normalised
 from actors.sampling.params import GREEDY_TEMPERATURE
 
 WINDOWS_KEPT = 2
@@ -146,6 +146,10 @@ class NestedDrafter:
         self._early_stop = early_stop or EarlyStop()
         if self._early_stop.curves and len(self._early_stop.curves) != len(exits):
             raise ValueError("early_stop needs curves for every exit, or none")
+        self._curves = [
+            torch.tensor([c.greedy.confidence, c.greedy.acceptance], dtype=torch.float64)
+            for c in self._early_stop.curves
+        ]
         self._max_sessions = max_sessions
         self._prefill_chunk = prefill_chunk
         self._catch_up = catch_up
@@ -255,13 +259,16 @@ class NestedDrafter:
             while active:
                 started = time.perf_counter()
                 waiting = sum(1 if p.draws else p.session.backlog(self._segment(p)) for p in active)
+                places = 1
                 if self._is_greedy(active):
                     self._draft_greedily(active)
+                    places = max(len(p.draws) for p in active)
                 else:
                     self._draft_position(active)
                 # Steps that mix exits, or catch up with much, are not what a step of one exit costs.
                 if len({p.exit for p in active}) == 1 and waiting <= 2 * len(active):
-                    self._steps.observe(active[0].exit, len(active), time.perf_counter() - started)
+                    took = (time.perf_counter() - started) / places
+                    self._steps.observe(active[0].exit, len(active), took)
                 active = [p for p in active if len(p.draws) < p.budget and not self._ends(p)]
         return [self._finish(a) if isinstance(a, _Proposal) else a for a in answers]
 
@@ -387,13 +394,14 @@ class NestedDrafter:
                 return
 
     def _is_greedy(self, active: Sequence[_Proposal]) -> bool:
-        """Whether all proposals take the likeliest tokens of one exit, so that one call drafts a position."""
+        """Whether all proposals begin, and take the likeliest tokens of one exit: one call drafts them."""
         block = active[0].exit
         return (
             block is not None
             and self._heads.norms is None
             and all(
                 p.exit == block
+                and not p.draws
                 and p.query.coupling is None
                 and p.sampling.temperature < GREEDY_TEMPERATURE
                 and self._kv.runs_through(p.session.seq, block)
@@ -402,15 +410,24 @@ class NestedDrafter:
         )
 
     def _draft_greedily(self, active: Sequence[_Proposal]) -> None:
+        """Whole drafts in one call. Their early end is the one that `_ends` would find."""
         block = active[0].exit
         assert block is not None
-        others = SIBLINGS if any(p.query.tree for p in active) else 0
-        rows, likely = self._kv.draft([p.session.seq for p in active], block, 1 + others)
-        tokens = rows if self._vocabulary is None else self._vocabulary.ids[rows]
-        for proposal, ids, shares in zip(active, tokens.tolist(), likely.tolist(), strict=True):
-            self._take(
-                proposal, Draw(ids[0], shares[0], others=tuple(zip(ids[1:], shares[1:], strict=True))), block
-            )
+        wish = ChainWish(
+            budgets=[p.budget for p in active],
+            floors=[max(p.query.min_survival, self._early_stop.floor) for p in active],
+            best=1 + (SIBLINGS if any(p.query.tree for p in active) else 0),
+            ids=None if self._vocabulary is None else self._vocabulary.ids,
+            curve=self._curves[block] if self._curves else None,
+        )
+        found = self._kv.draft([p.session.seq for p in active], block, wish)
+        tokens = found.rows if wish.ids is None else wish.ids[found.rows]
+        for proposal, count, ids, shares in zip(
+            active, found.counts.tolist(), tokens.tolist(), found.probabilities.tolist(), strict=True
+        ):
+            for token, share in zip(ids[:count], shares[:count], strict=True):
+                others = tuple(zip(token[1:], share[1:], strict=True))
+                self._take(proposal, Draw(token[0], share[0], others=others), block)
 
     def _read(
         self, hidden: Tensor, seqs: Sequence[DeferredSequence], rows: Sequence[int], block: int

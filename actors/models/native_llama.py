@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from actors.models.llama_weights import LlamaWeights
-from actors.models.runner import BLOCK_SIZE, ModelInfo, RaggedBatch
-from actors.native.library import FORMAT_CODES, Batch, NativeLibrary, Shape, load_library, pointer
+from actors.models.runner import BLOCK_SIZE, ChainWish, DraftedChain, ModelInfo, RaggedBatch
+from actors.native.library import FORMAT_CODES, Batch, Chain, NativeLibrary, Shape, load_library, pointer
 
 _QKV, _O, _GATE_UP, _DOWN, _HEAD = range(5)
 _INPUT_NORM, _POST_NORM, _QKV_BIAS, _Q_NORM, _K_NORM, _FINAL_NORM, _COS, _SIN = range(8)
@@ -243,31 +243,46 @@ class NativeLlamaRunner:
         )
         return out
 
-    def draft_step(
-        self, hidden: Tensor, first: int, last: int, batch: RaggedBatch, best: int
-    ) -> tuple[Tensor, Tensor]:
-        """One step of greedy drafting in one call: layers first..last-1 over hidden float32 [T, H], which is
-        left as the layers leave it, then norm and head for the last token of each sequence.
-
-        Returns rows of the head int64 [R, best], best first, equal ones by lower row, and their probabilities
-        float32 [R, best]. Raises ValueError as `run_layers` does, and unless 1 <= best <= `MAX_TOP`.
-        """
-        index = torch.empty(batch.num_seqs, best, dtype=torch.int64)
-        probability = torch.empty(batch.num_seqs, best)
+    def draft_chain(self, hidden: Tensor, last: int, batch: RaggedBatch, wish: ChainWish) -> DraftedChain:
+        """See `DraftingRunner`. Raises ValueError as `run_layers` does, and for more than `MAX_TOP` rows a
+        place."""
+        seqs, most, best = batch.num_seqs, max(wish.budgets), wish.best
+        if len(wish.budgets) != seqs or len(wish.floors) != seqs or min(wish.budgets) < 1:
+            raise ValueError("one budget of at least 1 and one floor a sequence")
         packed, _held = self._pack(hidden, batch)
+        budgets = torch.tensor(wish.budgets, dtype=torch.int64)
+        floors = torch.tensor(wish.floors, dtype=torch.float64)
+        found = DraftedChain(
+            rows=torch.zeros(seqs, most, best, dtype=torch.int64),
+            probabilities=torch.zeros(seqs, most, best),
+            counts=torch.zeros(seqs, dtype=torch.int64),
+            hidden=torch.zeros(seqs, most - 1, self._info.hidden_size),
+        )
+        curve = wish.curve
+        chain = Chain(
+            None if wish.ids is None else pointer(wish.ids, torch.int64),
+            most,
+            best,
+            pointer(budgets, torch.int64),
+            pointer(floors, torch.float64),
+            0 if curve is None else curve.shape[1],
+            None if curve is None else pointer(curve[0], torch.float64),
+            None if curve is None else pointer(curve[1], torch.float64),
+            found.rows.data_ptr(),
+            found.probabilities.data_ptr(),
+            found.counts.data_ptr(),
+            found.hidden.data_ptr(),
+        )
         _check(
-            self._library.c.s2d_draft_step(
+            self._library.c.s2d_draft_chain(
                 self._model,
                 pointer(hidden, torch.float32),
-                first,
                 last,
                 ctypes.byref(packed),
-                best,
-                index.data_ptr(),
-                probability.data_ptr(),
+                ctypes.byref(chain),
             )
         )
-        return index, probability
+        return found
 
     def copy_slots(self, source: Tensor, target: Tensor) -> None:
         """Copy KV slots (int64 flat slot indices, block * BLOCK_SIZE + offset) in every layer. All sources

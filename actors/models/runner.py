@@ -7,6 +7,7 @@ passes shorter lengths next time, and slots past a sequence's length are never r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -154,16 +155,46 @@ def forward_with_states(runner: ModelRunner, batch: RaggedBatch) -> tuple[Tensor
     return rows, runner.logits(rows)
 
 
+@dataclass(frozen=True, slots=True)
+class ChainWish:
+    """How drafts of R sequences are made and when they end.
+
+    budgets: R longest lengths, at least 1. floors: R probabilities; a draft ends with the token that brings
+    the probability that all of it is accepted below. best: rows of the head reported a place.
+    ids: int64 [D], the token that each row of the head stands for; None: rows are tokens.
+    curve: float64 [2, knots], contiguous: a token's probability, ascending, and that of its acceptance,
+    linear between and constant outside; None: they are equal.
+    """
+
+    budgets: Sequence[int]
+    floors: Sequence[float]
+    best: int
+    ids: Tensor | None
+    curve: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class DraftedChain:
+    """R drafts of K tokens at most. counts: int64 [R], tokens drafted; what lies beyond is zero.
+
+    rows, probabilities: int64 and float32 [R, K, best], rows of the head, best first, equal ones by lower
+    row.
+    hidden: float32 [R, K - 1, H], after the layers, of the drafted tokens that were run: all but the last.
+    """
+
+    rows: Tensor
+    probabilities: Tensor
+    counts: Tensor
+    hidden: Tensor
+
+
 @runtime_checkable
 class DraftingRunner(Protocol):
-    """A `LayeredRunner` that does a step of greedy drafting in one call."""
+    """A `LayeredRunner` that drafts greedily in one call."""
 
-    def draft_step(
-        self, hidden: Tensor, first: int, last: int, batch: RaggedBatch, best: int
-    ) -> tuple[Tensor, Tensor]:
-        """Layers first..last-1 over hidden float32 [T, H], changed in place, then norm and head for the last
-        token of each sequence: rows of the head int64 [R, best], best first, equal ones by lower row, and
-        their probabilities float32 [R, best]."""
+    def draft_chain(self, hidden: Tensor, last: int, batch: RaggedBatch, wish: ChainWish) -> DraftedChain:
+        """Layers 0..last-1 over hidden float32 [T, H], changed in place, norm and head for the last token of
+        each sequence, then again for the likeliest token, until drafts end. Block tables must have room."""
         ...
 
 

@@ -111,11 +111,8 @@ S2D_API int32_t s2d_logits(void* model, const float* hidden, int64_t rows, float
     return guarded([&] { return static_cast<Model*>(model)->logits(hidden, rows, out); });
 }
 
-S2D_API int32_t s2d_draft_step(void* model, float* hidden, int64_t first, int64_t last, const Batch* batch, int64_t best,
-                               int64_t* index, float* probability) {
-    return guarded([&] {
-        return static_cast<Model*>(model)->draft_step(hidden, first, last, *batch, best, index, probability);
-    });
+S2D_API int32_t s2d_draft_chain(void* model, float* hidden, int64_t last, const Batch* batch, const Chain* chain) {
+    return guarded([&] { return static_cast<Model*>(model)->draft_chain(hidden, last, *batch, *chain); });
 }
 
 S2D_API int32_t s2d_copy_slots(void* model, const int64_t* source, const int64_t* target, int64_t count) {

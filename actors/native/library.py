@@ -72,6 +72,25 @@ class Batch(ctypes.Structure):
     )
 
 
+class Chain(ctypes.Structure):
+    """Greedy drafts, as `struct Chain` of model.h has them."""
+
+    _fields_ = (
+        ("ids", c_void_p),
+        ("most", c_int64),
+        ("best", c_int64),
+        ("budgets", c_void_p),
+        ("floors", c_void_p),
+        ("knots", c_int64),
+        ("confidence", c_void_p),
+        ("acceptance", c_void_p),
+        ("index", c_void_p),
+        ("probability", c_void_p),
+        ("counts", c_void_p),
+        ("hidden", c_void_p),
+    )
+
+
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "s2d_abi_version": (c_int32, ()),
     "s2d_isa_name": (c_char_p, (c_int32,)),
@@ -84,10 +103,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "s2d_embed": (c_int32, (c_void_p, c_void_p, c_int64, c_void_p)),
     "s2d_run_layers": (c_int32, (c_void_p, c_void_p, c_int64, c_int64, POINTER(Batch))),
     "s2d_logits": (c_int32, (c_void_p, c_void_p, c_int64, c_void_p)),
-    "s2d_draft_step": (
-        c_int32,
-        (c_void_p, c_void_p, c_int64, c_int64, POINTER(Batch), c_int64, c_void_p, c_void_p),
-    ),
+    "s2d_draft_chain": (c_int32, (c_void_p, c_void_p, c_int64, POINTER(Batch), POINTER(Chain))),
     "s2d_copy_slots": (c_int32, (c_void_p, c_void_p, c_void_p, c_int64)),
     "s2d_weight_bytes": (c_int64, (c_void_p,)),
     "s2d_read_weights": (c_float, (c_void_p,)),

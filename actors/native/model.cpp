@@ -91,26 +91,83 @@ Status Model::logits(const float* hidden, int64_t rows, float* out) {
     return OK;
 }
 
-// Layers, norm and head for the last token of each sequence, and the `best` likeliest outputs with their probabilities,
-// best first. Rows of NaN give index -1.
-Status Model::draft_step(float* hidden, int64_t first, int64_t last, const Batch& batch, int64_t best, int64_t* index,
-                         float* probability) {
+// Layers, norm and head for the last token of each sequence, and the `best` likeliest rows of the head with their
+// probabilities, best first. What is no number gives row -1.
+Status Model::draft_step(float* hidden, int64_t last, const Batch& batch, int64_t best, int64_t* index, float* share) {
     const Shape& s = shape_;
-    if (best < 1 || best > std::min(MAX_TOP, s.vocab)) return BAD_RANGE;
-    if (const Status status = run_layers(hidden, first, last, batch); status != OK) return status;
+    if (const Status status = run_layers(hidden, 0, last, batch); status != OK) return status;
     float* rows = work_.last.reserve(batch.seqs * s.hidden);
     float* scores = work_.scores.reserve(batch.seqs * s.vocab);
     for (int64_t r = 0; r < batch.seqs; ++r) {
-        if (batch.query_start[r] == batch.query_start[r + 1]) return BAD_RAGGED;
-        memcpy(rows + r * s.hidden, hidden + (batch.query_start[r + 1] - 1) * s.hidden, sizeof(float) * static_cast<size_t>(s.hidden));
+        const int64_t end = batch.query_start[r + 1];
+        if (batch.query_start[r] == end) return BAD_RAGGED;
+        std::copy_n(hidden + (end - 1) * s.hidden, s.hidden, rows + r * s.hidden);
     }
     if (const Status status = logits(rows, batch.seqs, scores); status != OK) return status;
-    for (int64_t r = 0; r < batch.seqs; ++r) {
+    for (int64_t r = 0; r < batch.seqs; ++r, index += best, share += best) {
         const float* row = scores + r * s.vocab;
-        const int64_t held = kernels_.topk(row, s.vocab, best, index + r * best, probability + r * best);
-        std::fill(index + r * best + held, index + (r + 1) * best, -1);
-        std::fill(probability + r * best + held, probability + (r + 1) * best, 0.0f);
-        kernels_.probabilities(row, s.vocab, probability + r * best, held);
+        const int64_t held = kernels_.topk(row, s.vocab, best, index, share);
+        std::fill(index + held, index + best, -1);
+        std::fill(share + held, share + best, 0.0f);
+        kernels_.probabilities(row, s.vocab, share, held);
+    }
+    return OK;
+}
+
+double Chain::accepted(double share) const {
+    if (knots == 0) return share;
+    const int64_t place = std::upper_bound(confidence, confidence + knots, share) - confidence;
+    if (place == 0) return acceptance[0];
+    if (place == knots) return acceptance[knots - 1];
+    const double along = (share - confidence[place - 1]) / (confidence[place] - confidence[place - 1]);
+    return acceptance[place - 1] + along * (acceptance[place] - acceptance[place - 1]);
+}
+
+Status Model::draft_chain(float* hidden, int64_t last, const Batch& batch, const Chain& c) {
+    const Shape& s = shape_;
+    if (c.best < 1 || c.best > std::min(MAX_TOP, s.vocab) || c.most < 1) return BAD_RANGE;
+    const auto count = static_cast<size_t>(batch.seqs);
+    std::vector<int64_t> going(count), index(count * static_cast<size_t>(c.best)), positions, starts, lengths;
+    std::vector<float> share(index.size());
+    std::vector<double> survival(count, 1.0);
+    std::vector<int32_t> tables;
+    for (size_t r = 0; r < count; ++r) going[r] = static_cast<int64_t>(r);
+    Batch now = batch;
+    for (int64_t place = 0; !going.empty(); ++place) {
+        if (const Status status = draft_step(hidden, last, now, c.best, index.data(), share.data()); status != OK) return status;
+        std::vector<int64_t> left, next_positions, next_lengths;
+        std::vector<int32_t> next_tables;
+        float* next = work_.drafted[place % 2].reserve(batch.seqs * s.hidden);
+        for (size_t i = 0; i < going.size(); ++i) {
+            const int64_t r = going[i], at = (r * c.most + place) * c.best, row = static_cast<int64_t>(i);
+            std::copy_n(index.data() + row * c.best, c.best, c.index + at);
+            std::copy_n(share.data() + row * c.best, c.best, c.probability + at);
+            if (place > 0 && c.hidden) {
+                std::copy_n(hidden + row * s.hidden, s.hidden, c.hidden + (r * (c.most - 1) + place - 1) * s.hidden);
+            }
+            c.counts[r] = place + 1;
+            survival[static_cast<size_t>(r)] *= c.accepted(share[i * static_cast<size_t>(c.best)]);
+            const int64_t best = index[i * static_cast<size_t>(c.best)];
+            if (place + 1 >= c.budgets[r] || survival[static_cast<size_t>(r)] < c.floors[r] || best < 0) continue;
+            const int64_t id = c.ids ? c.ids[best] : best;
+            float* to = next + static_cast<int64_t>(left.size()) * s.hidden;
+            if (s.bf16) embed_rows<uint16_t>(&id, 0, 1, to);
+            else embed_rows<float>(&id, 0, 1, to);
+            left.push_back(r);
+            next_positions.push_back(now.positions[now.query_start[i + 1] - 1] + 1);
+            next_lengths.push_back(now.context_lens[i] + 1);
+            const int32_t* table = now.tables + row * now.table_width;
+            next_tables.insert(next_tables.end(), table, table + now.table_width);
+        }
+        going.swap(left);
+        positions.swap(next_positions);
+        lengths.swap(next_lengths);
+        tables.swap(next_tables);
+        starts.resize(going.size() + 1);
+        for (size_t i = 0; i <= going.size(); ++i) starts[i] = static_cast<int64_t>(i);
+        const auto rows = static_cast<int64_t>(going.size());
+        now = {rows, rows, batch.table_width, positions.data(), starts.data(), lengths.data(), tables.data(), nullptr};
+        hidden = next;
     }
     return OK;
 }

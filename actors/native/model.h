@@ -46,6 +46,22 @@ struct Batch {
     const int64_t* parents;  // null for chains
 };
 
+// Greedy drafts of a batch's sequences, a token after the other: how they end, and where they go.
+struct Chain {
+    const int64_t* ids;  // the token that a row of the head stands for; null: the row itself
+    int64_t most, best;  // the longest draft, and rows wanted a place
+    const int64_t* budgets;  // [seqs], 1..most
+    const double* floors;    // [seqs]: a draft ends below this probability that all of it is accepted
+    int64_t knots;           // of the curve from a token's probability to that of its acceptance; 0: they are equal
+    const double *confidence, *acceptance;
+    int64_t* index;      // [seqs][most][best]
+    float* probability;  // [seqs][most][best]
+    int64_t* counts;     // [seqs], tokens drafted
+    float* hidden;       // [seqs][most - 1][hidden], after the layers, of the drafted tokens but the last; or null
+
+    double accepted(double share) const;
+};
+
 // One token of a pass. Its KV is entry `index` of its sequence; it attends to `keys` entries: the `base` entries
 // before the pass, then those of this pass that lead to it.
 struct Token {
@@ -65,18 +81,18 @@ public:
     Status embed(const int64_t* ids, int64_t count, float* out);
     Status run_layers(float* hidden, int64_t first, int64_t last, const Batch& batch);
     Status logits(const float* hidden, int64_t rows, float* out);
-    Status draft_step(float* hidden, int64_t first, int64_t last, const Batch& batch, int64_t best, int64_t* index,
-                      float* probability);
+    Status draft_chain(float* hidden, int64_t last, const Batch& batch, const Chain& chain);
     Status copy_slots(const int64_t* source, const int64_t* target, int64_t count);
     float read_weights();
     int64_t weight_bytes() const { return static_cast<int64_t>(weights_.used()); }
 
 private:
     struct Work {
-        Scratch normed, qkv, attended, gate_up, active, converted, last, scores;
+        Scratch normed, qkv, attended, gate_up, active, converted, last, scores, drafted[2];
     };
 
     Status prepare(const Batch& batch);
+    Status draft_step(float* hidden, int64_t last, const Batch& batch, int64_t best, int64_t* index, float* share);
     void run_chunk(float* hidden, int64_t first, int64_t last, int64_t at, int64_t rows, const Batch& batch);
     void write_kv(int64_t layer, int64_t row, int64_t head, const Token& token);
     void attend(int64_t layer, int64_t row, int64_t head, int64_t at, int thread, const Batch& batch);

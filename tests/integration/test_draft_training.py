@@ -444,7 +444,7 @@ def test_a_draft_learns_to_read_its_targets_states(
     )
     earlier, _ = trained
     settings = settings_for(
-        base, data, tmp_path / "run", teachers=(folder,), states=True, withheld=0.4, steps=300,
+        base, data, tmp_path / "run", teachers=(folder,), states=True, withheld=0.1, steps=300,
         init=str(earlier.settings.out / ARTIFACT),
     )  # fmt: skip
     train(build_run(settings))
