@@ -73,6 +73,7 @@ class OnlineTeacher(nn.Module):
         """Keep the states of a plan's rows (float16) on the device: each row is run once."""
         shape = (rows, row_tokens, self.embed.shape[1])
         self._kept = torch.zeros(shape, dtype=torch.float16, device=self.embed.device)
+        self._seen.clear()
 
     @torch.no_grad()
     def teach(self, batch: Batch) -> Taught:
