@@ -19,7 +19,9 @@ from actors.drafting.exit_heads import ExitHeads
 from actors.drafting.interface import NESTED, DraftQuery, DraftSampling, SessionDraft, SessionOpen
 from actors.drafting.step_times import StepTimes
 from actors.drafting.tree import ROOT
+from actors.models.linear import MatrixProduct, pack
 from actors.models.runner import ChainWish, LayeredRunner, normalised
+from actors.native.library import available
 from actors.sampling.params import GREEDY_TEMPERATURE
 
 WINDOWS_KEPT = 2
@@ -142,7 +144,7 @@ class NestedDrafter:
         self._max_model_len = runner.info.max_model_len
         bounds = [n for n in (window and WINDOWS_KEPT * window, context) if n]
         self._kept = min(bounds, default=None if state_in is None else STATES_CONTEXT)
-        self._state_in = state_in
+        self._state_in = None if state_in is None else _product(state_in)
         self._early_stop = early_stop or EarlyStop()
         if self._early_stop.curves and len(self._early_stop.curves) != len(exits):
             raise ValueError("early_stop needs curves for every exit, or none")
@@ -220,7 +222,7 @@ class NestedDrafter:
             raise ValueError(f"{len(states)} states for {session.committed} committed tokens")
         # What was drafted without them is run again, with them.
         session.seq.rollback(first)
-        added = normalised(states) @ self._state_in.T
+        added = self._state_in(normalised(states))
         session.seq.inputs.update(zip(range(first, session.committed), added, strict=True))
 
     def rewind(self, session_id: int, num_tokens: int) -> None:
@@ -520,3 +522,8 @@ class NestedDrafter:
             exit_depth=self.exits[proposal.deepest],
             confidence=tuple(confidence),
         )
+
+
+def _product(weight: Tensor) -> MatrixProduct:
+    """On the compiled core where it is: torch would wake threads of its own for a few rows."""
+    return pack(weight, None, "native" if weight.device.type == "cpu" and available() else "plain")
