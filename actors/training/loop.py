@@ -98,6 +98,8 @@ def train(
         state.history.append({"step": 0, "heldout": _measure(run, loss_module, heldout)})
         on_step(state.history[-1])
     last = min(settings.steps, stop_after if stop_after is not None else settings.steps)
+    if _over(settings, state):  # a run that had ended, called again
+        last = state.step
     with BatchQueue(run.data, range(state.step, last), workers) as batches:
         for batch in batches:
             started = time.perf_counter()

@@ -31,6 +31,8 @@ def train_on_ray(settings: TrainSettings, cluster: RaySettings) -> None:
     """
     if settings.batch_rows % cluster.workers:
         raise ValueError(f"batch_rows {settings.batch_rows} is not a multiple of {cluster.workers} workers")
+    if settings.minutes is not None and cluster.workers > 1:
+        raise ValueError("minutes: the clocks of several workers do not agree on the last step")
     try:
         import ray
         from ray.train import FailureConfig, RunConfig, ScalingConfig

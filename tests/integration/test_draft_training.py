@@ -298,6 +298,9 @@ def test_training_ends_by_the_clock(base: Path, data: DataSettings, tmp_path: Pa
     assert history[-1]["lr"] < 0.2 * settings.lr
     assert "heldout" in history[-1]
     assert read_card(settings.out / ARTIFACT).training.steps == history[-1]["step"]
+    assert len(train(build_run(settings))) == len(history)  # it is over
+    with pytest.raises(ValueError, match="minutes: the clocks of several workers"):
+        train_on_ray(settings, RaySettings(workers=2))
 
 
 def test_several_data_sets_train_one_draft(base: Path, data: DataSettings, tmp_path: Path) -> None:
