@@ -82,7 +82,8 @@ class DeferredKv:
         self._ranges, self._feeds = tuple(ranges), tuple(feeds)
         self._num_exits, self._own_layers = count, own_layers
         self._device = runner.info.device
-        self._drafts_in_one = isinstance(runner, DraftingRunner)
+        # Found once: checking a protocol takes a good part of what a draft does.
+        self._drafting = runner if isinstance(runner, DraftingRunner) else None
         self._pool = BlockPool(runner.num_blocks, BLOCK_SIZE, prefix_caching=False)
         slots = runner.num_blocks * BLOCK_SIZE
         # States that a segment leaves to those it feeds, by slot. Segment 0 is fed by the token ids.
@@ -177,11 +178,11 @@ class DeferredKv:
     def draft(self, seqs: Sequence[DeferredSequence], exit_index: int, wish: ChainWish) -> DraftedChain:
         """Draft for sequences that `runs_through` to an exit, in one call of a `DraftingRunner`. Blocks must
         be reserved for all but the last token of each draft. The caller appends the tokens."""
-        assert isinstance(self._runner, DraftingRunner)
+        assert self._drafting is not None
         spans = [range(seq.lengths[0], len(seq.tokens)) for seq in seqs]
         batch = self._batch(seqs, spans, [budget - 1 for budget in wish.budgets])
         hidden = self._embedded(batch, seqs, spans)
-        found = self._runner.draft_chain(hidden, self._ranges[exit_index][1], batch, wish)
+        found = self._drafting.draft_chain(hidden, self._ranges[exit_index][1], batch, wish)
         run = (found.counts - 1).tolist()
         if exit_index in self._states:
             states = [hidden, *(found.hidden[r, :more] for r, more in enumerate(run))]
@@ -197,7 +198,7 @@ class DeferredKv:
     def runs_through(self, seq: DeferredSequence, exit_index: int) -> bool:
         """Whether the same tokens wait for every layer up to an exit, and the runner drafts in one call."""
         return (
-            self._drafts_in_one
+            self._drafting is not None
             and not self._own_layers
             and all(n == seq.lengths[0] for n in seq.lengths[1 : exit_index + 1])
         )

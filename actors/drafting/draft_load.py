@@ -102,9 +102,9 @@ class BorrowedEmbedding:
 class BorrowedDraftingEmbedding(BorrowedEmbedding):
     """The same over a `DraftingRunner`, which it then is itself."""
 
-    def __init__(self, inner: LayeredRunner, drafting: DraftingRunner, embed: Tensor) -> None:
+    def __init__(self, inner: DraftingRunner, embed: Tensor) -> None:
         super().__init__(inner, embed)
-        self._drafting = drafting
+        self._drafting = inner
 
     def draft_chain(self, hidden: Tensor, last: int, batch: RaggedBatch, wish: ChainWish) -> DraftedChain:
         return self._drafting.draft_chain(hidden, last, batch, wish)
@@ -112,7 +112,7 @@ class BorrowedDraftingEmbedding(BorrowedEmbedding):
 
 def _borrowing(inner: LayeredRunner, embed: Tensor) -> BorrowedEmbedding:
     if isinstance(inner, DraftingRunner):
-        return BorrowedDraftingEmbedding(inner, inner, embed)
+        return BorrowedDraftingEmbedding(inner, embed)
     return BorrowedEmbedding(inner, embed)
 
 

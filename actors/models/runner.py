@@ -189,7 +189,7 @@ class DraftedChain:
 
 
 @runtime_checkable
-class DraftingRunner(Protocol):
+class DraftingRunner(LayeredRunner, Protocol):
     """A `LayeredRunner` that drafts greedily in one call."""
 
     def draft_chain(self, hidden: Tensor, last: int, batch: RaggedBatch, wish: ChainWish) -> DraftedChain:

@@ -25,7 +25,7 @@ from actors.training.token_store import (
     DataError,
     SequenceTable,
     id_type,
-    read_sequences,
+    read_table,
     shard_count,
     shard_path,
     write_card,
@@ -50,13 +50,14 @@ def collect_resident(
     card = data_card(settings, kind, resolved.name, resolved.content_hash, tokenizer, weights.embed.shape[0])
     write_card(settings.out, DATA_CARD, card)
     done = shard_count(settings.out)
-    earlier = [s for index in range(done) for s in read_sequences(shard_path(settings.out, index))]
-    advance(len(earlier), 0)
+    earlier = [read_table(shard_path(settings.out, index)) for index in range(done)]
+    made_before = sum(map(len, earlier))
+    advance(made_before, 0)
     prompts: tuple[tuple[int, ...], ...] = ()
     if settings.prompts is None:
-        wanted = settings.samples - len(earlier)
+        wanted = settings.samples - made_before
     else:
-        answered = {s.ids[: s.labels_from] for s in earlier}
+        answered = {s.ids[: s.labels_from] for table in earlier for s in table.sequences()}
         prompts = tuple(p for p in _prompts(settings.prompts, settings, tokenizer) if p not in answered)
         wanted = len(prompts)
     if wanted <= 0:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from actors.models.llama_weights import LlamaLayerWeights, LlamaWeights
+from actors.training.student import rotate, rotation
 
 
 class ResidentDecoder:
@@ -21,16 +22,14 @@ class ResidentDecoder:
     """
 
     def __init__(self, weights: LlamaWeights, rows: int, length: int) -> None:
-        self._weights, self.rows, self.length = weights, rows, length
+        self._weights, self.rows = weights, rows
         self._dtype, device = weights.embed.dtype, weights.embed.device
         shape = (len(weights.layers), rows, weights.num_kv_heads, length, weights.head_dim)
         self._keys = torch.zeros(shape, dtype=self._dtype, device=device)
         self._values = torch.zeros(shape, dtype=self._dtype, device=device)
-        angles = torch.arange(length, device=device).float()[:, None] * weights.inv_freq.float()
-        angles = torch.cat((angles, angles), dim=-1)
-        self._cos = angles.cos() * weights.attention_scaling
-        self._sin = angles.sin() * weights.attention_scaling
         self._places = torch.arange(length, device=device)
+        turns = rotation(self._places[None], weights.inv_freq.float(), weights.attention_scaling)
+        self._cos, self._sin = (turn[0, 0] for turn in turns)
 
     def step(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Logits [rows, V], in the weights' dtype, after token `tokens[r]` at `positions[r]` (int64 [rows])
@@ -68,15 +67,10 @@ class ResidentDecoder:
         q, k, v = torch.split(qkv, [w.num_heads, w.num_kv_heads, w.num_kv_heads], dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = self._norm(q.float(), layer.q_norm), self._norm(k.float(), layer.k_norm)
-        q, k = _rotate(q.float(), cos, sin).to(self._dtype), _rotate(k.float(), cos, sin).to(self._dtype)
+        q, k = rotate(q.float(), cos, sin).to(self._dtype), rotate(k.float(), cos, sin).to(self._dtype)
         keys, values = self._keys[index], self._values[index]
         keys.scatter_(2, slots, k[:, :, None])
         values.scatter_(2, slots, v[:, :, None])
         # The query heads of a key are the queries of one product.
         grouped = q.view(self.rows, w.num_kv_heads, -1, w.head_dim)
         return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=seen).flatten(1)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-b, a), dim=-1) * sin

@@ -51,11 +51,10 @@ class TrainingData:
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
         """Worker `rank`'s share of a step's rows. The same whoever asks, and whenever."""
-        numbers = self.plan.numbers(step)[rank::world]
         offsets = np.random.default_rng((self.settings.seed, _OFFSETS, step, rank))
         batch = build_batch(
             self.train,
-            [self.plan.packed[number] for number in numbers],
+            self.plan.rows(step)[rank::world],
             self.settings.row_tokens,
             offsets=offsets,
             max_offset=self.max_offset,
@@ -63,7 +62,7 @@ class TrainingData:
             withheld=self.settings.withheld,
             mark_withheld=self._marks,
         )
-        return replace(batch, numbers=tuple(numbers))
+        return replace(batch, numbers=tuple(self.plan.numbers(step)[rank::world]))
 
     @property
     def _marks(self) -> bool:

@@ -57,7 +57,7 @@ class StudentLayer(nn.Module):
         q, k, v = torch.split(parts, [s.heads, s.kv_heads, s.kv_heads], dim=1)
         if "q_norm" in self._names:
             q, k = self._norm(q, "q_norm"), self._norm(k, "k_norm")
-        q, k = _rotate(q.float(), cos, sin).to(v.dtype), _rotate(k.float(), cos, sin).to(v.dtype)
+        q, k = rotate(q.float(), cos, sin).to(v.dtype), rotate(k.float(), cos, sin).to(v.dtype)
         if s.kv_heads != s.heads:
             k, v = (t.repeat_interleave(s.heads // s.kv_heads, dim=1) for t in (k, v))
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -76,7 +76,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x.float(), (x.shape[-1],), weight, eps)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [..., D] turned: element d with d + D / 2."""
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 

@@ -69,6 +69,21 @@ def settings_for(base: Path, data: DataSettings, out: Path, **values: Any) -> Tr
     return TrainSettings.model_validate(fields | values)
 
 
+def states_of(base: Path, data: DataSettings, folder: Path, *, top: int) -> Path:
+    """What the base says of the data, its states too."""
+    return teach(
+        TeacherSettings(
+            data=data.out,
+            source=str(base),
+            out=folder / "t",
+            dtype="float32",
+            top=top,
+            threads=1,
+            states=True,
+        )
+    )
+
+
 @pytest.fixture(scope="module")
 def trained(base: Path, data: DataSettings, tmp_path_factory: pytest.TempPathFactory) -> Any:
     run_ = build_run(settings_for(base, data, tmp_path_factory.mktemp("run")))
@@ -220,17 +235,7 @@ def test_an_online_teacher_says_what_a_stored_one_does(
     base: Path, data: DataSettings, tmp_path: Path
 ) -> None:
     """Its best tokens, its states, and the loss against all that it says."""
-    out = teach(
-        TeacherSettings(
-            data=data.out,
-            source=str(base),
-            out=tmp_path / "t",
-            dtype="float32",
-            top=256,
-            threads=1,
-            states=True,
-        )
-    )
+    out = states_of(base, data, tmp_path, top=256)
     values: dict[str, Any] = {"states": True, "withheld": 0.4}
     stored = build_run(settings_for(base, data, tmp_path / "a", teachers=(out,), **values))
     online = build_run(
@@ -434,17 +439,7 @@ def test_a_draft_learns_to_read_its_targets_states(
 ) -> None:
     """From an artifact without on: it agrees more often with states than without, in the engine too, where
     outputs stay what they are; another target's states are refused."""
-    folder = teach(
-        TeacherSettings(
-            data=data.out,
-            source=str(base),
-            out=tmp_path / "t",
-            dtype="float32",
-            top=20,
-            threads=1,
-            states=True,
-        )
-    )
+    folder = states_of(base, data, tmp_path, top=20)
     earlier, _ = trained
     settings = settings_for(
         base, data, tmp_path / "run", teachers=(folder,), states=True, withheld=0.1, steps=300,

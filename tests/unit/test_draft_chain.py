@@ -16,6 +16,7 @@ from actors.drafting.draft_load import load_draft
 from actors.drafting.early_stop import EarlyStop
 from actors.drafting.interface import DraftQuery, DraftSampling, SessionDraft, SessionOpen
 from actors.drafting.nested import NestedDrafter
+from actors.models.load import DTypeName
 from actors.models.runner import ChainWish, DraftingRunner, RaggedBatch
 from actors.native import library
 from tests.toy_draft import STATE_WIDTH, TOY_VOCAB, toy_base, toy_draft
@@ -29,8 +30,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return toy_base(tmp_path_factory.mktemp("base"))
 
 
-def drafter_for(base: Path, artifact: Path, dtype: str, *, in_one: bool) -> NestedDrafter:
-    loaded = load_draft(str(base), str(artifact), dtype=dtype, kv_blocks=64, threads=1, device="cpu")  # type: ignore[arg-type]
+def drafter_for(base: Path, artifact: Path, dtype: DTypeName, *, in_one: bool) -> NestedDrafter:
+    loaded = load_draft(str(base), str(artifact), dtype=dtype, kv_blocks=64, threads=1, device="cpu")
     assert isinstance(loaded.runner, DraftingRunner)
     made = NestedDrafter(
         loaded.runner,
@@ -39,7 +40,8 @@ def drafter_for(base: Path, artifact: Path, dtype: str, *, in_one: bool) -> Nest
         state_in=loaded.state_in,
         early_stop=EarlyStop((), 0.9),
     )
-    made._kv._drafts_in_one = in_one
+    if not in_one:
+        made._kv._drafting = None
     return made
 
 
@@ -53,7 +55,7 @@ def assert_same(ours: SessionDraft, other: SessionDraft) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("reads_states", [False, True])
 def test_one_call_drafts_what_single_passes_do(
-    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, reads_states: bool
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, dtype: DTypeName, reads_states: bool
 ) -> None:
     """Over many rounds: several sessions at once or one, exits and lengths that change, trees and chains,
     verdicts that accept a part, states that arrive, and a rewind."""
