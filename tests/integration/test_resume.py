@@ -36,14 +36,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def targets(server: Server) -> list[psutil.Process]:
-    found = []
-    for process in server.processes():
-        try:
-            if f"target-{MODEL}" in " ".join(process.cmdline()):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
+    return server.processes_of(f"target-{MODEL}")
 
 
 def texts(choices: list[dict[str, Any]], n: int) -> list[str]:
