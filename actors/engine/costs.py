@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from actors.isotonic import isotonic
 
 _SMOOTHING = 0.1
-_DRIFT = 0.08
+_FOLLOWING = 0.8
+"""How much of a row count's change, in logarithms, the others are taken to share."""
 _OUTLIER = 4.0
 _FEW = 8
 """Measurements of a row count from which on it is believed whatever others say."""
@@ -58,7 +59,9 @@ class CostModel:
             few = self._rounds[rows] < _FEW and rows != self._rows[0]
             smoothing = 1.0 if few and bounded < known else _SMOOTHING
             self._seconds[rows] = known + smoothing * (bounded - known)
-            drift = 1.0 + _DRIFT * (bounded / known - 1.0)
+            # In logarithms, a share of what an average does: what noise adds and takes away again cancels. A
+            # share of each measurement's error would add up without end, with its square.
+            drift = (1.0 + _SMOOTHING * (bounded / known - 1.0)) ** _FOLLOWING
             for other in self._rows:
                 if other != rows:
                     self._seconds[other] *= drift

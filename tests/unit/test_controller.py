@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from unittest import mock
 
 import pytest
@@ -245,3 +246,14 @@ def test_context_that_seemed_dear_because_something_else_ran_is_not_believed() -
     )  # (1, long), (1, short), (9, long), (9, short)
     costs.profile_attention(lambda rows, context: next(times) / 1e3, 9, (64, 1024))
     assert costs.drafted_attention_s(1000) == 0.0
+
+
+def test_noise_does_not_make_rounds_with_drafts_seem_ever_dearer() -> None:
+    rng = random.Random(5)
+    costs = CostModel()
+    for rows, seconds in ((1, 0.0100), (2, 0.0102), (9, 0.0120)):
+        costs.observe(rows, seconds)
+    for _ in range(20_000):  # minutes of plain decoding on a machine with neighbours
+        stolen = rng.expovariate(1.0) if rng.random() < 0.03 else 0.0
+        costs.observe(1, 0.010 * (1.0 + abs(rng.gauss(0.0, 0.15)) + stolen))
+    assert 1.1 < costs.seconds(9) / costs.seconds(1) < 1.3
