@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_INTERVAL_S = 1.0
 SETTLE_INTERVALS = 1.25
 """A router that starts waits this long after the first report for those of the others, one an interval: who
-has not reported yet would be forgotten. Until it decides, targets may be assigned to a worker that is gone."""
+has not reported yet would be forgotten. Meanwhile targets may be assigned to a worker that is gone."""
 MIN_TTL_S = 3.0
 TTL_INTERVALS = 3.0
 """A worker that has not reported for so many intervals (and `MIN_TTL_S`) is gone. With the step that follows,
