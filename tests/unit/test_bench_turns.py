@@ -54,7 +54,10 @@ def trees() -> Iterator[list[list[int]]]:
     roots = [subprocess.Popen([sys.executable, "-S", "-c", TREE]) for _ in range(2)]
     try:
         assert eventually(lambda: all(len(descendants(root.pid)) == 1 for root in roots))
-        yield [[root.pid, *descendants(root.pid)] for root in roots]
+        found = [[root.pid, *descendants(root.pid)] for root in roots]
+        # On busy cores a child may still be starting: then it runs, and what a test sees of it is chance.
+        assert eventually(lambda: all(state(pid) == "S" for tree in found for pid in tree), 30.0)
+        yield found
     finally:
         for root in roots:
             for pid in (*descendants(root.pid), root.pid):
