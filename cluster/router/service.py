@@ -23,8 +23,8 @@ SETTLE_INTERVALS = 1.25
 has not reported yet would be forgotten. Meanwhile targets may be assigned to a worker that is gone."""
 MIN_TTL_S = 3.0
 TTL_INTERVALS = 3.0
-"""A worker that has not reported for so many intervals (and `MIN_TTL_S`) is gone. With the step that follows,
-targets of a lost worker are assigned anew within five intervals."""
+"""A worker that has not reported for so many intervals (and `MIN_TTL_S`) is gone: by the step that follows,
+after five seconds at most at the default interval, its targets are assigned to others."""
 MAX_REPORTERS = 4096
 MAX_PINS = 4096
 STATE_VERSION = 1

@@ -3,14 +3,13 @@ lost, no text changes, and what is left drafts again within seconds."""
 
 from __future__ import annotations
 
-import threading
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.chaos.streams import TWO_WORKERS, streamed, undisturbed
+from tests.chaos.streams import TWO_WORKERS, Streams, undisturbed
 from tests.integration.ray_node import wait_until
 from tests.integration.server import MODEL, Server, serve
 
@@ -40,11 +39,7 @@ def test_router_draft_worker_and_target_replica_die_together(tmp_path: Path) -> 
         wait_until(server.assignment, 30, "an assignment is made")
         time.sleep(2.5)  # the state is saved a second after it changed
 
-        texts: dict[int, str] = {}
-        streams = [threading.Thread(target=streamed, args=(server, s, texts)) for s in expected]
-        for stream in streams:
-            stream.start()
-        wait_until(lambda: len(texts) == len(expected) and all(texts.values()), 120, "all streams run")
+        streams = Streams(server, expected)
         before = server.assignment()
         assert before is not None
         lost = before["worker"]
@@ -60,10 +55,10 @@ def test_router_draft_worker_and_target_replica_die_together(tmp_path: Path) -> 
 
         wait_until(recovered, 60, "the other draft worker is assigned", interval_s=0.05)
         took = time.monotonic() - killed
-        assert all(stream.is_alive() for stream in streams), "all of it happened under load"
-        for stream in streams:
-            stream.join(300)
-        assert texts == expected
+        assert streams.all_run(), "all of it happened under load"
+        streams.join()
+        assert streams.texts == expected
+        print(f"assigned to a living worker after {took:.1f} s")
         assert took < RECOVERED_WITHIN_S, f"the target was assigned to a living worker after {took:.1f} s"
 
         def replaced() -> bool:

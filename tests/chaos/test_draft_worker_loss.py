@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,8 +23,7 @@ def _draft_connected(server: Server) -> bool:
 def test_a_killed_draft_worker_is_replaced_and_used_again(tmp_path: Path) -> None:
     with serve(tmp_path, max_model_len=2048) as server:
         wait_until(lambda: _draft_connected(server), 30, "the draft worker is connected")
-        body = {
-            "model": MODEL,
+        body: dict[str, Any] = {
             "prompt": prompts.REPETITIVE[2],
             "max_tokens": 600,
             "ignore_eos": True,
@@ -31,13 +31,13 @@ def test_a_killed_draft_worker_is_replaced_and_used_again(tmp_path: Path) -> Non
             "seed": 21,
             "speculation": {"max_draft_tokens": 4, "drafter": "prompt_lookup"},
         }
-        undisturbed = server.complete(**{k: v for k, v in body.items() if k != "model"})["choices"][0]["text"]
+        undisturbed = server.complete(**body)["choices"][0]["text"]
         victims = server.processes_of("draft-pool")
         assert len(victims) == 1
         text, killed = "", False
         with (
             server.client() as client,
-            client.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer,
+            client.stream("POST", "/v1/completions", json={"model": MODEL, **body, "stream": True}) as answer,
         ):
             for line in answer.iter_lines():
                 if not line.startswith("data: {"):

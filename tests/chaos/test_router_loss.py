@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.chaos.streams import TWO_WORKERS, streamed, undisturbed
+from tests.chaos.streams import TWO_WORKERS, Streams, undisturbed
 from tests.integration.ray_node import wait_until
 from tests.integration.server import MODEL, Server, serve
 
@@ -69,11 +68,7 @@ def test_the_router_decides_is_pinned_and_survives_its_death(tmp_path: Path) -> 
         wait_until(measured, 40, "the router's metrics are exposed", interval_s=1.0)
 
         time.sleep(2.5)  # the state is saved a second after it changed
-        texts: dict[int, str] = {}
-        streams = [threading.Thread(target=streamed, args=(server, s, texts)) for s in expected]
-        for stream in streams:
-            stream.start()
-        wait_until(lambda: len(texts) == 4 and all(texts.values()), 60, "all streams run")
+        streams = Streams(server, expected)
         decided = server.router()["steps"]
         (victim,) = server.processes_of("RouterActor")
         victim.kill()
@@ -83,12 +78,11 @@ def test_the_router_decides_is_pinned_and_survives_its_death(tmp_path: Path) -> 
         again = server.assignment()
         assert again is not None
         assert server.router()["steps"] < decided, "it is another router"
-        assert all(stream.is_alive() for stream in streams), "all of it happened under load"
+        assert streams.all_run(), "all of it happened under load"
         assert (again["exits"], again["cap"]) == ([4], 2)
         assert again["pin"] == {"worker": other, "exits": [4], "cap": 2}
-        for stream in streams:
-            stream.join(120)
-        assert texts == expected
+        streams.join()
+        assert streams.texts == expected
         assert took < BACK_WITHIN_S, f"assignments were back after {took:.1f} s"
         wait_until(lambda: server.router()["steps"] > 0, 15, "the new router decides")
         assert obeyed()
