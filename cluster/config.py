@@ -51,6 +51,13 @@ class SpeculationConfig(ConfigModel):
     forced_draft_timeout_ms: float = Field(
         2000.0, gt=0, description="The same for rounds in which a request forces its draft length."
     )
+    weight: float = Field(
+        1.0,
+        gt=0,
+        le=1000,
+        description="What this model's speed is worth, relative to others': its share of a draft worker that "
+        "is asked for more than it can do, and what its gain counts in the router's choice.",
+    )
 
 
 class AutoscalingConfig(ConfigModel):
@@ -226,6 +233,11 @@ class DraftPoolConfig(ConfigModel):
         True,
         description="Whether a target may run drafters without a model itself, where that is measured to be "
         "faster than asking a worker. It falls back to them in any case while no worker is there.",
+    )
+    draft_ahead: bool | None = Field(
+        None,
+        description="Whether workers prepare the nested drafter's next drafts while a target verifies. Null: "
+        "for targets that compute on other cores, or on a GPU.",
     )
     port_range: tuple[int, int] = Field((9100, 9199), description="Ports the workers may listen on.")
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 across machines.")

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from actors.drafting.codec import SCOPE_SHIFT
+from actors.draft_worker.fair_queue import FairQueue
+from actors.drafting.draft_ahead import AheadCounts
 from actors.drafting.errors import DrafterError
-from actors.drafting.interface import SessionDraft, SessionOpen, SessionUpdate
+from actors.drafting.interface import SCOPE_SHIFT, SessionDraft, SessionOpen, SessionUpdate
 from actors.drafting.selector import DrafterPool
 
 logger = logging.getLogger(__name__)
 
 ReplyCallback = Callable[[list[SessionDraft]], None]
 _IDLE_S = 0.25
+MAX_BATCH_TOKENS = 256
+"""Draft tokens of the rounds that are drafted together, at most; a single round may have more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +28,7 @@ class Round:
     """One target worker's message, decoded, its session ids scoped to the stream (`DraftBatcher.attach`).
 
     `deadline` is monotonic time in seconds after which drafts are useless (infinite for none). `reply` is
-    called once, from the drafting thread or from `submit`.
+    called once, from the drafting thread or from `submit`, unless the stream ends before.
     """
 
     stream_id: int
@@ -50,6 +53,7 @@ class BatcherState:
     drafted_tokens: int
     busy_s: float = 0.0
     """Seconds since start that the drafting thread drafted, background work not included."""
+    ahead: AheadCounts = field(default_factory=AheadCounts)
 
 
 @dataclass(slots=True)
@@ -64,18 +68,24 @@ class DraftBatcher:
     """Owns a `DrafterPool` and the thread that drives it.
 
     A round is answered by one reply, with a draft for each update that has
-    a budget or an error. When `max_queued` rounds wait, further ones are answered with error "capacity" at
+    a budget or an error. Of the rounds that wait, those go together whose turn it is (`FairQueue`), up to
+    `max_batch_tokens` draft tokens, so that a target with many requests cannot hold up the others. When
+    `max_queued` rounds wait, further ones are answered with error "capacity" at
     once; their closes still count, and their sessions have to be opened again. Background work (drafts for
-    scoring, one a stream at most, then prompt prefill) is done in small pieces while no round waits.
+    scoring, one a stream at most, then prompt prefill and drafts ahead) is done in small pieces while no
+    round waits.
     """
 
-    def __init__(self, pool: DrafterPool, max_queued: int = 256) -> None:
-        if max_queued < 1:
-            raise ValueError("max_queued must be positive")
+    def __init__(
+        self, pool: DrafterPool, max_queued: int = 256, max_batch_tokens: int = MAX_BATCH_TOKENS
+    ) -> None:
+        if min(max_queued, max_batch_tokens) < 1:
+            raise ValueError("limits must be positive")
         self._pool = pool
         self._max_queued = max_queued
+        self._max_batch_tokens = max_batch_tokens
         self._changed = threading.Condition()
-        self._queue: deque[Round] = deque()
+        self._queue: FairQueue[Round] = FairQueue()
         self._ended: list[int] = []
         self._closing: list[int] = []
         self._streams: set[int] = set()
@@ -105,17 +115,20 @@ class DraftBatcher:
         if self._thread.is_alive():
             self._thread.join(timeout_s)
 
-    def attach(self) -> int:
-        """A new stream's id; shifted by `codec.SCOPE_SHIFT` it is the scope of the stream's sessions."""
+    def attach(self, weight: float = 1.0) -> int:
+        """A new stream's id; shifted by `SCOPE_SHIFT` it is the scope of the stream's sessions. `weight`: its
+        share of the drafting, relative to others, while more is asked for than can be done."""
         with self._changed:
             self._next_stream += 1
             self._streams.add(self._next_stream)
+            self._queue.attach(self._next_stream, weight)
             return self._next_stream
 
     def detach(self, stream_id: int) -> None:
-        """The stream has ended: forget its sessions."""
+        """The stream has ended: forget its sessions and what it has waiting."""
         with self._changed:
             self._streams.discard(stream_id)
+            self._queue.detach(stream_id)
             self._ended.append(stream_id)
             self._changed.notify()
 
@@ -123,7 +136,7 @@ class DraftBatcher:
         with self._changed:
             accepted = len(self._queue) < self._max_queued and not self._stopped
             if accepted:
-                self._queue.append(round_)
+                self._queue.put(round_.stream_id, sum(u.budget for u in round_.updates), round_)
             else:
                 self._closing.extend(round_.closes)
             self._changed.notify()
@@ -142,6 +155,7 @@ class DraftBatcher:
             rounds=self._rounds,
             drafted_tokens=self._drafted,
             busy_s=self._busy_s,
+            ahead=self._pool.ahead_counts,
         )
 
     def _run(self) -> None:
@@ -150,11 +164,10 @@ class DraftBatcher:
             with self._changed:
                 if idle and not (self._queue or self._ended or self._closing or self._stopped):
                     self._changed.wait(_IDLE_S)
-                rounds = list(self._queue)
-                self._queue.clear()
+                stopped = self._stopped
+                rounds = self._queue.take(sys.maxsize if stopped else self._max_batch_tokens)
                 ended, self._ended = self._ended, []
                 closing, self._closing = self._closing, []
-                stopped = self._stopped
             for sid in closing:
                 self._close(sid)
             if rounds:

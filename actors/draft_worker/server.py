@@ -8,6 +8,7 @@ import logging
 import secrets
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import grpc
@@ -15,13 +16,14 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from actors.draft_worker.batcher import BatcherState, DraftBatcher
-from actors.draft_worker.service import DraftService
+from actors.draft_worker.service import AheadPolicy, DraftService
 from actors.draft_worker.vocabularies import DraftVocabulary
 from actors.drafting.interface import Drafter
 from actors.drafting.prompt_lookup import PromptLookupDrafter
 from actors.drafting.remote_link import MAX_MESSAGE_BYTES, TLSFiles
 from actors.drafting.selector import DrafterPool
 from actors.drafting.token_recycling import TokenRecyclingDrafter
+from actors.models.cores import Cores
 from protos.s2d.v1 import drafting_pb2 as pb
 from protos.s2d.v1 import drafting_pb2_grpc as pb_grpc
 
@@ -60,6 +62,9 @@ class PoolConfig(Protocol):
 
     @property
     def tls(self) -> TLSFiles | None: ...
+
+    @property
+    def draft_ahead(self) -> bool | None: ...
 
 
 class TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
@@ -116,6 +121,7 @@ class DraftServer:
         tls: with it, targets must present a certificate that its authority signed.
         vocabulary: of the nested drafter, which targets share or are re-tokenised for; None without one.
         max_queued: rounds that wait for the drafting thread, at most.
+        draft_ahead: for which targets drafts are prepared while they verify; None for none.
     """
 
     def __init__(
@@ -129,6 +135,7 @@ class DraftServer:
         tls: TLSFiles | None = None,
         vocabulary: DraftVocabulary | None = None,
         max_queued: int = 256,
+        draft_ahead: AheadPolicy | None = None,
     ) -> None:
         self.incarnation = secrets.token_hex(8)
         self._worker_id = worker_id
@@ -137,7 +144,7 @@ class DraftServer:
         self._token = token
         self._tls = tls
         self._batcher = DraftBatcher(pool, max_queued)
-        self._service = DraftService(self._batcher, worker_id, self.incarnation, vocabulary)
+        self._service = DraftService(self._batcher, worker_id, self.incarnation, vocabulary, draft_ahead)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._server: grpc.aio.Server | None = None
 
@@ -231,10 +238,20 @@ def _reachable(host: str) -> str:
             return "127.0.0.1"
 
 
-def build_pool(config: PoolConfig) -> tuple[DrafterPool, DraftVocabulary | None]:
-    """The configured drafters, loaded; and the nested drafter's vocabulary, if there is one."""
+@dataclass(frozen=True, slots=True)
+class LoadedPool:
+    """The configured drafters, and of the nested drafter, if there is one, its vocabulary and its cores."""
+
+    pool: DrafterPool
+    vocabulary: DraftVocabulary | None = None
+    cores: Cores = field(default_factory=Cores)
+
+
+def build_pool(config: PoolConfig) -> LoadedPool:
+    """Blocking: seconds with a nested drafter. Raises ValueError for a drafter that is not configured."""
     drafters: list[Drafter] = []
     vocabulary: DraftVocabulary | None = None
+    cores = Cores()
     for name in config.drafters:
         if name == "prompt_lookup":
             drafters.append(PromptLookupDrafter(max_sessions=config.max_sessions))
@@ -242,28 +259,31 @@ def build_pool(config: PoolConfig) -> tuple[DrafterPool, DraftVocabulary | None]
             drafters.append(TokenRecyclingDrafter(max_sessions=config.max_sessions))
         elif name == "nested" and config.nested is not None:
             # Imported here because a worker without a model needs neither torch nor transformers.
+            from actors.drafting.draft_ahead import AheadDrafter
             from actors.drafting.nested_load import load_nested
             from actors.drafting.retokenised import RetokenisedDrafter
 
             nested = load_nested(config.nested, config.max_sessions, config.threads)
             nested.drafter.profile()
-            drafters.append(RetokenisedDrafter(nested.drafter, nested.vocab_size))
+            drafters.append(AheadDrafter(RetokenisedDrafter(nested.drafter, nested.vocab_size)))
+            cores = nested.cores
             tokenizer = nested.tokenizer
             vocabulary = DraftVocabulary(nested.vocab_size, tokenizer.vocab_hash, tokenizer)
         else:
             raise ValueError(f"drafters: {name!r} is unknown or not configured")
-    return DrafterPool(drafters, config.max_sessions), vocabulary
+    return LoadedPool(DrafterPool(drafters, config.max_sessions), vocabulary, cores)
 
 
 def build_draft_server(config: PoolConfig, worker_id: str) -> DraftServer:
     """A server as configured, drafters loaded (blocking: seconds with a nested drafter), not yet started."""
-    pool, vocabulary = build_pool(config)
+    loaded = build_pool(config)
     return DraftServer(
-        pool,
+        loaded.pool,
         worker_id,
         host=config.host,
         port_range=config.port_range,
         token=config.token,
         tls=config.tls,
-        vocabulary=vocabulary,
+        vocabulary=loaded.vocabulary,
+        draft_ahead=AheadPolicy(config.draft_ahead, loaded.cores),
     )

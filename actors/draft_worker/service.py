@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncIterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -19,7 +20,8 @@ from actors.draft_worker.vocabularies import (
     VocabularyRefusedError,
 )
 from actors.drafting import codec
-from actors.drafting.interface import SessionDraft, SessionOpen
+from actors.drafting.interface import SCOPE_SHIFT, SessionDraft, SessionOpen
+from actors.models.cores import Cores
 from protos.s2d.v1 import drafting_pb2 as pb
 from protos.s2d.v1 import drafting_pb2_grpc as pb_grpc
 
@@ -31,6 +33,20 @@ logger = logging.getLogger(__name__)
 HELLO_TIMEOUT_S = 10.0
 MAX_UNANSWERED = 64
 """Rounds of one stream that may wait for their replies to be taken; then the stream is no longer read."""
+
+
+@dataclass(frozen=True, slots=True)
+class AheadPolicy:
+    """For which targets drafts are prepared while they verify: all, none, or (`always` None) those known to
+    compute on other cores than the draft's, `cores`."""
+
+    always: bool | None = None
+    cores: Cores = field(default_factory=Cores)
+
+    def holds_for(self, hello: pb.Hello) -> bool:
+        if self.always is not None:
+            return self.always
+        return self.cores.apart_from(Cores(hello.host, frozenset(hello.cpus)))
 
 
 class DraftService(pb_grpc.DraftServiceServicer):
@@ -45,11 +61,13 @@ class DraftService(pb_grpc.DraftServiceServicer):
         worker_id: str,
         incarnation: str,
         vocabulary: DraftVocabulary | None = None,
+        draft_ahead: AheadPolicy | None = None,
     ) -> None:
         self._batcher = batcher
         self._worker_id = worker_id
         self._incarnation = incarnation
         self._vocabularies = TargetVocabularies(vocabulary)
+        self._draft_ahead = draft_ahead or AheadPolicy(False)
 
     async def Draft(
         self, request_iterator: AsyncIterator[pb.DraftRound], context: grpc.aio.ServicerContext[Any, Any]
@@ -61,8 +79,11 @@ class DraftService(pb_grpc.DraftServiceServicer):
             await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "no hello came")
         if first is None or not first.HasField("hello"):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first round of a stream carries hello")
+        if not 0.0 <= first.hello.weight < math.inf:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "hello.weight must be positive and finite")
         foreign = await self._find(first.hello, context)
-        stream = _Stream(self._batcher, self._incarnation, foreign)
+        ahead = self._draft_ahead.holds_for(first.hello)
+        stream = _Stream(self._batcher, self._incarnation, foreign, ahead, first.hello.weight or 1.0)
         logger.info("target worker %s (%s) connected", first.hello.target_id, first.hello.model)
         reader = asyncio.create_task(stream.read(first, request_iterator))
         try:
@@ -96,6 +117,10 @@ class DraftService(pb_grpc.DraftServiceServicer):
             exits=self._batcher.pool.exits,
             rounds=state.rounds,
             drafted_tokens=state.drafted_tokens,
+            ahead_foreseen=state.ahead.foreseen,
+            ahead_partly=state.ahead.partly,
+            ahead_missed=state.ahead.missed,
+            ahead_steps=state.ahead.steps,
         )
 
     async def SendTokenizer(
@@ -139,12 +164,20 @@ class DraftService(pb_grpc.DraftServiceServicer):
 class _Stream:
     """Moves rounds from the loop to the drafting thread, and replies back."""
 
-    def __init__(self, batcher: DraftBatcher, incarnation: str, foreign: ForeignTarget | None) -> None:
+    def __init__(
+        self,
+        batcher: DraftBatcher,
+        incarnation: str,
+        foreign: ForeignTarget | None,
+        ahead: bool,
+        weight: float,
+    ) -> None:
         self._batcher = batcher
         self._incarnation = incarnation
         self._foreign = foreign
-        self._id = batcher.attach()
-        self._scope = self._id << codec.SCOPE_SHIFT
+        self._ahead = ahead
+        self._id = batcher.attach(weight)
+        self._scope = self._id << SCOPE_SHIFT
         self._loop = asyncio.get_running_loop()
         self._replies: asyncio.Queue[pb.DraftReply | None] = asyncio.Queue()
         self._room = asyncio.Semaphore(MAX_UNANSWERED)
@@ -226,4 +259,4 @@ class _Stream:
 
     def _open(self, message: pb.SessionOpen) -> SessionOpen:
         session = codec.open_from_proto(message, self._scope)
-        return session if self._foreign is None else replace(session, foreign=self._foreign)
+        return replace(session, foreign=self._foreign, ahead=self._ahead)

@@ -19,7 +19,6 @@ from actors.drafting.interface import (
 from protos.s2d.v1 import drafting_pb2 as pb
 
 _UINT64 = (1 << 64) - 1
-SCOPE_SHIFT = 64
 _TO_WIRE: dict[DraftErrorCode, pb.DraftError] = {
     "unknown_session": pb.DRAFT_ERROR_UNKNOWN_SESSION,
     "stale_epoch": pb.DRAFT_ERROR_STALE_EPOCH,

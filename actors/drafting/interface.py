@@ -11,6 +11,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from actors.models.cores import Cores
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -27,6 +29,9 @@ MAX_HELD_CANDIDATES = 256
 dropped."""
 MAX_HELD_STATES = 64
 """Updates whose states a source keeps until it tells them; drafters that read states take the last ones."""
+
+SCOPE_SHIFT = 64
+"""Ids of sessions in a draft worker have their stream's number above so many bits."""
 
 DraftErrorCode = Literal["unknown_session", "stale_epoch", "capacity", "unsupported", "internal"]
 
@@ -51,8 +56,8 @@ class DraftSampling:
 class SessionOpen:
     """A session is one request on one target worker. `token_ids` is the prompt, or the prompt and what has
     been emitted when a worker is told again; `prompt_len` marks the boundary. `trees`: whether the target can
-    verify a tree of tokens. `foreign` says, inside a draft worker, whose tokens these are when they are not
-    the nested drafter's own."""
+    verify a tree of tokens. Inside a draft worker, `foreign` says whose tokens these are when they are not
+    the nested drafter's own, and `ahead` whether its drafts may be prepared while the target verifies."""
 
     session_id: int
     token_ids: tuple[int, ...]
@@ -61,6 +66,7 @@ class SessionOpen:
     epoch: int = 0
     trees: bool = False
     foreign: ForeignTarget | None = None
+    ahead: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +149,13 @@ class SessionDraft:
 
 @dataclass(frozen=True, slots=True)
 class DraftQuery:
-    """Ask a drafter for up to `budget` tokens after what it knows of the session. `coupling` replaces the
-    session's sampling, for a drafter with a model. With `tree` the answer may be a tree; a drafter with a
-    model then drafts on only below tokens that are accepted with a probability of `min_survival`."""
+    """Ask a drafter for up to `budget` tokens after what it knows of the session.
+
+    For a drafter with a model: `coupling` replaces the session's sampling. With `tree` the answer may be a
+    tree, drafted on only below tokens that are accepted with a probability of `min_survival`. The draft goes
+    on after the tokens `after`, as if they had been committed, which `survival` gives the probability of.
+    `shadow`: it is for scoring only.
+    """
 
     session_id: int
     epoch: int
@@ -154,6 +164,9 @@ class DraftQuery:
     coupling: Coupling | None = None
     tree: bool = False
     min_survival: float = 0.0
+    after: tuple[int, ...] = ()
+    survival: float = 1.0
+    shadow: bool = False
 
 
 class Drafter(Protocol):
@@ -194,7 +207,8 @@ class TargetIdentity:
     """What drafters must know of the target worker that they draft for. `vocab_size` is the number of logits;
     `tokenizer_hash` is equal for two models exactly when drafts may cross unchanged; `tokenizer` gives the
     tokenizer to a draft worker whose own is another. `states_hash` identifies weights whose hidden states
-    this target can give, empty for a target that gives none."""
+    this target can give, empty for a target that gives none. `cores`: those that the target computes on.
+    `weight`: its share of a draft worker's time, relative to others, where it is short."""
 
     target_id: str
     model: str
@@ -202,6 +216,8 @@ class TargetIdentity:
     tokenizer_hash: str = ""
     tokenizer: Callable[[], TokenizerFile] | None = field(default=None, compare=False, repr=False)
     states_hash: str = field(default="", compare=False)
+    cores: Cores = field(default_factory=Cores, compare=False)
+    weight: float = field(default=1.0, compare=False)
 
 
 class DraftSource(Protocol):

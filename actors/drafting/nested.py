@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,7 +15,8 @@ from actors.drafting.draw import CutVocabulary, Draw, draw_tokens
 from actors.drafting.early_stop import EarlyStop
 from actors.drafting.errors import DrafterError
 from actors.drafting.exit_heads import ExitHeads
-from actors.drafting.interface import NESTED, DraftQuery, DraftSampling, SessionDraft, SessionOpen
+from actors.drafting.interface import NESTED, SCOPE_SHIFT, DraftQuery, SessionDraft, SessionOpen
+from actors.drafting.nested_session import Proposal, Session
 from actors.drafting.step_times import StepTimes
 from actors.drafting.tree import ROOT
 from actors.models.linear import MatrixProduct, pack
@@ -32,50 +32,6 @@ SIBLINGS = 6
 """Alternatives to a drafted token that a tree offers at most."""
 ABSORB_FROM = 8
 """Background work leaves this many waiting tokens to the next proposal, which runs them in one pass."""
-
-
-@dataclass(slots=True)
-class _Session:
-    """`seq.tokens[:committed]` is truth, what follows is the last proposal. `goal` is the deepest layer
-    block that proposals want; `parked` sessions hold no KV and wait to be asked for; `starved` ones lack
-    room."""
-
-    seq: DeferredSequence
-    sampling: DraftSampling
-    committed: int
-    goal: int
-    last_used: int
-    parked: bool = False
-    starved: bool = False
-
-    def backlog(self, segment: int) -> int:
-        """Committed tokens to run before a proposal that is read after `segment`, the last one included."""
-        return self.committed - min(self.seq.lengths[segment], self.committed - 1)
-
-
-@dataclass(slots=True)
-class _Proposal:
-    """A query under way. `exit` is the layer block to stop after, None to decide by confidence."""
-
-    query: DraftQuery
-    session: _Session
-    budget: int
-    exit: int | None
-    draws: list[Draw] = field(default_factory=list)
-    acceptance: list[float] = field(default_factory=list)
-    survival: float = 1.0
-    deepest: int = 0
-
-    @property
-    def sampling(self) -> DraftSampling:
-        coupling = self.query.coupling
-        return self.session.sampling if coupling is None else coupling.sampling
-
-    @property
-    def position(self) -> int:
-        """Absolute index, in the target's sequence, of the token drawn next."""
-        coupling = self.query.coupling
-        return len(self.session.seq.tokens) if coupling is None else coupling.position + len(self.draws)
 
 
 class NestedDrafter:
@@ -156,9 +112,11 @@ class NestedDrafter:
         self._prefill_chunk = prefill_chunk
         self._catch_up = catch_up
         self._keep_rounds = keep_rounds
-        self._sessions: dict[int, _Session] = {}
+        self._sessions: dict[int, Session] = {}
         self._shared: WeakKeyDictionary[SharedTokens, SharedColumns] = WeakKeyDictionary()
         self._clock = 0
+        self._turns: dict[int, int] = {}
+        """By stream: when its prompts were last absorbed; only of streams with prompts that wait."""
         self._steps = StepTimes(self.exits)
 
     @property
@@ -187,7 +145,7 @@ class NestedDrafter:
         if not session.token_ids:
             raise DrafterError("unsupported", "a session needs at least one token")
         self.close(session.session_id)
-        self._sessions[session.session_id] = _Session(
+        self._sessions[session.session_id] = Session(
             seq=self._kv.new_sequence(session.token_ids),
             sampling=session.sampling,
             committed=len(session.token_ids),
@@ -203,14 +161,7 @@ class NestedDrafter:
         new_tokens: Sequence[int],
         candidates: Sequence[tuple[int, Sequence[int]]] = (),
     ) -> None:
-        session = self._get(session_id)
-        proposed = session.seq.tokens[session.committed :]
-        kept = 0
-        while kept < min(len(proposed), len(new_tokens)) and proposed[kept] == new_tokens[kept]:
-            kept += 1
-        session.seq.rollback(session.committed + kept)
-        session.seq.tokens[session.committed :] = new_tokens
-        session.committed += len(new_tokens)
+        self._get(session_id).commit(new_tokens)
 
     def note_states(self, session_id: int, states: Tensor) -> None:
         """States [n, S] of the target for the last n committed tokens, as it emitted them."""
@@ -250,17 +201,18 @@ class NestedDrafter:
 
     def propose(self, queries: Sequence[DraftQuery]) -> list[SessionDraft]:
         self._clock += 1
-        sessions = [self._get(query.session_id) for query in queries]
-        for session in sessions:
-            session.last_used = self._clock
-        answers: list[SessionDraft | _Proposal] = []
-        for query, session in zip(queries, sessions, strict=True):
-            answers.append(self._begin(query, session))
-        active = [a for a in answers if isinstance(a, _Proposal)]
+        for query in queries:
+            self._get(query.session_id).last_used = self._clock
+        return self.look_ahead(queries)
+
+    def look_ahead(self, queries: Sequence[DraftQuery]) -> list[SessionDraft]:
+        """As `propose`, for nobody who waits: it does not count as a use of the sessions."""
+        answers = [self._begin(query, self._get(query.session_id)) for query in queries]
+        active = [a for a in answers if isinstance(a, Proposal)]
         with torch.inference_mode():
             while active:
                 started = time.perf_counter()
-                waiting = sum(1 if p.draws else p.session.backlog(self._segment(p)) for p in active)
+                waiting = sum(1 if p.draws else self._backlog(p) for p in active)
                 places = 1
                 if self._is_greedy(active):
                     self._draft_greedily(active)
@@ -271,27 +223,28 @@ class NestedDrafter:
                 if len({p.exit for p in active}) == 1 and waiting <= 2 * len(active):
                     took = (time.perf_counter() - started) / places
                     self._steps.observe(active[0].exit, len(active), took)
-                active = [p for p in active if len(p.draws) < p.budget and not self._ends(p)]
-        return [self._finish(a) if isinstance(a, _Proposal) else a for a in answers]
+                active = [
+                    p for p in active if len(p.draws) < p.budget and not self._ended(p.query, p.survival)
+                ]
+        return [self._finish(a) if isinstance(a, Proposal) else a for a in answers]
 
-    def _ends(self, proposal: _Proposal) -> bool:
-        """Whether a draft ends before its budget."""
-        survival = proposal.survival
-        return survival < proposal.query.min_survival or self._early_stop.ends(survival)
+    def _ended(self, query: DraftQuery, survival: float) -> bool:
+        """Whether a draft ends before its budget, with tokens that are accepted with this probability."""
+        return survival < self._floor(query)
+
+    def _floor(self, query: DraftQuery) -> float:
+        """Probability of being accepted, all tokens together, below which a draft ends."""
+        return max(query.min_survival, self._early_stop.floor)
 
     def work(self) -> bool:
         """Run one chunk of waiting prompt tokens; False when none could be run."""
         room = self._prefill_chunk
-        chosen: list[_Session] = []
+        chosen: list[Session] = []
         ends: list[int] = []
-        for session in self._sessions.values():
+        for session in self._next_to_absorb():
             if room <= 0:
                 break
             goal = self._kv.exit_segment(session.goal)
-            if session.parked or session.backlog(goal) <= ABSORB_FROM:
-                continue
-            if session.committed > self._max_model_len:
-                continue
             start = session.seq.lengths[goal]
             # The last committed token stays: the next proposal needs its logits.
             end = min(start + room, session.committed - 1)
@@ -311,21 +264,38 @@ class NestedDrafter:
                     self._kv.advance([seq for seq, _ in todo], segment, [count for _, count in todo])
         return bool(chosen)
 
-    def _segment(self, proposal: _Proposal) -> int:
-        """The segment that a proposal is read after."""
-        return self._kv.exit_segment(proposal.exit or 0)
+    def _next_to_absorb(self) -> Sequence[Session]:
+        """Sessions with waiting tokens, by stream, those first whose turn it is: many prompts of one target
+        do not keep those of another waiting."""
+        waiting: dict[int, list[Session]] = {}
+        for sid, session in self._sessions.items():
+            goal = self._kv.exit_segment(session.goal)
+            if session.parked or session.committed > self._max_model_len:
+                continue
+            if session.backlog(goal, session.committed) > ABSORB_FROM:
+                waiting.setdefault(sid >> SCOPE_SHIFT, []).append(session)
+        self._turns = {scope: turn for scope, turn in self._turns.items() if scope in waiting}
+        order = sorted(waiting, key=lambda scope: self._turns.get(scope, 0))
+        if order:
+            self._turns[order[0]] = 1 + max(self._turns.values(), default=0)
+        return [session for scope in order for session in waiting[scope]]
 
-    def _wants(self, session: _Session, segment: int) -> bool:
+    def _backlog(self, proposal: Proposal) -> int:
+        """Tokens that the first step of a proposal runs."""
+        session = proposal.session
+        return session.backlog(self._kv.exit_segment(proposal.exit or 0), len(session.seq.tokens))
+
+    def _wants(self, session: Session, segment: int) -> bool:
         """Whether the session's proposals need the segment: with thresholds they may be read anywhere."""
         return self._thresholds is not None or segment in self._kv.path(session.goal)
 
-    def _get(self, session_id: int) -> _Session:
+    def _get(self, session_id: int) -> Session:
         try:
             return self._sessions[session_id]
         except KeyError:
             raise DrafterError("unknown_session", f"nested knows no session {session_id}") from None
 
-    def _begin(self, query: DraftQuery, session: _Session) -> SessionDraft | _Proposal:
+    def _begin(self, query: DraftQuery, session: Session) -> SessionDraft | Proposal:
         if query.exit_depth is not None and query.exit_depth not in self.exits:
             error = DrafterError("unsupported", f"no exit at depth {query.exit_depth}; have {self.exits}")
             return self._refuse(query, error)
@@ -334,28 +304,27 @@ class NestedDrafter:
             exit_block = self.exits.index(query.exit_depth)
         session.goal = len(self.exits) - 1 if exit_block is None else exit_block
         session.parked = False
-        seq = session.seq
-        del seq.tokens[session.committed :]
-        seq.rollback(session.committed - 1)
+        session.assume(query.after)
         if self._kept is not None:
-            self._kv.slide(seq, session.committed - self._kept)
+            self._kv.slide(session.seq, session.committed - self._kept)
+        total = session.committed + len(query.after)
         # The drafted token at index i < max_model_len is the last one that the target can emit.
-        budget = min(query.budget, self._max_model_len - session.committed)
-        if budget <= 0:
+        budget = min(query.budget, self._max_model_len - total)
+        if budget <= 0 or self._ended(query, query.survival):
             return SessionDraft(query.session_id, query.epoch, drafter=self.name)
-        ready = session.backlog(self._kv.exit_segment(exit_block or 0)) <= self._catch_up
+        ready = session.backlog(self._kv.exit_segment(exit_block or 0), total) <= self._catch_up
         if not ready and not session.starved:
             return SessionDraft(query.session_id, query.epoch, drafter=self.name)
-        if not ready or not self._make_room(session, session.committed + budget - 1):
+        if not ready or not self._make_room(session, total + budget - 1):
             return self._refuse(query, DrafterError("capacity", "no KV blocks left for the session"))
-        return _Proposal(query, session, budget, exit_block)
+        return Proposal(query, session, budget, exit_block)
 
     def _refuse(self, query: DraftQuery, error: DrafterError) -> SessionDraft:
         return SessionDraft(
             query.session_id, query.epoch, drafter=self.name, error=error.code, error_message=error.message
         )
 
-    def _make_room(self, session: _Session, num_tokens: int, keep: Sequence[_Session] = ()) -> bool:
+    def _make_room(self, session: Session, num_tokens: int, keep: Sequence[Session] = ()) -> bool:
         """Reserve KV for `num_tokens` tokens of the session, from idle ones not in `keep` if need be."""
         missing = self._kv.missing_blocks(session.seq, num_tokens)
         if missing > self._kv.blocks_free:
@@ -376,7 +345,7 @@ class NestedDrafter:
         self._kv.reserve(session.seq, num_tokens)
         return True
 
-    def _draft_position(self, active: Sequence[_Proposal]) -> None:
+    def _draft_position(self, active: Sequence[Proposal]) -> None:
         """Draft one more token for every proposal, shallow to deep, each block once."""
         going = list(active)
         for block in range(len(self.exits)):
@@ -395,7 +364,7 @@ class NestedDrafter:
             if not going:
                 return
 
-    def _is_greedy(self, active: Sequence[_Proposal]) -> bool:
+    def _is_greedy(self, active: Sequence[Proposal]) -> bool:
         """Whether all proposals begin, and take the likeliest tokens of one exit: one call drafts them."""
         block = active[0].exit
         return (
@@ -411,13 +380,13 @@ class NestedDrafter:
             )
         )
 
-    def _draft_greedily(self, active: Sequence[_Proposal]) -> None:
-        """Whole drafts in one call. Their early end is the one that `_ends` would find."""
+    def _draft_greedily(self, active: Sequence[Proposal]) -> None:
+        """Whole drafts in one call. Their early end is the one that `_ended` would find."""
         block = active[0].exit
         assert block is not None
         wish = ChainWish(
             budgets=[p.budget for p in active],
-            floors=[max(p.query.min_survival, self._early_stop.floor) for p in active],
+            floors=[self._floor(p.query) / max(p.survival, 1e-9) for p in active],
             best=1 + (SIBLINGS if any(p.query.tree for p in active) else 0),
             ids=None if self._vocabulary is None else self._vocabulary.ids,
             curve=self._curves[block] if self._curves else None,
@@ -442,7 +411,7 @@ class NestedDrafter:
             hidden = hidden[list(rows)]
         return self._heads.logits(self._runner, hidden, block)
 
-    def _must_stop(self, proposal: _Proposal, block: int) -> bool:
+    def _must_stop(self, proposal: Proposal, block: int) -> bool:
         """Without a pinned exit: at the last block, or where going on would run too many waiting states."""
         seq = proposal.session.seq
         return block + 1 == len(self.exits) or seq.waiting(block + 1) > self._catch_up
@@ -457,7 +426,7 @@ class NestedDrafter:
         keep = [i for i, r in enumerate(rows) if not tests[r] or top[i] > self._thresholds[block]]
         return logits[keep], [rows[i] for i in keep]
 
-    def _draw(self, logits: Tensor, proposals: Sequence[_Proposal], block: int) -> None:
+    def _draw(self, logits: Tensor, proposals: Sequence[Proposal], block: int) -> None:
         samplings = [p.sampling for p in proposals]
         positions = [p.position for p in proposals]
         shared = [self._columns(p, logits.device) for p in proposals]
@@ -466,7 +435,7 @@ class NestedDrafter:
         for proposal, draw in zip(proposals, drawn, strict=True):
             self._take(proposal, draw, block)
 
-    def _take(self, proposal: _Proposal, draw: Draw, block: int) -> None:
+    def _take(self, proposal: Proposal, draw: Draw, block: int) -> None:
         proposal.draws.append(draw)
         greedy = proposal.sampling.temperature < GREEDY_TEMPERATURE
         likely = self._early_stop.acceptance(block, draw.confidence, greedy=greedy)
@@ -475,7 +444,7 @@ class NestedDrafter:
         proposal.deepest = max(proposal.deepest, block)
         proposal.session.seq.tokens.append(draw.token_id)
 
-    def _columns(self, proposal: _Proposal, device: torch.device) -> SharedColumns | None:
+    def _columns(self, proposal: Proposal, device: torch.device) -> SharedColumns | None:
         coupling = proposal.query.coupling
         if coupling is None:
             return None
@@ -484,7 +453,7 @@ class NestedDrafter:
             found = self._shared[coupling.shared] = shared_columns(coupling.shared, self._vocabulary, device)
         return found
 
-    def _finish(self, proposal: _Proposal) -> SessionDraft:
+    def _finish(self, proposal: Proposal) -> SessionDraft:
         draws = proposal.draws
         if proposal.query.tree:
             return self._tree(proposal)
@@ -499,7 +468,7 @@ class NestedDrafter:
             q=tuple(d.q for d in draws if d.q is not None) if sampled else (),
         )
 
-    def _tree(self, proposal: _Proposal) -> SessionDraft:
+    def _tree(self, proposal: Proposal) -> SessionDraft:
         """The chain and, beside each of its tokens, the alternatives that the same pass gave for nothing."""
         token_ids: list[int] = []
         parents: list[int] = []

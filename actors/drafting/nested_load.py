@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 from actors.drafting.draft_load import load_draft
 from actors.drafting.early_stop import EarlyStop
 from actors.drafting.nested import NestedDrafter
+from actors.models.cores import Cores, cores_of
 from actors.text.tokenizer import TextTokenizer
 
 
@@ -38,11 +39,12 @@ class NestedConfig(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LoadedNested:
-    """`vocab_size` includes padding; `tokenizer` is the base's."""
+    """`vocab_size` includes padding; `tokenizer` is the base's; `cores` are those that it computes on."""
 
     drafter: NestedDrafter
     vocab_size: int
     tokenizer: TextTokenizer
+    cores: Cores
 
 
 def load_nested(
@@ -68,4 +70,5 @@ def load_nested(
         state_in=loaded.state_in_for(target_hash) if target_hash else None,
         early_stop=EarlyStop(loaded.calibration, config.stop_threshold),
     )
-    return LoadedNested(drafter, loaded.vocab_size, loaded.tokenizer)
+    cores = cores_of(loaded.runner.info.device.type)
+    return LoadedNested(drafter, loaded.vocab_size, loaded.tokenizer, cores)

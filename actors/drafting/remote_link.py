@@ -119,6 +119,9 @@ class Connection:
             model=identity.model,
             vocab_size=identity.vocab_size,
             tokenizer_hash=identity.tokenizer_hash,
+            host=identity.cores.host,
+            cpus=sorted(identity.cores.cpus),
+            weight=identity.weight,
         )
         self._channel = _open_channel(self.address, options)
         self._identity = identity

@@ -40,6 +40,10 @@ class RewindableDrafter(Drafter, Protocol):
 
     def step_s_by_exit(self) -> Mapping[int, Mapping[int, float]]: ...
 
+    def look_ahead(self, queries: Sequence[DraftQuery]) -> list[SessionDraft]:
+        """See `NestedDrafter.look_ahead`."""
+        ...
+
     def rewind(self, session_id: int, num_tokens: int) -> None:
         """Forget the committed tokens after the first `num_tokens` >= 1."""
         ...
@@ -149,6 +153,10 @@ class RetokenisedDrafter:
             session = self._foreign.get(query.session_id)
             answers[place] = draft if session is None else _mapped(session, query, draft)
         return [answers[place] for place in range(len(queries))]
+
+    def look_ahead(self, queries: Sequence[DraftQuery]) -> list[SessionDraft]:
+        """The inner drafter's, for sessions with its vocabulary."""
+        return self._inner.look_ahead(queries)
 
     def close(self, session_id: int) -> None:
         self._foreign.pop(session_id, None)

@@ -12,6 +12,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
+from actors.drafting.draft_ahead import AheadCounts
 from actors.drafting.errors import DrafterError
 from actors.drafting.interface import (
     TREE,
@@ -69,6 +70,16 @@ class TimedExits(Protocol):
     def step_s_by_exit(self) -> Mapping[int, Mapping[int, float]]:
         """Seconds of a draft step that adds a token to each of n sessions, by exit depth and n. Safe from any
         thread."""
+        ...
+
+
+@runtime_checkable
+class PreparingDrafter(Protocol):
+    """A drafter that prepares drafts while the target verifies."""
+
+    @property
+    def ahead_counts(self) -> AheadCounts:
+        """Safe from any thread."""
         ...
 
 
@@ -174,6 +185,12 @@ class DrafterPool:
         """(used, free) over all drafters with a KV pool."""
         paged = [d for d in self._drafters if isinstance(d, PagedDrafter)]
         return sum(d.kv_blocks_used for d in paged), sum(d.kv_blocks_free for d in paged)
+
+    @property
+    def ahead_counts(self) -> AheadCounts:
+        """Zeros where nothing is prepared. Safe from any thread."""
+        preparing = next((d for d in self._drafters if isinstance(d, PreparingDrafter)), None)
+        return AheadCounts() if preparing is None else preparing.ahead_counts
 
     def open(self, session: SessionOpen) -> None:
         """Open, or open again, in every drafter. Raises `DrafterError` when no drafter takes the session."""
@@ -333,7 +350,7 @@ class DrafterPool:
         if wish is None or wish.shadow_exit not in nested.exits:
             return None
         length = min(wish.shadow_length, MAX_DRAFT_TOKENS)
-        query = DraftQuery(update.session_id, update.epoch, length, wish.shadow_exit)
+        query = DraftQuery(update.session_id, update.epoch, length, wish.shadow_exit, shadow=True)
         answer = self._guarded(nested.name, partial(nested.propose, [query]))
         if isinstance(answer, DrafterError):
             self._drop(nested, update.session_id, state, answer)

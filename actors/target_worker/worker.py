@@ -13,6 +13,7 @@ from actors.drafting.interface import DraftSource, TargetIdentity
 from actors.engine.async_engine import AsyncEngine
 from actors.engine.interface import TargetEngine
 from actors.engine.messages import EngineStats
+from actors.models.cores import cores_of
 from actors.models.load import LoadedModel, load_runner
 from actors.models.runner import LayeredRunner
 from actors.sampling.grammar import GrammarCompiler
@@ -103,6 +104,8 @@ class TargetWorker:
                 self._tokenizer.vocab_hash,
                 partial(pack, self._tokenizer),
                 loaded.source_hash if isinstance(loaded.runner, LayeredRunner) else "",
+                cores_of(model.device.type),
+                config.speculation.weight,
             )
         )
         compiler = GrammarCompiler(self._tokenizer.hf, model.vocab_size, self._tokenizer.eos_token_ids)

@@ -41,6 +41,7 @@ def simulate(
     from cluster.simulator.profile import DEFAULT_PROFILE, CostProfile
     from cluster.simulator.report import write
     from cluster.simulator.scenario import Scenario
+    from cluster.simulator.simulation import RouterPolicy
 
     scenario = checked(
         Scenario, targets=targets, replicas=replicas, draft_workers=draft_workers, load=load, tokens=tokens,
@@ -67,7 +68,7 @@ def simulate(
         for row in table.rows:
             grid.add_row(*row)
         out.print(grid)
-    router = next(r for r in results if r.policy == "router")
-    out.print(f"{router.sessions} sessions on {scenario.targets} targets; files in {folder}")
-    if router.unsorted or router.highest_plan > 1.0:
+    routed = [r for r, policy in zip(results, chosen, strict=True) if isinstance(policy, RouterPolicy)]
+    out.print(f"{results[0].sessions} sessions on {scenario.targets} targets; files in {folder}")
+    if any(r.unsorted or r.highest_plan > 1.0 for r in routed):
         raise fail("the router broke the order or a worker's capacity")

@@ -98,6 +98,7 @@ def draft_table(workers: list[dict[str, Any]]) -> Table:
         "queued",
         "KV used",
         "drafters",
+        "foreseen",
         title="Draft workers",
         title_justify="left",
     )
@@ -107,8 +108,16 @@ def draft_table(workers: list[dict[str, Any]]) -> Table:
             continue
         keys = ("sessions", "streams", "queued_rounds", "kv_blocks_used")
         counts = [str(worker[key]) for key in keys]
-        table.add_row(worker["id"], worker["address"], *counts, ", ".join(worker["drafters"]))
+        drafters = ", ".join(worker["drafters"])
+        table.add_row(worker["id"], worker["address"], *counts, drafters, foreseen(worker))
     return table
+
+
+def foreseen(worker: dict[str, Any]) -> str:
+    """Share of the drafts that were prepared while the target verified, whole and in part."""
+    whole, partly, missed = (worker[f"ahead_{kind}"] for kind in ("foreseen", "partly", "missed"))
+    total = whole + partly + missed
+    return f"{whole / total:.2f} + {partly / total:.2f}" if total else "-"
 
 
 def yes(value: bool) -> str:

@@ -20,6 +20,7 @@ from cluster.draft_scaling import UTILISATION
 from cluster.named_actor import ActorUnavailableError
 from cluster.registry import RENEW_INTERVAL_S, Lease, RegistryClient
 from cluster.router_actor import RouterClient
+from cluster.telemetry.metrics import DraftMetrics
 
 logger = logging.getLogger(__name__)
 STOP_GRACE_S = 2.0
@@ -45,6 +46,7 @@ class DraftPool:
             address=await self._server.start(),
             exits=nested.resolved_exits() if nested is not None else (),
         )
+        self._metrics = DraftMetrics(worker_id)
         self._utilisation = Utilisation()
         self._renewer = asyncio.create_task(self._renew_forever())
         self._router = (
@@ -58,8 +60,9 @@ class DraftPool:
 
     async def _renew_forever(self) -> None:
         while True:
-            load = float(self._server.state.sessions)
-            await self._registry.renew(replace(self._lease, load=load))
+            state = self._server.state
+            self._metrics.record(state)
+            await self._registry.renew(replace(self._lease, load=float(state.sessions)))
             await asyncio.sleep(RENEW_INTERVAL_S)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:

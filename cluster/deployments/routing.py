@@ -86,6 +86,7 @@ class TargetReports:
         self._target_id = target_id
         self._model = model
         self._max_draft = speculation.max_draft_tokens if speculation.enabled else 0
+        self._weight = speculation.weight
         self._last: _Rates | None = None
 
     def build(self, now: float, stats: EngineStats) -> TargetReport | None:
@@ -110,6 +111,7 @@ class TargetReports:
             draft_wait_s=drafting.wait_s,
             latency_s=drafting.latency_s,
             max_draft=self._max_draft,
+            weight=self._weight,
         )
 
 

@@ -13,6 +13,7 @@ from cluster.simulator.scenario import ModelTraits, Scenario, models_of, pool_na
 class NoSpeculation:
     name = "no speculation"
     batches = True
+    draft_ahead = False
 
     def workers(self, profile: CostProfile, scenario: Scenario) -> list[str]:
         return []
@@ -27,6 +28,7 @@ class FixedExit:
     """One draft without nesting for all targets: exit and length fixed, workers shared evenly."""
 
     batches = True
+    draft_ahead = False
 
     def __init__(self, exit_depth: int, length: int) -> None:
         self.name = f"fixed exit {exit_depth}, length {length}"
@@ -52,6 +54,7 @@ class DraftPerModel:
 
     name = "one draft per model"
     batches = False
+    draft_ahead = False
 
     def __init__(self) -> None:
         self._choice: dict[str, tuple[int, int]] = {}

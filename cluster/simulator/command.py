@@ -15,7 +15,7 @@ FIXED_LENGTHS = (2, 4)
 def policies(profile: CostProfile) -> list[Policy]:
     """No speculation first: ratios refer to it."""
     fixed = [FixedExit(depth, length) for depth in sorted(profile.exits) for length in FIXED_LENGTHS]
-    return [NoSpeculation(), RouterPolicy(), DraftPerModel(), *fixed]
+    return [NoSpeculation(), RouterPolicy(), RouterPolicy(draft_ahead=True), DraftPerModel(), *fixed]
 
 
 def compare(

@@ -1,18 +1,23 @@
 """A simulated draft worker: what waits when it becomes free is drafted as one batch, place by place.
 
 As in `actors.drafting.nested`, a place of a batch runs each block of layers once, for all sessions whose exit
-is at the block's end or deeper. Shadow scoring runs one step at a time, and only while no round waits.
+is at the block's end or deeper. Shadow scoring and drafting ahead run one step at a time, and only while no
+round waits.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
+from actors.drafting.draft_ahead import SESSIONS_A_STEP
+from actors.drafting.guess_tree import Outcome
 from actors.engine.costs import CostModel
 from cluster.router.goodput import cost_model
 from cluster.simulator.events import Clock
+from cluster.simulator.guesses import SessionGuesses
 
 Wish = tuple[int, int, int]
 """(exit, sessions, tokens each)."""
@@ -45,11 +50,13 @@ class SimulatedDraftWorker:
     ) -> None:
         self.costs: dict[int, CostModel] = {depth: cost_model(table) for depth, table in step_s.items()}
         self.total_busy_s = 0.0
+        """Without drafting ahead, which yields to everything."""
         self._clock = clock
         self._batches = batches
         self._busy = False
         self._queue: list[DraftJob] = []
         self._shadows: deque[_Shadow] = deque()
+        self._ahead: dict[SessionGuesses, None] = {}
 
     def ask(self, job: DraftJob) -> None:
         self._queue.append(job)
@@ -60,10 +67,15 @@ class SimulatedDraftWorker:
         self._shadows.append(_Shadow(exit_depth, length, done))
         self._next()
 
+    def prepare(self, guesses: SessionGuesses) -> None:
+        """Draft ahead for a session, whose verdict is under way, when there is time."""
+        self._ahead[guesses] = None
+        self._next()
+
     def seconds(self, wishes: Sequence[Wish]) -> float:
         """Time of a batch."""
         total = 0.0
-        for place in range(max(length for _, _, length in wishes)):
+        for place in range(max((length for _, _, length in wishes), default=0)):
             going = sorted((depth, count) for depth, count, length in wishes if length > place)
             sessions, below = sum(count for _, count in going), None
             for depth in sorted({depth for depth, _ in going}):
@@ -80,16 +92,37 @@ class SimulatedDraftWorker:
         if self._queue:
             count = len(self._queue) if self._batches else 1
             jobs, self._queue = self._queue[:count], self._queue[count:]
-            self._work(self.seconds([wish for job in jobs for wish in job.wishes]), [j.done for j in jobs])
+            seconds = self.seconds([wish for job in jobs for wish in job.wishes])
+            self.total_busy_s += seconds
+            self._work(seconds, [j.done for j in jobs])
         elif self._shadows:
             shadow = self._shadows[0]
             shadow.left -= 1
             done = [self._shadows.popleft().done] if shadow.left == 0 else []
-            self._work(self.seconds([(shadow.exit, 1, 1)]), done)
+            seconds = self.seconds([(shadow.exit, 1, 1)])
+            self.total_busy_s += seconds
+            self._work(seconds, done)
+        elif self._ahead:
+            self._step_ahead()
+
+    def _step_ahead(self) -> None:
+        """One step for some sessions, those served longest ago first."""
+        chosen: list[tuple[SessionGuesses, Outcome]] = []
+        for guesses in list(self._ahead):
+            del self._ahead[guesses]
+            outcome = guesses.next()
+            if outcome is not None:
+                self._ahead[guesses] = None
+                chosen.append((guesses, outcome))
+            if len(chosen) == SESSIONS_A_STEP:
+                break
+        if chosen:
+            depths = Counter(guesses.exit_depth for guesses, _ in chosen)
+            seconds = self.seconds([(depth, count, 1) for depth, count in depths.items()])
+            self._work(seconds, [partial(guesses.prepared, outcome) for guesses, outcome in chosen])
 
     def _work(self, seconds: float, done: Sequence[Callable[[], None]]) -> None:
         self._busy = True
-        self.total_busy_s += seconds
 
         def finish() -> None:
             self._busy = False

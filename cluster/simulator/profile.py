@@ -34,6 +34,9 @@ class CostProfile(_Model):
         min_length=1, description="P(first token accepted) by task and exit depth."
     )
     acceptance_decay: float = Field(gt=0, le=1, description="Factor of each further place of a draft.")
+    alternative: float = Field(
+        0.3, ge=0, le=1, description="P(a draft's second best token is right | its best is wrong)."
+    )
     latency_ms: float = Field(ge=0, description="Round trip between target and draft worker.")
 
     @model_validator(mode="after")

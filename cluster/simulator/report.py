@@ -34,7 +34,15 @@ def tables(results: Sequence[RunResult]) -> list[Table]:
     )  # fmt: skip
     checks = Table(
         "Checks",
-        ("policy", "tokens/s", "pool busy", "highest plan", "out of order", "changes a target-minute"),
+        (
+            "policy",
+            "tokens/s",
+            "pool busy",
+            "highest plan",
+            "out of order",
+            "changes a target-minute",
+            "drafts foreseen",
+        ),
         tuple(
             (
                 r.policy,
@@ -43,6 +51,7 @@ def tables(results: Sequence[RunResult]) -> list[Table]:
                 f"{r.highest_plan:.2f}" if r.highest_plan else "-",
                 str(r.unsorted),
                 f"{r.changes_per_target_minute:.2f}",
+                f"{r.foreseen:.2f} + {r.partly:.2f}" if r.foreseen else "-",
             )
             for r in results
         ),

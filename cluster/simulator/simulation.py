@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,10 +23,12 @@ STEP_S = 1.0
 
 class Policy(Protocol):
     """Decides once a second. `workers(profile, scenario)`: ids of the draft workers it uses. `batches`:
-    whether these can draft for all targets at once."""
+    whether these can draft for all targets at once, `draft_ahead`: whether they prepare drafts while targets
+    verify."""
 
     name: str
     batches: bool
+    draft_ahead: bool
 
     def workers(self, profile: CostProfile, scenario: Scenario) -> list[str]: ...
 
@@ -39,7 +42,8 @@ class RunResult:
     """tokens_per_s: all targets, after the warm-up. speed: geometric mean over targets of tokens a second of
     busy time. utilisation: of the pool. highest_plan: greatest predicted load of a worker, shadow scoring and
     all. unsorted: assignments that are shallower than one of a cheaper target, over all steps. sessions:
-    arrived."""
+    arrived. foreseen, partly: share of the drafts after the first of a session that were prepared while the
+    target verified, whole and in part."""
 
     policy: str
     tokens_per_s: float
@@ -48,6 +52,8 @@ class RunResult:
     highest_plan: float = 0.0
     unsorted: int = 0
     sessions: int = 0
+    foreseen: float = 0.0
+    partly: float = 0.0
     changes_per_target_minute: float = 0.0
     speed_by_model: dict[str, float] = field(default_factory=dict)
 
@@ -68,7 +74,7 @@ def simulate(
     targets = [
         SimulatedTarget(
             f"t{i:03}", model, profile, clock, random.Random(f"{scenario.seed}/{i}"), pool,
-            scenario.max_running, scenario.max_draft, scenario.noise,
+            scenario.max_running, scenario.max_draft, scenario.noise, policy.draft_ahead,
         )
         for i, model in enumerate(models)
     ]  # fmt: skip
@@ -112,6 +118,10 @@ def simulate(
     result.tokens_per_s = sum(t.emitted - m[0] for t, m in zip(targets, marks, strict=True)) / seconds
     busy = sum(w.total_busy_s for w in pool.values()) - drafting_at_mark
     result.utilisation = busy / seconds / len(pool) if pool else 0.0
+    prepared = sum((t.prepared for t in targets), Counter[str]())
+    result.foreseen, result.partly = (
+        prepared[kind] / max(1, prepared.total()) for kind in ("foreseen", "partly")
+    )
     result.changes_per_target_minute = (changes - changes_at_mark) / len(targets) / (seconds / 60.0)
     by_model: dict[str, list[float]] = {}
     for t, (emitted, busy_s) in zip(targets, marks, strict=True):
@@ -149,9 +159,10 @@ def _check(
 class RouterPolicy:
     """The router itself; the pool is shared."""
 
-    def __init__(self, router: Router | None = None) -> None:
-        self.name = "router"
+    def __init__(self, router: Router | None = None, *, draft_ahead: bool = False) -> None:
+        self.name = "router, draft-ahead" if draft_ahead else "router"
         self.batches = True
+        self.draft_ahead = draft_ahead
         self.router = router or Router()
 
     def workers(self, profile: CostProfile, scenario: Scenario) -> list[str]:

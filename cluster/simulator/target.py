@@ -4,6 +4,8 @@ profile."""
 from __future__ import annotations
 
 import random
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -14,11 +16,11 @@ from cluster.router.goodput import cost_model
 from cluster.router.reports import Assignment, ExitAcceptance, TargetReport
 from cluster.simulator.draft_pool import DraftJob, SimulatedDraftWorker
 from cluster.simulator.events import Clock
+from cluster.simulator.guesses import RIGHT, SessionGuesses
 from cluster.simulator.profile import CostProfile
 from cluster.simulator.scenario import ModelTraits
 
-_RIGHT, _WRONG = 1, 0
-"""Token ids: the target emits only the first, so a drafted one is right exactly when it equals it."""
+_WRONG = 0
 
 
 def drafter_name(exit_depth: int) -> str:
@@ -32,6 +34,7 @@ class Session:
     tokens_left: int
     control: ControlState = field(default_factory=ControlState)
     shadow: RequestAcceptance = field(default_factory=RequestAcceptance)
+    guesses: SessionGuesses | None = None
 
 
 class SimulatedTarget:
@@ -40,10 +43,14 @@ class SimulatedTarget:
     def __init__(
         self, target_id: str, model: ModelTraits, profile: CostProfile, clock: Clock, rng: random.Random,
         workers: dict[str, SimulatedDraftWorker], max_running: int, max_draft: int, noise: float,
+        draft_ahead: bool = False,
     ) -> None:  # fmt: skip
         self.target_id, self.model = target_id, model
         self._profile, self._clock, self._rng, self._workers = profile, clock, rng, workers
         self._max_running, self._max_draft, self._noise = max_running, max_draft, noise
+        self._draft_ahead = draft_ahead
+        self.prepared: Counter[str] = Counter()
+        """Drafts after the first of a session, by what was prepared of them: foreseen, partly, missed."""
         self._true_cost = cost_model(profile.verify_s(model.size))
         self.controller = Controller(cost_model(profile.verify_s(model.size)))
         self.assignment: Assignment | None = None
@@ -106,17 +113,36 @@ class SimulatedTarget:
         if not wishes or a is None or a.worker_id is None:
             self._verify(started, {})
             return
-        groups: dict[tuple[int, int], int] = {}
-        for _, depth, budget in wishes.values():
-            groups[depth, budget] = groups.get((depth, budget), 0) + 1
-            self.drafted += budget
         worker, half = self._workers[a.worker_id], self._profile.latency_ms / 2e3
 
-        def back() -> None:
-            self._clock.after(half, lambda: self._drafts_came(started, wishes))
+        def ask() -> None:
+            groups: Counter[tuple[int, int]] = Counter()
+            for session, (_, depth, budget) in wishes.items():
+                self.drafted += budget
+                groups[depth, budget - self._known(session, depth, budget)] += 1
+            jobs = [(depth, count, length) for (depth, length), count in groups.items() if length > 0]
+            worker.ask(DraftJob(jobs, answered))
 
-        job = DraftJob([(depth, count, length) for (depth, length), count in groups.items()], back)
-        self._clock.after(half, lambda: worker.ask(job))
+        def answered() -> None:
+            drafts = {s: self._draft(s, depth, length) for s, (_, depth, length) in wishes.items()}
+            for session in drafts:
+                if session.guesses is not None:
+                    worker.prepare(session.guesses)
+            self._clock.after(half, lambda: self._drafts_came(started, wishes, drafts))
+
+        self._clock.after(half, ask)
+
+    def _known(self, session: Session, depth: int, length: int) -> int:
+        """Tokens of a session's next draft that its worker has prepared."""
+        if not self._draft_ahead:
+            return 0
+        if session.guesses is None:
+            decay, other = self._profile.acceptance_decay, self._profile.alternative
+            session.guesses = SessionGuesses(self.model.rates[session.task], decay, other, self._rng)
+        known = session.guesses.known(depth, length)
+        if session.guesses.counted:
+            self.prepared["foreseen" if known == length else "partly" if known else "missed"] += 1
+        return known
 
     def _score_in_shadow(self, a: Assignment) -> None:
         """Draft a few tokens of one session at an exit not in use. Nobody waits: they are scored against what
@@ -128,7 +154,7 @@ class SimulatedTarget:
 
         def done() -> None:
             if session.tokens_left == at:
-                draft = self._draft(session, depth, length)[0]
+                draft = self._drawn(session, depth, length)[0]
                 self.controller.acceptance.proposed(session.shadow, draft, ())
 
         worker, half = self._workers[a.worker_id], self._profile.latency_ms / 2e3
@@ -137,22 +163,34 @@ class SimulatedTarget:
 
     def _draft(self, session: Session, depth: int, length: int) -> tuple[SessionDraft, int]:
         """A proposal, and how many of its tokens are right."""
+        if session.guesses is None:
+            return self._drawn(session, depth, length)
+        tokens = session.guesses.answer(length)
+        right = next((i for i, token in enumerate(tokens) if token != RIGHT), length)
+        return SessionDraft(session.session_id, 1, tuple(tokens), drafter=drafter_name(depth)), right
+
+    def _drawn(self, session: Session, depth: int, length: int) -> tuple[SessionDraft, int]:
         right, rate = 0, self.model.rates[session.task][depth]
         while right < length and self._rng.random() < rate:
             right += 1
             rate *= self._profile.acceptance_decay
-        tokens = (_RIGHT,) * right + (_WRONG,) * (length - right)
+        tokens = (RIGHT,) * right + (_WRONG,) * (length - right)
         return SessionDraft(session.session_id, 1, tokens, drafter=drafter_name(depth)), right
 
-    def _drafts_came(self, started: float, wishes: dict[Session, tuple[Candidate, int, int]]) -> None:
+    def _drafts_came(
+        self,
+        started: float,
+        wishes: Mapping[Session, tuple[Candidate, int, int]],
+        found: Mapping[Session, tuple[SessionDraft, int]],
+    ) -> None:
         waited = self._clock.now - started
         self.controller.observe_wait(waited)
         self._waited_s += waited
         self._waits += 1
         drafts: list[tuple[Candidate, SessionDraft, int]] = []
         hits: list[int] = []
-        for session, (candidate, depth, length) in wishes.items():
-            draft, right = self._draft(session, depth, length)
+        for session, (candidate, _, length) in wishes.items():
+            draft, right = found[session]
             self.controller.acceptance.proposed(session.control.acceptance, draft, candidate.drafters)
             drafts.append((candidate, draft, length))
             hits.append(right)
@@ -184,8 +222,10 @@ class SimulatedTarget:
             if session in verified:
                 self.controller.observe_accepted(accepted)
             count = min(session.tokens_left, 1 + accepted)
-            self.controller.acceptance.emitted(session.control.acceptance, [_RIGHT] * count)
-            self.controller.acceptance.emitted(session.shadow, [_RIGHT] * count)
+            self.controller.acceptance.emitted(session.control.acceptance, [RIGHT] * count)
+            self.controller.acceptance.emitted(session.shadow, [RIGHT] * count)
+            if session.guesses is not None:
+                session.guesses.emitted(count)
             session.tokens_left -= count
             self.emitted += count
         self.running = [s for s in self.running if s.tokens_left > 0]

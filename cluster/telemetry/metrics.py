@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from actors.target_worker.messages import GenerationChunk
+
+if TYPE_CHECKING:
+    from actors.draft_worker.batcher import BatcherState
 
 _MODEL = ("model_name",)
 _SECONDS = [0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1.2, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 600.0]
@@ -121,6 +125,40 @@ class TargetMetrics:
             self._tpot.observe((now - first[choice]) / (tokens[choice] - 1))
         if chunk.usage is not None:
             _increase(self._prompt_tokens, chunk.usage.prompt_tokens)
+
+
+class DraftMetrics:
+    """Metrics of one draft worker; create it inside the worker's process."""
+
+    def __init__(self, worker_id: str) -> None:
+        def counter(name: str, text: str, *keys: str) -> Counter:
+            metric = Counter(name, description=text, tag_keys=("worker", *keys))
+            metric.set_default_tags({"worker": worker_id})
+            return metric
+
+        self._rounds = counter("s2d_draft_rounds", "Rounds that a draft worker answered.")
+        self._drafted = counter("s2d_draft_tokens", "Draft tokens proposed by a draft worker.")
+        self._ahead = counter(
+            "s2d_draft_ahead_drafts",
+            "Drafts after the first of a session, by what was prepared of them while the target verified: "
+            "foreseen (all), partly, missed.",
+            "outcome",
+        )
+        self._ahead_tokens = counter(
+            "s2d_draft_ahead_tokens", "Draft tokens prepared while targets verified."
+        )
+        self._last: BatcherState | None = None
+
+    def record(self, state: BatcherState) -> None:
+        """Counters grow by the difference to the last one."""
+        before = self._last
+        _increase(self._rounds, state.rounds - (before.rounds if before else 0))
+        _increase(self._drafted, state.drafted_tokens - (before.drafted_tokens if before else 0))
+        now, then = asdict(state.ahead), asdict(before.ahead) if before else {}
+        _increase(self._ahead_tokens, now.pop("steps") - then.pop("steps", 0))
+        for outcome, count in now.items():
+            _increase(self._ahead, count - then.get(outcome, 0), {"outcome": outcome})
+        self._last = state
 
 
 class GatewayMetrics:

@@ -157,7 +157,8 @@ def test_status_tables() -> None:
     drafters = {"x": {"rounds": 1, "drafted": 4, "accepted": 3}}
     replica = {"replica_id": "r", "engine": {"running": 1, "drafters": drafters}}
     worker = {"id": "d", "address": "a", "error": None, "sessions": 1, "streams": 1, "queued_rounds": 0,
-              "kv_blocks_used": 0, "drafters": ["x"]}  # fmt: skip
+              "kv_blocks_used": 0, "drafters": ["x"], "ahead_foreseen": 3, "ahead_partly": 1,
+              "ahead_missed": 4}  # fmt: skip
     down = {"id": "e", "address": "b", "error": "UNAVAILABLE"}
     models = [
         {"name": "m", "ready": True, "replicas": [replica]},
@@ -165,6 +166,7 @@ def test_status_tables() -> None:
     ]
     targets, speculation, drafts = tables({"models": models, "draft_workers": [worker, down]})
     assert (targets.row_count, speculation.row_count, drafts.row_count) == (2, 1, 2)
+    assert next(iter(drafts.columns[-1].cells)) == "0.38 + 0.12"
 
 
 @pytest.fixture

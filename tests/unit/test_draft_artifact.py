@@ -189,7 +189,8 @@ def test_the_draft_worker_takes_an_artifact(tmp_path: Path, base: Path) -> None:
     nested = NestedDrafterConfig(source=str(base), artifact=str(path), dtype="float32", kv_blocks=16)
     assert nested.resolved_exits() == (1, 2)
     config = DraftPoolConfig(drafters=("nested",), nested=nested)
-    pool, vocabulary = build_pool(config)
+    loaded = build_pool(config)
+    pool, vocabulary = loaded.pool, loaded.vocabulary
     assert tuple(pool.exits) == (1, 2)
     assert vocabulary is not None
     assert vocabulary.vocab_size == TOY_VOCAB

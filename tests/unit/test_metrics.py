@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from actors.draft_worker.batcher import BatcherState
+from actors.drafting.draft_ahead import AheadCounts
 from actors.target_worker.messages import GenerationChunk, RequestError, Usage
 from cluster.telemetry import metrics
-from cluster.telemetry.metrics import TargetMetrics
+from cluster.telemetry.metrics import DraftMetrics, TargetMetrics
 from cluster.telemetry.vllm_names import spec_decode_text
 
 Values = dict[str, list[tuple[float, tuple[tuple[str, str], ...]]]]
@@ -26,7 +29,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Values:
             self._name = name
 
         def set_default_tags(self, tags: dict[str, str]) -> None:
-            assert tags == {"model_name": "m"}
+            assert tags in ({"model_name": "m"}, {"worker": "w"})
 
         def inc(self, value: float, tags: dict[str, str] | None = None) -> None:
             assert value > 0
@@ -68,6 +71,19 @@ def test_speculation_counters_grow_by_differences(recorded: Values) -> None:
     assert recorded["s2d_kv_cache_usage_ratio"][-1][0] == 0.25
     target.record_engine(engine(0, 0, ()))  # an engine that counts from zero again
     assert total(recorded, "s2d_spec_decode_num_drafts") == 8
+
+
+def test_a_draft_workers_counters_grow_by_differences(recorded: Values) -> None:
+    worker = DraftMetrics("w")
+    idle = BatcherState(0, 0, 0, 0, 8, rounds=3, drafted_tokens=9)
+    later = replace(idle, rounds=5, drafted_tokens=12, ahead=AheadCounts(4, 2, 1, steps=30))
+    for state in (idle, later, replace(later, ahead=AheadCounts(5, 2, 3, steps=31))):
+        worker.record(state)
+    assert total(recorded, "s2d_draft_rounds") == 5
+    assert total(recorded, "s2d_draft_tokens") == 12
+    assert total(recorded, "s2d_draft_ahead_tokens") == 31
+    found = [total(recorded, "s2d_draft_ahead_drafts", outcome=o) for o in ("foreseen", "partly", "missed")]
+    assert found == [5, 2, 3]
 
 
 async def test_requests_are_timed(recorded: Values) -> None:

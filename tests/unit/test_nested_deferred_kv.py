@@ -13,7 +13,7 @@ from torch import Tensor
 from actors.drafting.deferred_kv import DeferredKv
 from actors.drafting.draw import MAX_Q, draw_tokens
 from actors.drafting.errors import DrafterError
-from actors.drafting.interface import DraftQuery, DraftSampling, SessionDraft, SessionOpen
+from actors.drafting.interface import SCOPE_SHIFT, DraftQuery, DraftSampling, SessionDraft, SessionOpen
 from actors.drafting.nested import NestedDrafter
 from actors.models.llama_weights import LlamaLayerWeights, LlamaWeights
 from actors.models.runner import BLOCK_SIZE, ModelInfo, RaggedBatch
@@ -254,6 +254,22 @@ def test_long_prompts_are_absorbed_in_the_background_only() -> None:
     assert propose(drafter, 0, 3, exit_depth=LAYERS).token_ids == ()
     absorb(drafter)
     assert len(propose(drafter, 0, 3, exit_depth=LAYERS).token_ids) == 3
+
+
+def test_many_prompts_of_one_target_do_not_keep_those_of_another_waiting() -> None:
+    drafter = NestedDrafter(runner(), EXITS, prefill_chunk=16, catch_up=20)
+    prompt = [i % VOCAB for i in range(100)]
+    other = (2 << SCOPE_SHIFT) + 1
+    for sid in (*((1 << SCOPE_SHIFT) + n for n in range(8)), other):
+        open_session(drafter, sid, prompt)
+        propose(drafter, sid, 1)
+    pieces = 0
+    while not propose(drafter, other, 1).token_ids:
+        assert drafter.work()
+        pieces += 1
+    # Five pieces leave no more than a draft catches up with; each other piece is the first target's.
+    assert pieces <= 10
+    absorb(drafter)
 
 
 @pytest.mark.parametrize("depth", EXITS)

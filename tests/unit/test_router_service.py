@@ -198,6 +198,9 @@ def test_reports_of_a_target_are_what_its_engine_measured() -> None:
     second = reports.build(12.0, stats(steps=160, asked=150))
     assert second is not None
     assert (second.rounds_per_s, second.draft_tokens_per_s) == (30.0, 50.0)
+    dear = TargetReports("r1", "m", SpeculationConfig(weight=3.0)).build(1.0, stats())
+    assert dear is not None
+    assert dear.weight == 3.0
     off = TargetReports("r1", "m", SpeculationConfig(enabled=False)).build(1.0, stats())
     assert off is not None
     assert off.max_draft == 0

@@ -19,6 +19,7 @@ from cluster.router.router import Router
 from cluster.simulator.baselines import DraftPerModel, FixedExit, NoSpeculation
 from cluster.simulator.draft_pool import DraftJob, SimulatedDraftWorker
 from cluster.simulator.events import Clock
+from cluster.simulator.guesses import SessionGuesses
 from cluster.simulator.profile import DEFAULT_PROFILE, CostProfile
 from cluster.simulator.scenario import Scenario, arrivals, models_of
 from cluster.simulator.simulation import RouterPolicy, RunResult, simulate
@@ -115,6 +116,51 @@ def test_a_batch_runs_each_block_once_and_what_waits_goes_together() -> None:
     assert w.total_busy_s == pytest.approx(5.5)
 
 
+def with_ahead(costs: CostProfile, tokens: int) -> SimulatedTarget:
+    """One session that is always drafted for with 4 tokens at exit 1, which a worker of its own prepares."""
+    clock = Clock()
+    model = models_of(costs, quiet(quality=(1.0, 1.0)))[0]
+    pool = {"d0": SimulatedDraftWorker(clock, costs.draft_s)}
+    t = SimulatedTarget("t", model, costs, clock, random.Random(0), pool, 8, 6, 0.0, draft_ahead=True)
+    t.assignment = Assignment("t", "d0", (1,), 4, "")
+    clock.after(0.0, partial(t.arrive, Session(0, "chat", tokens)))
+    clock.run(120.0)
+    assert t.emitted == tokens
+    return t
+
+
+def test_what_is_nearly_always_right_is_nearly_always_prepared() -> None:
+    costs = profile(acceptance={"chat": {"1": 0.95, "4": 0.95}}, alternative=1.0)
+    t = with_ahead(costs, 4000)
+    # All accepted and the next guess right: 0.95^5; the first guess wrong, and its alternative right: 0.05.
+    # Other verdicts are too unlikely to be prepared for. The target takes 15 ms, 9 steps of 1 ms do.
+    share = t.prepared["foreseen"] / t.prepared.total()
+    assert share == pytest.approx(0.95**5 + 0.05, abs=0.04)
+    assert t.busy_s == pytest.approx(4000 / 4.524 * (0.015 + (1.0 - share) * 0.004), rel=0.04)
+
+
+def test_a_draft_that_is_always_wrong_is_prepared_in_vain() -> None:
+    t = with_ahead(profile(alternative=0.0), 400)
+    assert t.prepared["foreseen"] == 0
+    assert 400 * 0.011 < t.busy_s < 400 * 0.011 * 1.01 + 0.1
+
+
+def test_preparing_yields_to_drafting() -> None:
+    clock = Clock()
+    w = SimulatedDraftWorker(clock, {1: {1: 1.0, 2: 1.5}})
+    guesses = SessionGuesses({1: 0.9}, 1.0, 0.3, random.Random(0))
+    assert guesses.known(1, 4) == 0
+    assert len(guesses.answer(4)) == 4
+    ended: list[float] = []
+    w.prepare(guesses)
+    clock.run(0.5)
+    w.ask(DraftJob([(1, 1, 2)], lambda: ended.append(clock.now)))
+    clock.run(50.0)
+    assert ended == [3.0], "the step under way ends at 1 s, and no other one comes before the draft"
+    assert w.total_busy_s == pytest.approx(2.0), "preparing does not count"
+    assert guesses.next() is None
+
+
 def test_drafts_of_their_own_take_turns() -> None:
     clock = Clock()
     w = SimulatedDraftWorker(clock, {1: {1: 1.0, 2: 1.5}}, batches=False)
@@ -151,7 +197,7 @@ def test_equal_seeds_give_equal_results() -> None:
 def runs() -> dict[str, RunResult]:
     costs = CostProfile.from_file()
     policies = [
-        NoSpeculation(), RouterPolicy(), DraftPerModel(),
+        NoSpeculation(), RouterPolicy(), RouterPolicy(draft_ahead=True), DraftPerModel(),
         *(FixedExit(d, k) for d in costs.exits for k in (2, 4)),
     ]  # fmt: skip
     return {p.name: simulate(costs, SMALL, p) for p in policies}
@@ -172,6 +218,19 @@ def test_the_router_keeps_order_capacity_and_calm(runs: dict[str, RunResult]) ->
     assert router.unsorted == 0
     assert 0.0 < router.highest_plan <= settings.limit + settings.shadow_load
     assert router.changes_per_target_minute < 3.0
+
+
+def test_drafting_ahead_makes_the_router_faster_at_the_same_order_and_capacity(
+    runs: dict[str, RunResult],
+) -> None:
+    ahead, router = runs["router, draft-ahead"], runs["router"]
+    assert ahead.speed > router.speed
+    assert ahead.utilisation < router.utilisation
+    assert 0.0 < ahead.foreseen < 1.0
+    assert router.foreseen == router.partly == 0.0
+    settings = Router().settings
+    assert ahead.unsorted == 0
+    assert ahead.highest_plan <= settings.limit + settings.shadow_load
 
 
 def test_an_order_that_is_broken_is_counted() -> None:

@@ -24,13 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cprotos/s2d/v1/drafting.proto\x12\x06s2d.v1\"U\n\x05Hello\x12\x11\n\ttarget_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x16\n\x0etokenizer_hash\x18\x04 \x01(\t\"\x84\x01\n\x0eTokenizerChunk\x12\x16\n\x0etokenizer_hash\x18\x01 \x01(\t\x12\x12\n\nvocab_size\x18\x02 \x01(\r\x12\x1d\n\x11special_token_ids\x18\x03 \x03(\rB\x02\x10\x01\x12\x19\n\reos_token_ids\x18\x04 \x03(\rB\x02\x10\x01\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\"C\n\x10TokenizerReceipt\x12\x15\n\rshared_tokens\x18\x01 \x01(\r\x12\x18\n\x10\x64raft_vocab_size\x18\x02 \x01(\r\"l\n\rDraftSampling\x12\x0b\n\x03key\x18\x01 \x01(\x06\x12\x13\n\x0btemperature\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05top_p\x18\x04 \x01(\x01\x12\r\n\x05min_p\x18\x05 \x01(\x01\x12\x0c\n\x04rule\x18\x06 \x01(\t\"\x93\x01\n\x0bSessionOpen\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\x15\n\ttoken_ids\x18\x02 \x03(\rB\x02\x10\x01\x12\x12\n\nprompt_len\x18\x03 \x01(\r\x12\'\n\x08sampling\x18\x04 \x01(\x0b\x32\x15.s2d.v1.DraftSampling\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x12\r\n\x05trees\x18\x06 \x01(\x08\"4\n\nCandidates\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x14\n\x08next_ids\x18\x02 \x03(\rB\x02\x10\x01\"`\n\nNestedWish\x12\x0c\n\x04\x65xit\x18\x01 \x01(\r\x12\x10\n\x03\x63\x61p\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x0bshadow_exit\x18\x03 \x01(\r\x12\x15\n\rshadow_length\x18\x04 \x01(\rB\x06\n\x04_cap\"\xf1\x01\n\rSessionUpdate\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x19\n\rnew_token_ids\x18\x03 \x03(\rB\x02\x10\x01\x12\x0f\n\x07\x64rafted\x18\x04 \x01(\r\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x05 \x01(\r\x12&\n\ncandidates\x18\x06 \x03(\x0b\x32\x12.s2d.v1.Candidates\x12\x0e\n\x06\x62udget\x18\x07 \x01(\r\x12\x0f\n\x07\x64rafter\x18\x08 \x01(\t\x12\x12\n\nexit_depth\x18\t \x01(\r\x12\"\n\x06nested\x18\n \x01(\x0b\x32\x12.s2d.v1.NestedWish\"\xcd\x01\n\nDraftRound\x12\x10\n\x08round_id\x18\x01 \x01(\x04\x12\x1c\n\x05hello\x18\x02 \x01(\x0b\x32\r.s2d.v1.Hello\x12\"\n\x05opens\x18\x03 \x03(\x0b\x32\x13.s2d.v1.SessionOpen\x12\x12\n\x06\x63loses\x18\x04 \x03(\x04\x42\x02\x10\x01\x12&\n\x07updates\x18\x05 \x03(\x0b\x32\x15.s2d.v1.SessionUpdate\x12\x13\n\x0b\x64\x65\x61\x64line_us\x18\x06 \x01(\x04\x12\x1a\n\x12reset_shared_state\x18\x07 \x01(\x08\"E\n\x11\x44raftDistribution\x12\x15\n\ttoken_ids\x18\x01 \x03(\rB\x02\x10\x01\x12\x19\n\rprobabilities\x18\x02 \x03(\x02\x42\x02\x10\x01\"\x8b\x02\n\x0cSessionDraft\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x15\n\ttoken_ids\x18\x03 \x03(\rB\x02\x10\x01\x12\x13\n\x07parents\x18\x04 \x03(\x11\x42\x02\x10\x01\x12\x0f\n\x07\x64rafter\x18\x05 \x01(\t\x12\x12\n\nexit_depth\x18\x06 \x01(\r\x12\x16\n\nconfidence\x18\x07 \x03(\x02\x42\x02\x10\x01\x12$\n\x01q\x18\x08 \x03(\x0b\x32\x19.s2d.v1.DraftDistribution\x12!\n\x05\x65rror\x18\t \x01(\x0e\x32\x12.s2d.v1.DraftError\x12\x15\n\rerror_message\x18\n \x01(\t\x12\x0f\n\x07sources\x18\x0b \x03(\t\"\xc1\x01\n\nDraftReply\x12\x10\n\x08round_id\x18\x01 \x01(\x04\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12$\n\x06\x64rafts\x18\x03 \x03(\x0b\x32\x14.s2d.v1.SessionDraft\x12\x19\n\x11\x63\x61ndidates_wanted\x18\x04 \x01(\r\x12\x10\n\x08\x64rafters\x18\x05 \x03(\t\x12\x12\n\nservice_us\x18\x06 \x01(\x04\x12%\n\x07shadows\x18\x07 \x03(\x0b\x32\x14.s2d.v1.SessionDraft\"\x1c\n\x1aGetDraftWorkerStateRequest\"\xf1\x01\n\x10\x44raftWorkerState\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x10\n\x08sessions\x18\x03 \x01(\r\x12\x0f\n\x07streams\x18\x04 \x01(\r\x12\x15\n\rqueued_rounds\x18\x05 \x01(\r\x12\x16\n\x0ekv_blocks_used\x18\x06 \x01(\r\x12\x16\n\x0ekv_blocks_free\x18\x07 \x01(\r\x12\x10\n\x08\x64rafters\x18\x08 \x03(\t\x12\x11\n\x05\x65xits\x18\t \x03(\rB\x02\x10\x01\x12\x0e\n\x06rounds\x18\n \x01(\x04\x12\x16\n\x0e\x64rafted_tokens\x18\x0b \x01(\x04*\xb8\x01\n\nDraftError\x12\x1b\n\x17\x44RAFT_ERROR_UNSPECIFIED\x10\x00\x12\x1f\n\x1b\x44RAFT_ERROR_UNKNOWN_SESSION\x10\x01\x12\x1b\n\x17\x44RAFT_ERROR_STALE_EPOCH\x10\x02\x12\x18\n\x14\x44RAFT_ERROR_CAPACITY\x10\x03\x12\x1b\n\x17\x44RAFT_ERROR_UNSUPPORTED\x10\x04\x12\x18\n\x14\x44RAFT_ERROR_INTERNAL\x10\x05\x32\xdd\x01\n\x0c\x44raftService\x12\x33\n\x05\x44raft\x12\x12.s2d.v1.DraftRound\x1a\x12.s2d.v1.DraftReply(\x01\x30\x01\x12\x43\n\rSendTokenizer\x12\x16.s2d.v1.TokenizerChunk\x1a\x18.s2d.v1.TokenizerReceipt(\x01\x12S\n\x13GetDraftWorkerState\x12\".s2d.v1.GetDraftWorkerStateRequest\x1a\x18.s2d.v1.DraftWorkerStateb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cprotos/s2d/v1/drafting.proto\x12\x06s2d.v1\"\x85\x01\n\x05Hello\x12\x11\n\ttarget_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x16\n\x0etokenizer_hash\x18\x04 \x01(\t\x12\x0c\n\x04host\x18\x05 \x01(\t\x12\x10\n\x04\x63pus\x18\x06 \x03(\rB\x02\x10\x01\x12\x0e\n\x06weight\x18\x07 \x01(\x01\"\x84\x01\n\x0eTokenizerChunk\x12\x16\n\x0etokenizer_hash\x18\x01 \x01(\t\x12\x12\n\nvocab_size\x18\x02 \x01(\r\x12\x1d\n\x11special_token_ids\x18\x03 \x03(\rB\x02\x10\x01\x12\x19\n\reos_token_ids\x18\x04 \x03(\rB\x02\x10\x01\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\"C\n\x10TokenizerReceipt\x12\x15\n\rshared_tokens\x18\x01 \x01(\r\x12\x18\n\x10\x64raft_vocab_size\x18\x02 \x01(\r\"l\n\rDraftSampling\x12\x0b\n\x03key\x18\x01 \x01(\x06\x12\x13\n\x0btemperature\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05top_p\x18\x04 \x01(\x01\x12\r\n\x05min_p\x18\x05 \x01(\x01\x12\x0c\n\x04rule\x18\x06 \x01(\t\"\x93\x01\n\x0bSessionOpen\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\x15\n\ttoken_ids\x18\x02 \x03(\rB\x02\x10\x01\x12\x12\n\nprompt_len\x18\x03 \x01(\r\x12\'\n\x08sampling\x18\x04 \x01(\x0b\x32\x15.s2d.v1.DraftSampling\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x12\r\n\x05trees\x18\x06 \x01(\x08\"4\n\nCandidates\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x14\n\x08next_ids\x18\x02 \x03(\rB\x02\x10\x01\"`\n\nNestedWish\x12\x0c\n\x04\x65xit\x18\x01 \x01(\r\x12\x10\n\x03\x63\x61p\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x13\n\x0bshadow_exit\x18\x03 \x01(\r\x12\x15\n\rshadow_length\x18\x04 \x01(\rB\x06\n\x04_cap\"\xf1\x01\n\rSessionUpdate\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x19\n\rnew_token_ids\x18\x03 \x03(\rB\x02\x10\x01\x12\x0f\n\x07\x64rafted\x18\x04 \x01(\r\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x05 \x01(\r\x12&\n\ncandidates\x18\x06 \x03(\x0b\x32\x12.s2d.v1.Candidates\x12\x0e\n\x06\x62udget\x18\x07 \x01(\r\x12\x0f\n\x07\x64rafter\x18\x08 \x01(\t\x12\x12\n\nexit_depth\x18\t \x01(\r\x12\"\n\x06nested\x18\n \x01(\x0b\x32\x12.s2d.v1.NestedWish\"\xcd\x01\n\nDraftRound\x12\x10\n\x08round_id\x18\x01 \x01(\x04\x12\x1c\n\x05hello\x18\x02 \x01(\x0b\x32\r.s2d.v1.Hello\x12\"\n\x05opens\x18\x03 \x03(\x0b\x32\x13.s2d.v1.SessionOpen\x12\x12\n\x06\x63loses\x18\x04 \x03(\x04\x42\x02\x10\x01\x12&\n\x07updates\x18\x05 \x03(\x0b\x32\x15.s2d.v1.SessionUpdate\x12\x13\n\x0b\x64\x65\x61\x64line_us\x18\x06 \x01(\x04\x12\x1a\n\x12reset_shared_state\x18\x07 \x01(\x08\"E\n\x11\x44raftDistribution\x12\x15\n\ttoken_ids\x18\x01 \x03(\rB\x02\x10\x01\x12\x19\n\rprobabilities\x18\x02 \x03(\x02\x42\x02\x10\x01\"\x8b\x02\n\x0cSessionDraft\x12\x12\n\nsession_id\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x15\n\ttoken_ids\x18\x03 \x03(\rB\x02\x10\x01\x12\x13\n\x07parents\x18\x04 \x03(\x11\x42\x02\x10\x01\x12\x0f\n\x07\x64rafter\x18\x05 \x01(\t\x12\x12\n\nexit_depth\x18\x06 \x01(\r\x12\x16\n\nconfidence\x18\x07 \x03(\x02\x42\x02\x10\x01\x12$\n\x01q\x18\x08 \x03(\x0b\x32\x19.s2d.v1.DraftDistribution\x12!\n\x05\x65rror\x18\t \x01(\x0e\x32\x12.s2d.v1.DraftError\x12\x15\n\rerror_message\x18\n \x01(\t\x12\x0f\n\x07sources\x18\x0b \x03(\t\"\xc1\x01\n\nDraftReply\x12\x10\n\x08round_id\x18\x01 \x01(\x04\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12$\n\x06\x64rafts\x18\x03 \x03(\x0b\x32\x14.s2d.v1.SessionDraft\x12\x19\n\x11\x63\x61ndidates_wanted\x18\x04 \x01(\r\x12\x10\n\x08\x64rafters\x18\x05 \x03(\t\x12\x12\n\nservice_us\x18\x06 \x01(\x04\x12%\n\x07shadows\x18\x07 \x03(\x0b\x32\x14.s2d.v1.SessionDraft\"\x1c\n\x1aGetDraftWorkerStateRequest\"\xca\x02\n\x10\x44raftWorkerState\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x10\n\x08sessions\x18\x03 \x01(\r\x12\x0f\n\x07streams\x18\x04 \x01(\r\x12\x15\n\rqueued_rounds\x18\x05 \x01(\r\x12\x16\n\x0ekv_blocks_used\x18\x06 \x01(\r\x12\x16\n\x0ekv_blocks_free\x18\x07 \x01(\r\x12\x10\n\x08\x64rafters\x18\x08 \x03(\t\x12\x11\n\x05\x65xits\x18\t \x03(\rB\x02\x10\x01\x12\x0e\n\x06rounds\x18\n \x01(\x04\x12\x16\n\x0e\x64rafted_tokens\x18\x0b \x01(\x04\x12\x16\n\x0e\x61head_foreseen\x18\x0c \x01(\x04\x12\x14\n\x0c\x61head_partly\x18\r \x01(\x04\x12\x14\n\x0c\x61head_missed\x18\x0e \x01(\x04\x12\x13\n\x0b\x61head_steps\x18\x0f \x01(\x04*\xb8\x01\n\nDraftError\x12\x1b\n\x17\x44RAFT_ERROR_UNSPECIFIED\x10\x00\x12\x1f\n\x1b\x44RAFT_ERROR_UNKNOWN_SESSION\x10\x01\x12\x1b\n\x17\x44RAFT_ERROR_STALE_EPOCH\x10\x02\x12\x18\n\x14\x44RAFT_ERROR_CAPACITY\x10\x03\x12\x1b\n\x17\x44RAFT_ERROR_UNSUPPORTED\x10\x04\x12\x18\n\x14\x44RAFT_ERROR_INTERNAL\x10\x05\x32\xdd\x01\n\x0c\x44raftService\x12\x33\n\x05\x44raft\x12\x12.s2d.v1.DraftRound\x1a\x12.s2d.v1.DraftReply(\x01\x30\x01\x12\x43\n\rSendTokenizer\x12\x16.s2d.v1.TokenizerChunk\x1a\x18.s2d.v1.TokenizerReceipt(\x01\x12S\n\x13GetDraftWorkerState\x12\".s2d.v1.GetDraftWorkerStateRequest\x1a\x18.s2d.v1.DraftWorkerStateb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.s2d.v1.drafting_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_HELLO'].fields_by_name['cpus']._loaded_options = None
+  _globals['_HELLO'].fields_by_name['cpus']._serialized_options = b'\020\001'
   _globals['_TOKENIZERCHUNK'].fields_by_name['special_token_ids']._loaded_options = None
   _globals['_TOKENIZERCHUNK'].fields_by_name['special_token_ids']._serialized_options = b'\020\001'
   _globals['_TOKENIZERCHUNK'].fields_by_name['eos_token_ids']._loaded_options = None
@@ -55,36 +57,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SESSIONDRAFT'].fields_by_name['confidence']._serialized_options = b'\020\001'
   _globals['_DRAFTWORKERSTATE'].fields_by_name['exits']._loaded_options = None
   _globals['_DRAFTWORKERSTATE'].fields_by_name['exits']._serialized_options = b'\020\001'
-  _globals['_DRAFTERROR']._serialized_start=2007
-  _globals['_DRAFTERROR']._serialized_end=2191
-  _globals['_HELLO']._serialized_start=40
-  _globals['_HELLO']._serialized_end=125
-  _globals['_TOKENIZERCHUNK']._serialized_start=128
-  _globals['_TOKENIZERCHUNK']._serialized_end=260
-  _globals['_TOKENIZERRECEIPT']._serialized_start=262
-  _globals['_TOKENIZERRECEIPT']._serialized_end=329
-  _globals['_DRAFTSAMPLING']._serialized_start=331
-  _globals['_DRAFTSAMPLING']._serialized_end=439
-  _globals['_SESSIONOPEN']._serialized_start=442
-  _globals['_SESSIONOPEN']._serialized_end=589
-  _globals['_CANDIDATES']._serialized_start=591
-  _globals['_CANDIDATES']._serialized_end=643
-  _globals['_NESTEDWISH']._serialized_start=645
-  _globals['_NESTEDWISH']._serialized_end=741
-  _globals['_SESSIONUPDATE']._serialized_start=744
-  _globals['_SESSIONUPDATE']._serialized_end=985
-  _globals['_DRAFTROUND']._serialized_start=988
-  _globals['_DRAFTROUND']._serialized_end=1193
-  _globals['_DRAFTDISTRIBUTION']._serialized_start=1195
-  _globals['_DRAFTDISTRIBUTION']._serialized_end=1264
-  _globals['_SESSIONDRAFT']._serialized_start=1267
-  _globals['_SESSIONDRAFT']._serialized_end=1534
-  _globals['_DRAFTREPLY']._serialized_start=1537
-  _globals['_DRAFTREPLY']._serialized_end=1730
-  _globals['_GETDRAFTWORKERSTATEREQUEST']._serialized_start=1732
-  _globals['_GETDRAFTWORKERSTATEREQUEST']._serialized_end=1760
-  _globals['_DRAFTWORKERSTATE']._serialized_start=1763
-  _globals['_DRAFTWORKERSTATE']._serialized_end=2004
-  _globals['_DRAFTSERVICE']._serialized_start=2194
-  _globals['_DRAFTSERVICE']._serialized_end=2415
+  _globals['_DRAFTERROR']._serialized_start=2145
+  _globals['_DRAFTERROR']._serialized_end=2329
+  _globals['_HELLO']._serialized_start=41
+  _globals['_HELLO']._serialized_end=174
+  _globals['_TOKENIZERCHUNK']._serialized_start=177
+  _globals['_TOKENIZERCHUNK']._serialized_end=309
+  _globals['_TOKENIZERRECEIPT']._serialized_start=311
+  _globals['_TOKENIZERRECEIPT']._serialized_end=378
+  _globals['_DRAFTSAMPLING']._serialized_start=380
+  _globals['_DRAFTSAMPLING']._serialized_end=488
+  _globals['_SESSIONOPEN']._serialized_start=491
+  _globals['_SESSIONOPEN']._serialized_end=638
+  _globals['_CANDIDATES']._serialized_start=640
+  _globals['_CANDIDATES']._serialized_end=692
+  _globals['_NESTEDWISH']._serialized_start=694
+  _globals['_NESTEDWISH']._serialized_end=790
+  _globals['_SESSIONUPDATE']._serialized_start=793
+  _globals['_SESSIONUPDATE']._serialized_end=1034
+  _globals['_DRAFTROUND']._serialized_start=1037
+  _globals['_DRAFTROUND']._serialized_end=1242
+  _globals['_DRAFTDISTRIBUTION']._serialized_start=1244
+  _globals['_DRAFTDISTRIBUTION']._serialized_end=1313
+  _globals['_SESSIONDRAFT']._serialized_start=1316
+  _globals['_SESSIONDRAFT']._serialized_end=1583
+  _globals['_DRAFTREPLY']._serialized_start=1586
+  _globals['_DRAFTREPLY']._serialized_end=1779
+  _globals['_GETDRAFTWORKERSTATEREQUEST']._serialized_start=1781
+  _globals['_GETDRAFTWORKERSTATEREQUEST']._serialized_end=1809
+  _globals['_DRAFTWORKERSTATE']._serialized_start=1812
+  _globals['_DRAFTWORKERSTATE']._serialized_end=2142
+  _globals['_DRAFTSERVICE']._serialized_start=2332
+  _globals['_DRAFTSERVICE']._serialized_end=2553
 # @@protoc_insertion_point(module_scope)

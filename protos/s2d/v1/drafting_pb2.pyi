@@ -23,16 +23,22 @@ DRAFT_ERROR_UNSUPPORTED: DraftError
 DRAFT_ERROR_INTERNAL: DraftError
 
 class Hello(_message.Message):
-    __slots__ = ("target_id", "model", "vocab_size", "tokenizer_hash")
+    __slots__ = ("target_id", "model", "vocab_size", "tokenizer_hash", "host", "cpus", "weight")
     TARGET_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_HASH_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    CPUS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
     target_id: str
     model: str
     vocab_size: int
     tokenizer_hash: str
-    def __init__(self, target_id: _Optional[str] = ..., model: _Optional[str] = ..., vocab_size: _Optional[int] = ..., tokenizer_hash: _Optional[str] = ...) -> None: ...
+    host: str
+    cpus: _containers.RepeatedScalarFieldContainer[int]
+    weight: float
+    def __init__(self, target_id: _Optional[str] = ..., model: _Optional[str] = ..., vocab_size: _Optional[int] = ..., tokenizer_hash: _Optional[str] = ..., host: _Optional[str] = ..., cpus: _Optional[_Iterable[int]] = ..., weight: _Optional[float] = ...) -> None: ...
 
 class TokenizerChunk(_message.Message):
     __slots__ = ("tokenizer_hash", "vocab_size", "special_token_ids", "eos_token_ids", "data")
@@ -207,7 +213,7 @@ class GetDraftWorkerStateRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DraftWorkerState(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "sessions", "streams", "queued_rounds", "kv_blocks_used", "kv_blocks_free", "drafters", "exits", "rounds", "drafted_tokens")
+    __slots__ = ("worker_id", "incarnation", "sessions", "streams", "queued_rounds", "kv_blocks_used", "kv_blocks_free", "drafters", "exits", "rounds", "drafted_tokens", "ahead_foreseen", "ahead_partly", "ahead_missed", "ahead_steps")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     SESSIONS_FIELD_NUMBER: _ClassVar[int]
@@ -219,6 +225,10 @@ class DraftWorkerState(_message.Message):
     EXITS_FIELD_NUMBER: _ClassVar[int]
     ROUNDS_FIELD_NUMBER: _ClassVar[int]
     DRAFTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    AHEAD_FORESEEN_FIELD_NUMBER: _ClassVar[int]
+    AHEAD_PARTLY_FIELD_NUMBER: _ClassVar[int]
+    AHEAD_MISSED_FIELD_NUMBER: _ClassVar[int]
+    AHEAD_STEPS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: str
     sessions: int
@@ -230,4 +240,8 @@ class DraftWorkerState(_message.Message):
     exits: _containers.RepeatedScalarFieldContainer[int]
     rounds: int
     drafted_tokens: int
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., sessions: _Optional[int] = ..., streams: _Optional[int] = ..., queued_rounds: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., drafters: _Optional[_Iterable[str]] = ..., exits: _Optional[_Iterable[int]] = ..., rounds: _Optional[int] = ..., drafted_tokens: _Optional[int] = ...) -> None: ...
+    ahead_foreseen: int
+    ahead_partly: int
+    ahead_missed: int
+    ahead_steps: int
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., sessions: _Optional[int] = ..., streams: _Optional[int] = ..., queued_rounds: _Optional[int] = ..., kv_blocks_used: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., drafters: _Optional[_Iterable[str]] = ..., exits: _Optional[_Iterable[int]] = ..., rounds: _Optional[int] = ..., drafted_tokens: _Optional[int] = ..., ahead_foreseen: _Optional[int] = ..., ahead_partly: _Optional[int] = ..., ahead_missed: _Optional[int] = ..., ahead_steps: _Optional[int] = ...) -> None: ...
