@@ -6,7 +6,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from actors.draft_worker.fair_queue import FairQueue
@@ -56,24 +56,30 @@ class BatcherState:
     ahead: AheadCounts = field(default_factory=AheadCounts)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Answers:
-    """Replies of one round, by place of its updates."""
+    """Replies of one round, and what is to be drafted for them, by place of its updates."""
 
     round: Round
     drafts: dict[int, SessionDraft] = field(default_factory=dict)
+    asked: dict[int, SessionUpdate] = field(default_factory=dict)
+
+    def give_up(self, session_id: int) -> None:
+        """A wish that nobody waits for any more gets an empty draft."""
+        for place in [place for place, update in self.asked.items() if update.session_id == session_id]:
+            update = self.asked.pop(place)
+            self.drafts[place] = SessionDraft(update.session_id, update.epoch)
 
 
 class DraftBatcher:
     """Owns a `DrafterPool` and the thread that drives it.
 
-    A round is answered by one reply, with a draft for each update that has
-    a budget or an error. Of the rounds that wait, those go together whose turn it is (`FairQueue`), up to
-    `max_batch_tokens` draft tokens, so that a target with many requests cannot hold up the others. When
-    `max_queued` rounds wait, further ones are answered with error "capacity" at
-    once; their closes still count, and their sessions have to be opened again. Background work (drafts for
-    scoring, one a stream at most, then prompt prefill and drafts ahead) is done in small pieces while no
-    round waits.
+    A round is answered by one reply, with a draft for each update that has a budget or an error, at once
+    where all of them are prepared. Of the rounds that wait, those go together whose turn it is (`FairQueue`),
+    up to `max_batch_tokens` draft tokens, so that a target with many requests cannot hold up the others. When
+    `max_queued` rounds wait, further ones are answered with error "capacity" at once; their closes still
+    count, and their sessions have to be opened again. Background work (drafts for scoring, one a stream at
+    most, then prompt prefill and drafts ahead) is done in small pieces while no round waits.
     """
 
     def __init__(
@@ -195,39 +201,52 @@ class DraftBatcher:
         return True
 
     def _serve(self, rounds: list[Round]) -> None:
-        answers = [_Answers(r) for r in rounds]
+        waiting = [_Answers(r) for r in rounds]
         try:
-            self._draft(answers)
+            self._collect_wishes(waiting)
+            # Whose draft is prepared does not wait for those that have to be computed.
+            ready = [a for a in waiting if all(self._pool.prepared(u) for u in a.asked.values())]
+            if ready:
+                self._propose(ready)
+                waiting = [a for a in waiting if a not in ready]
+                self._reply(ready)
+            self._propose(waiting)
         except Exception as error:
-            logger.exception("a batch of %d rounds failed", len(rounds))
+            logger.exception("a batch of %d rounds failed", len(waiting))
             failure = DrafterError("internal", f"{type(error).__name__}: {error}")
-            for answer in answers:
+            for answer in waiting:
                 for place, update in enumerate(answer.round.updates):
                     answer.drafts.setdefault(place, _failed(update, failure))
-        for answer in answers:
-            answer.round.reply([answer.drafts[place] for place in sorted(answer.drafts)])
+        self._reply(waiting)
 
-    def _draft(self, answers: list[_Answers]) -> None:
-        """Tell the pool everything in order, then ask once for the last wish of each session."""
-        wishes: dict[int, tuple[_Answers, int, SessionUpdate]] = {}
+    def _collect_wishes(self, answers: Sequence[_Answers]) -> None:
+        """Tell the pool everything in order; what is left to draft is the last wish of each session."""
+        last: dict[int, _Answers] = {}
         for answer in answers:
             for place, update in self._tell(answer):
-                superseded = wishes.pop(update.session_id, None)
+                superseded = last.get(update.session_id)
                 if superseded is not None:
-                    _put_empty(superseded[0], superseded[1])
-                wishes[update.session_id] = (answer, place, update)
+                    superseded.give_up(update.session_id)
+                answer.asked[place] = update
+                last[update.session_id] = answer
         now = time.monotonic()
-        asked: list[tuple[_Answers, int, SessionUpdate]] = []
-        for answer, place, update in wishes.values():
+        for answer in answers:
             if answer.round.deadline < now:
-                _put_empty(answer, place)
-            else:
-                asked.append((answer, place, update))
+                for update in list(answer.asked.values()):
+                    answer.give_up(update.session_id)
+
+    def _propose(self, answers: Sequence[_Answers]) -> None:
+        asked = [(answer, place, update) for answer in answers for place, update in answer.asked.items()]
         drafts = self._pool.propose([update for _, _, update in asked])
         for (answer, place, _), draft in zip(asked, drafts, strict=True):
             answer.drafts[place] = draft
             self._drafted += len(draft.token_ids)
         self._rounds += len(answers)
+
+    @staticmethod
+    def _reply(answers: Sequence[_Answers]) -> None:
+        for answer in answers:
+            answer.round.reply([answer.drafts[place] for place in sorted(answer.drafts)])
 
     def _tell(self, answer: _Answers) -> Iterator[tuple[int, SessionUpdate]]:
         """Apply one round; yields (place, update) of what wants a draft."""
@@ -265,8 +284,3 @@ class DraftBatcher:
 
 def _failed(update: SessionUpdate, error: DrafterError) -> SessionDraft:
     return SessionDraft(update.session_id, update.epoch, error=error.code, error_message=error.message)
-
-
-def _put_empty(answer: _Answers, place: int) -> None:
-    update = answer.round.updates[place]
-    answer.drafts[place] = SessionDraft(update.session_id, update.epoch)

@@ -166,6 +166,12 @@ class AheadDrafter:
                 answers.append(self._answer(a, drafts.get(place)))
         return answers
 
+    def prepared(self, query: DraftQuery) -> bool:
+        session = self._sessions.get(query.session_id)
+        if session is None or query.exit_depth != session.exit_depth:
+            return False
+        return len(session.tree.chain(query.budget)) == query.budget
+
     def close(self, session_id: int) -> None:
         self._forget(session_id)
         self._inner.close(session_id)

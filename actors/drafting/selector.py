@@ -74,12 +74,16 @@ class TimedExits(Protocol):
 
 
 @runtime_checkable
-class PreparingDrafter(Protocol):
+class PreparingDrafter(Drafter, Protocol):
     """A drafter that prepares drafts while the target verifies."""
 
     @property
     def ahead_counts(self) -> AheadCounts:
         """Safe from any thread."""
+        ...
+
+    def prepared(self, query: DraftQuery) -> bool:
+        """Whether the whole draft is there."""
         ...
 
 
@@ -150,6 +154,7 @@ class DrafterPool:
         self._reader = next(
             (d for d in self._drafters if isinstance(d, StateReader) and d.reads_states), None
         )
+        self._preparing = next((d for d in self._drafters if isinstance(d, PreparingDrafter)), None)
         self._max_sessions = max_sessions
         self._sessions: dict[int, _Session] = {}
         self._clock = clock
@@ -189,8 +194,7 @@ class DrafterPool:
     @property
     def ahead_counts(self) -> AheadCounts:
         """Zeros where nothing is prepared. Safe from any thread."""
-        preparing = next((d for d in self._drafters if isinstance(d, PreparingDrafter)), None)
-        return AheadCounts() if preparing is None else preparing.ahead_counts
+        return AheadCounts() if self._preparing is None else self._preparing.ahead_counts
 
     def open(self, session: SessionOpen) -> None:
         """Open, or open again, in every drafter. Raises `DrafterError` when no drafter takes the session."""
@@ -233,6 +237,13 @@ class DrafterPool:
         drafter.commit(update.session_id, update.new_tokens, update.candidates)
         if drafter is self._reader and update.states is not None:
             self._reader.note_states(update.session_id, update.states)
+
+    def prepared(self, update: SessionUpdate) -> bool:
+        """Whether a draft can be given without a pass of the model: it was prepared before."""
+        drafter = self._preparing
+        if drafter is None or self._refusal(update) is not None or not self._eligible(drafter, update):
+            return False
+        return drafter.prepared(self._query(drafter, update))
 
     def propose(self, updates: Sequence[SessionUpdate]) -> list[SessionDraft]:
         """One draft an update, in order; the updates were applied before. Budgets are capped at

@@ -19,7 +19,8 @@ LIMIT_ROUNDS = 3.0
 
 @dataclass(slots=True)
 class DraftAccount:
-    """`balance_s` in seconds; starts at its limit with the first round."""
+    """`balance_s` in seconds. It starts with the first round at its limit, divided by the requests in it: many
+    learn in fewer rounds whether drafts are right."""
 
     balance_s: float = 0.0
     _limit_s: float = 0.0
@@ -28,11 +29,11 @@ class DraftAccount:
     def solvent(self) -> bool:
         return self.balance_s >= 0.0
 
-    def round(self, plain_s: float) -> None:
-        """A round begins that takes `plain_s` seconds without drafts."""
+    def round(self, plain_s: float, requests: int = 1) -> None:
+        """A round of some requests begins that takes `plain_s` seconds without drafts."""
         first = self._limit_s == 0.0
         self._limit_s = LIMIT_ROUNDS * plain_s
-        self.balance_s = self._limit_s if first else self.balance_s
+        self.balance_s = self._limit_s / requests if first else self.balance_s
         self._add(SHARE * plain_s)
 
     def spend(self, seconds: float) -> None:

@@ -11,7 +11,6 @@ and after the drafts came (the wait is spent; which positions are worth verifyin
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -19,8 +18,8 @@ from actors.drafting.acceptance_model import AcceptanceModel, RequestAcceptance
 from actors.drafting.interface import SessionDraft
 from actors.engine.account import DraftAccount
 from actors.engine.costs import CostModel
+from actors.engine.waits import DraftWaits
 
-_WAIT_SMOOTHING = 0.1
 _FIRST_PROBE, _LAST_PROBE = 4, 64
 _PROBE_LENGTHS = (2, 4, 8)
 """In turn: what rounds of more rows cost must stay known too."""
@@ -63,9 +62,8 @@ class Controller:
         self.costs = costs
         self.acceptance = AcceptanceModel()
         self.account = DraftAccount()
-        self._wait_s = 1e-3
+        self._waits = DraftWaits()
         self._last_wait_s = 0.0
-        self._waited = False
         self._plain_s = 0.0
         self._attention_s = 0.0
         self._emitting = 1
@@ -79,18 +77,15 @@ class Controller:
         self.account.reset()
         self._rounds_to_look = 0
 
-    def observe_wait(self, seconds: float) -> None:
-        """Time the engine stood still for drafts in one round."""
+    def observe_wait(self, seconds: float, asking: int = 1) -> None:
+        """Time the engine stood still for the drafts of `asking` requests in one round."""
         self._last_wait_s = seconds
-        self._waited = True
-        # What disturbs a measurement adds to it, and who is seldom asked would be judged by that for long.
-        smoothing = _WAIT_SMOOTHING if seconds > self._wait_s else 3 * _WAIT_SMOOTHING
-        self._wait_s += smoothing * (min(seconds, 0.1) - self._wait_s)
+        self._waits.observe(seconds, asking)
 
     @property
     def wait_s(self) -> float:
         """Average time that a round stood still for drafts, in seconds; 0 before the first."""
-        return self._wait_s if self._waited else 0.0
+        return self._waits.mean_s
 
     def adopt(self, drafter: str, exit_depth: int) -> None:
         """`drafter` drafts at another exit from now on; whether that pays is looked at in the next round."""
@@ -108,7 +103,8 @@ class Controller:
         budgets = [c.limit if c.forced else 0 for c in candidates]
         probes: set[int] = set()
         self._attention_s = sum(self.costs.attention_s(c.context) for c in candidates)
-        self.account.round(self.costs.seconds(len(candidates) + other_rows) + self._attention_s)
+        plain_s = self.costs.seconds(len(candidates) + other_rows) + self._attention_s
+        self.account.round(plain_s, len(candidates))
         if self.account.solvent:
             probes = self._plan_free(candidates, budgets, other_rows)
         else:
@@ -131,7 +127,7 @@ class Controller:
             return set()
         base = len(candidates) + sum(budgets) + other_rows
         curves = [self._expected(candidate) for _, candidate in free]
-        wait = 0.0 if forced else self._wait_s
+        wait = 0.0 if forced else self._waits.expected(len(free))
         lengths, gain = self._admit(curves, [c.context for _, c in free], base, len(candidates), wait)
         self._rounds_to_look = 0 if any(lengths) else _LOOK_INTERVAL - 1
         # The wait is shared: once anybody asks, probes that are due soon come along.
@@ -256,7 +252,8 @@ class Controller:
             "cost_ms_by_rows": self.costs.table(),
             "cost_us_by_kv_entry": self.costs.attention_table(),
             "balance_ms": round(self.account.balance_s * 1e3, 3),
-            "wait_ms": round(self._wait_s * 1e3, 3) if math.isfinite(self._wait_s) else None,
+            "wait_ms": round(self._waits.mean_s * 1e3, 3),
+            "wait_ms_by_requests": self._waits.table(),
             "acceptance": {name: known.get(name, []) for name in drafters},
             "decisions": dict(self._decisions),
         }

@@ -28,6 +28,8 @@ from actors.engine.shadow import ShadowScorer
 from actors.sampling.grammar import GrammarError
 from actors.sampling.params import MAX_DRAFT_TOKENS
 
+_STATES_KEPT = 8
+"""Rounds without asking after which a sequence's states are not kept; the draft then goes on without them."""
 _HELD_BACK = 16
 """Tokens after which a sequence that wants no draft tells its source of them all the same."""
 
@@ -127,7 +129,7 @@ class Speculator:
             return {}
         started = self._clock()
         drafts = self.source.collect({seq.session_id: seq.epoch for seq in asked}, self._timeout(asked))
-        self.controller.observe_wait(self._clock() - started)
+        self.controller.observe_wait(self._clock() - started, len(asked))
         usable: list[tuple[EngineSequence, SessionDraft, Candidate, int]] = []
         for seq in asked:
             seq.asked = False
@@ -169,6 +171,11 @@ class Speculator:
             acceptance.proposed(request, draft, self._names(seq))
         return draft
 
+    def wants_states(self, seq: EngineSequence) -> bool:
+        """Whether the states of what a sequence emits are worth keeping: it has asked for drafts lately."""
+        lately = seq.control.rounds_since_asked < _STATES_KEPT
+        return lately and seq.session_open and self.source.wants_states
+
     def committed(
         self,
         seq: EngineSequence,
@@ -188,7 +195,9 @@ class Speculator:
             return
         self.controller.acceptance.emitted(seq.control.acceptance, emitted)
         seq.unsent_tokens.extend(emitted)
-        if states is not None:
+        if states is None:
+            seq.unsent_states.clear()  # those of tokens that others follow without are of no use
+        else:
             seq.unsent_states.append(states)
         seq.unsent_drafted += drafted
         seq.unsent_accepted += len(accepted)

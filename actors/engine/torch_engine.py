@@ -77,7 +77,6 @@ class TorchEngine:
         self._defaults = defaults
         self._max_model_len = max_model_len
         self._compile_grammar = compile_grammar
-        self._keeps_states = speculator.source.wants_states
         self._idle_jobs: deque[Callable[[], None]] = deque()
         self._clock = PhaseClock()
         self._steps = self._emitted = self._prompt_tokens = self._cached_tokens = 0
@@ -164,7 +163,7 @@ class TorchEngine:
             self._speculator.open(work.seq)
         batch, spans = build_batch(works, self._runner.info.device)
         clock.lap("schedule")
-        logits, states = self._forward(batch)
+        logits, states = self._forward(batch, any(self._speculator.wants_states(work.seq) for work in works))
         seconds = clock.lap("forward")
         verdicts = self._judge(works, spans, logits)
         seconds += clock.lap("judge")
@@ -185,9 +184,9 @@ class TorchEngine:
         clock.lap("submit")
         return outputs
 
-    def _forward(self, batch: RaggedBatch) -> tuple[Tensor, Tensor | None]:
+    def _forward(self, batch: RaggedBatch, with_states: bool) -> tuple[Tensor, Tensor | None]:
         """Logits of the batch's rows and, where a drafter reads them, their last hidden states."""
-        if not self._keeps_states:
+        if not with_states:
             return self._runner.forward(batch), None
         states, logits = forward_with_states(self._runner, batch)
         return logits, states
@@ -301,7 +300,9 @@ class TorchEngine:
                 seq.error = str(error)
                 return self._fail(seq)
         self._scheduler.commit(seq, max(seq.num_computed, len(seq.token_ids) - 1))
-        read = None if states is None else span.deciding(states)[rows]
+        read = None
+        if states is not None and self._speculator.wants_states(seq):
+            read = span.deciding(states)[rows]
         self._speculator.committed(seq, emitted, work.proposal, len(work.drafts), accepted, read)
         if seq.finish_reason is not None:
             self._remove(seq)

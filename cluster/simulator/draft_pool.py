@@ -89,6 +89,13 @@ class SimulatedDraftWorker:
     def _next(self) -> None:
         if self._busy:
             return
+        # What is prepared is answered at once.
+        ready = [job for job in self._queue if not job.wishes]
+        self._queue = [job for job in self._queue if job.wishes]
+        for job in ready:
+            job.done()
+        if self._busy:  # who was told has asked for more
+            return
         if self._queue:
             count = len(self._queue) if self._batches else 1
             jobs, self._queue = self._queue[:count], self._queue[count:]

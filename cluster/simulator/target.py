@@ -184,7 +184,7 @@ class SimulatedTarget:
         found: Mapping[Session, tuple[SessionDraft, int]],
     ) -> None:
         waited = self._clock.now - started
-        self.controller.observe_wait(waited)
+        self.controller.observe_wait(waited, len(wishes))
         self._waited_s += waited
         self._waits += 1
         drafts: list[tuple[Candidate, SessionDraft, int]] = []

@@ -8,8 +8,10 @@ from unittest import mock
 import pytest
 
 from actors.drafting.interface import SessionDraft
+from actors.engine.account import DraftAccount
 from actors.engine.controller import Candidate, Controller, ControlState
 from actors.engine.costs import CostModel
+from actors.engine.waits import DraftWaits
 
 DRAFT = SessionDraft(1, 1, (1, 2, 3, 4), drafter="d")
 
@@ -180,6 +182,45 @@ def test_drafting_that_pays_goes_on() -> None:
         controller.observe_wait(2e-3)
         assert controller.trim([(candidate, DRAFT, 4)], 1, 1) == [4]
         controller.observe_accepted(1)
+
+
+def test_waits_are_known_by_how_many_ask() -> None:
+    waits = DraftWaits()
+    assert waits.mean_s == 0.0
+    assert waits.expected(4) == pytest.approx(4 * waits.expected(1))
+    for _ in range(60):
+        waits.observe(1.5e-3, 1)
+    assert waits.expected(1) == pytest.approx(1.5e-3, rel=0.02)
+    assert waits.expected(4) == pytest.approx(6e-3, rel=0.02), "more wait longer in proportion, at most"
+    for _ in range(60):
+        waits.observe(2e-3, 4)
+    assert waits.expected(4) == pytest.approx(2e-3, rel=0.02)
+    assert waits.expected(3) == waits.expected(4), "fewer do not wait longer"
+    assert waits.expected(1) == pytest.approx(1.5e-3, rel=0.02)
+    assert set(waits.table()) == {"1", "4"}
+
+
+def test_drafts_that_are_worth_their_wait_for_one_request_need_not_be_for_four() -> None:
+    controller = _controller(first_row=8.0, per_row=0.5, wait=1.5)
+    states = [ControlState() for _ in range(4)]
+    for state in states:
+        _teach(controller, state, accepted=1)
+    candidates = [Candidate(state, 4, ("d",)) for state in states]
+    assert controller.plan(candidates[:1]) == [4]
+    for _ in range(60):
+        controller.observe_wait(12e-3, 4)
+    assert controller.plan(candidates) == [0] * 4
+    assert controller.plan(candidates[:1]) == [4]
+
+
+def test_many_requests_start_with_less_credit() -> None:
+    one, many = DraftAccount(), DraftAccount()
+    one.round(0.01)
+    many.round(0.01, requests=6)
+    assert many.balance_s == pytest.approx(one.balance_s / 6, rel=0.05)
+    for _ in range(1000):
+        many.round(0.01, requests=6)
+    assert many.balance_s == pytest.approx(one.balance_s)
 
 
 def test_plain_decoding_looks_only_now_and_then() -> None:

@@ -11,9 +11,11 @@ import time
 from dataclasses import replace
 
 from actors.draft_worker.batcher import DraftBatcher, Round
+from actors.drafting.draft_ahead import AheadCounts
 from actors.drafting.interface import (
     SCOPE_SHIFT,
     TREE,
+    DraftQuery,
     SessionDraft,
     TargetIdentity,
 )
@@ -338,6 +340,38 @@ def test_a_large_round_does_not_hold_up_those_of_others() -> None:
     # The first to come is served, whatever its size; then those that have had less.
     assert answered == ["many", "few", "few again", "many again"]
     assert drafter.batches == [20, 3]
+
+
+def test_a_prepared_draft_does_not_wait_for_those_that_have_to_be_computed() -> None:
+    class Prepared(SlowDrafter):
+        name = "nested"
+        exits = (1,)
+        ahead_counts = AheadCounts()
+
+        def prepared(self, query: DraftQuery) -> bool:
+            return query.session_id % 2 == 1
+
+    drafter = Prepared()
+    batcher = DraftBatcher(DrafterPool([drafter]))
+    stream = batcher.attach()
+    answered: list[int] = []
+
+    def put(*ids: int) -> None:
+        opens = tuple(session(sid, [5]) for sid in ids)
+        updates = tuple(wish(sid, 1) for sid in ids)
+        batcher.submit(Round(stream, lambda drafts: answered.append(ids[0]), opens=opens, updates=updates))
+
+    put(2, 3)
+    put(4)
+    put(5, 7)
+    batcher.submit(Round(stream, lambda drafts: answered.append(-1), closes=(3,)))
+    batcher.start()
+    try:
+        until(lambda: len(answered) == 4)
+    finally:
+        batcher.stop()
+    assert answered == [5, -1, 2, 4]
+    assert drafter.batches == [2, 2], "a round is answered as a whole; of the session that was closed nothing"
 
 
 def test_a_stream_that_ends_takes_its_rounds_along() -> None:

@@ -1,0 +1,46 @@
+"""How long rounds stand still for drafts, by how many requests ask for them."""
+
+from __future__ import annotations
+
+_SMOOTHING = 0.1
+_LONGEST_S = 0.1
+_FIRST_S = 1e-3
+"""Taken for one request before anything has been measured."""
+
+
+class DraftWaits:
+    """Averages in seconds. A number of requests that has not asked yet is judged by the nearest one that has:
+    more are taken to wait longer in proportion, which drafting for each of them costs at most."""
+
+    def __init__(self) -> None:
+        self._by_asking: dict[int, float] = {}
+        self._mean_s: float | None = None
+
+    def observe(self, seconds: float, asking: int) -> None:
+        """One round's wait, of `asking` >= 1 requests."""
+        seconds = min(seconds, _LONGEST_S)
+        self._by_asking[asking] = _follow(self.expected(asking), seconds)
+        self._mean_s = _follow(_FIRST_S if self._mean_s is None else self._mean_s, seconds)
+
+    def expected(self, asking: int) -> float:
+        """Seconds that a round of `asking` requests will stand still."""
+        if asking in self._by_asking:
+            return self._by_asking[asking]
+        nearest = min(self._by_asking, key=lambda n: abs(n - asking), default=None)
+        if nearest is None:
+            return _FIRST_S * asking
+        return self._by_asking[nearest] * max(1.0, asking / nearest)
+
+    @property
+    def mean_s(self) -> float:
+        """Whoever asked; 0 before the first."""
+        return self._mean_s or 0.0
+
+    def table(self) -> dict[str, float]:
+        """Milliseconds by number of requests, for people."""
+        return {str(asking): round(self._by_asking[asking] * 1e3, 3) for asking in sorted(self._by_asking)}
+
+
+def _follow(average: float, seconds: float) -> float:
+    # What disturbs a measurement adds to it, and who is seldom asked would be judged by that for long.
+    return average + (_SMOOTHING if seconds > average else 3 * _SMOOTHING) * (seconds - average)
