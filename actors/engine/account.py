@@ -19,8 +19,8 @@ LIMIT_ROUNDS = 3.0
 
 @dataclass(slots=True)
 class DraftAccount:
-    """`balance_s` in seconds. It starts with the first round at its limit, divided by the requests in it: many
-    learn in fewer rounds whether drafts are right."""
+    """`balance_s` in seconds. It starts with the first round at its limit, divided by the requests in it:
+    many learn in fewer rounds whether drafts are right."""
 
     balance_s: float = 0.0
     _limit_s: float = 0.0

@@ -200,17 +200,17 @@ def test_waits_are_known_by_how_many_ask() -> None:
     assert set(waits.table()) == {"1", "4"}
 
 
-def test_drafts_that_are_worth_their_wait_for_one_request_need_not_be_for_four() -> None:
+@pytest.mark.parametrize(("requests", "asked"), [(1, 4), (4, 0)])
+def test_drafts_that_are_worth_their_wait_for_one_request_need_not_be_for_four(
+    requests: int, asked: int
+) -> None:
     controller = _controller(first_row=8.0, per_row=0.5, wait=1.5)
-    states = [ControlState() for _ in range(4)]
+    states = [ControlState() for _ in range(requests)]
     for state in states:
         _teach(controller, state, accepted=1)
-    candidates = [Candidate(state, 4, ("d",)) for state in states]
-    assert controller.plan(candidates[:1]) == [4]
     for _ in range(60):
         controller.observe_wait(12e-3, 4)
-    assert controller.plan(candidates) == [0] * 4
-    assert controller.plan(candidates[:1]) == [4]
+    assert controller.plan([Candidate(state, 4, ("d",)) for state in states]) == [asked] * requests
 
 
 def test_many_requests_start_with_less_credit() -> None:
