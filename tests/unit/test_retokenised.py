@@ -115,7 +115,8 @@ def test_the_mapped_context_decodes_to_the_same_text(pairs, tables, names, text:
     assert mapped.aligned
     expected = target.decode(ids)
     if names[0] == "metaspace":  # a text's leading spaces do not survive its own encode and decode either
-        expected = expected.lstrip(" ")
+        draft = tables[names[0]]
+        expected = draft.decode(draft.encode(expected, add_special_tokens=False))
     assert pair.draft.table.decode(mapped.draft_ids) == expected
 
 
