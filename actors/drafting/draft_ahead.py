@@ -8,38 +8,16 @@ advice here, so a verdict that nobody foresaw costs nothing but time that would 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
 
 from actors.drafting.errors import DrafterError
-from actors.drafting.guess_tree import LEAST_LIKELY, OUTCOMES, Guess, GuessTree
-from actors.drafting.interface import Drafter, DraftQuery, SessionDraft, SessionOpen
+from actors.drafting.guess_tree import LEAST_LIKELY, OUTCOMES, Guess, GuessTree, next_outcomes
+from actors.drafting.interface import DraftQuery, SessionDraft, SessionOpen
 from actors.drafting.tree import ROOT
+from actors.drafting.wrapping import ModelDrafter, WrappingDrafter
 from actors.sampling.params import GREEDY_TEMPERATURE
-
-SESSIONS_A_STEP = 8
-"""Sessions of one step of preparing: a round that comes meanwhile waits for the step to end."""
-
-
-class LookingAhead(Drafter, Protocol):
-    """A drafter with a model that drafts on below tokens that are not committed, see `NestedDrafter`."""
-
-    @property
-    def exits(self) -> tuple[int, ...]: ...
-
-    @property
-    def kv_blocks_used(self) -> int: ...
-
-    @property
-    def kv_blocks_free(self) -> int: ...
-
-    def step_s_by_exit(self) -> Mapping[int, Mapping[int, float]]: ...
-
-    def look_ahead(self, queries: Sequence[DraftQuery]) -> list[SessionDraft]: ...
-
-    def work(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +62,7 @@ class _Asked:
         )
 
 
-class AheadDrafter:
+class AheadDrafter(WrappingDrafter[ModelDrafter]):
     """`inner`, whose next drafts are prepared by `work` for sessions that were opened with `ahead`.
 
     A verdict that was foreseen is answered without a pass of the model; one that was foreseen in part by the
@@ -97,10 +75,8 @@ class AheadDrafter:
         outcomes, least: see `GuessTree`.
     """
 
-    learns = False
-
-    def __init__(self, inner: LookingAhead, outcomes: int = OUTCOMES, least: float = LEAST_LIKELY) -> None:
-        self._inner = inner
+    def __init__(self, inner: ModelDrafter, outcomes: int = OUTCOMES, least: float = LEAST_LIKELY) -> None:
+        super().__init__(inner)
         self._new_tree = partial(GuessTree, outcomes, least)
         self._sessions: dict[int, _Session] = {}
         self._waiting: dict[int, _Session] = {}
@@ -108,27 +84,8 @@ class AheadDrafter:
         self._foreseen = self._partly = self._missed = self._steps = 0
 
     @property
-    def name(self) -> str:
-        return self._inner.name
-
-    @property
-    def exits(self) -> tuple[int, ...]:
-        return self._inner.exits
-
-    @property
-    def kv_blocks_used(self) -> int:
-        return self._inner.kv_blocks_used
-
-    @property
-    def kv_blocks_free(self) -> int:
-        return self._inner.kv_blocks_free
-
-    @property
     def ahead_counts(self) -> AheadCounts:
         return AheadCounts(self._foreseen, self._partly, self._missed, self._steps)
-
-    def step_s_by_exit(self) -> Mapping[int, Mapping[int, float]]:
-        return self._inner.step_s_by_exit()
 
     def open(self, session: SessionOpen) -> None:
         self._forget(session.session_id)
@@ -175,9 +132,6 @@ class AheadDrafter:
     def close(self, session_id: int) -> None:
         self._forget(session_id)
         self._inner.close(session_id)
-
-    def reset(self) -> None:
-        self._inner.reset()
 
     def work(self) -> bool:
         """One piece of the inner drafter's work, otherwise one step of preparing; False when there was
@@ -246,16 +200,7 @@ class AheadDrafter:
 
     def _prepare(self) -> bool:
         """Draft one more token for some sessions whose verdict is under way; False when there is nothing."""
-        chosen = []
-        for sid, session in list(self._waiting.items()):
-            del self._waiting[sid]
-            outcome = session.tree.next()
-            if outcome is None:
-                continue
-            self._waiting[sid] = session
-            chosen.append((sid, session, outcome))
-            if len(chosen) == SESSIONS_A_STEP:
-                break
+        chosen = next_outcomes(self._waiting, lambda session: session.tree.next())
         if not chosen:
             return False
         queries = [

@@ -5,14 +5,19 @@ Pure bookkeeping, without a model: the drafter that prepares drafts ahead and th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from actors.drafting.interface import SessionDraft
 from actors.drafting.tree import ROOT, parents_of
 
 OUTCOMES = 6
 LEAST_LIKELY = 0.05
+SESSIONS_A_STEP = 8
+"""Sessions of one step of preparing: a round that comes meanwhile waits for the step to end."""
+K = TypeVar("K")
+V = TypeVar("V")
 Distribution = tuple[tuple[int, ...], tuple[float, ...]]
 
 
@@ -28,14 +33,18 @@ class Guess:
     q: Distribution | None = None
     below: list[Guess] = field(default_factory=list)
 
-    def path(self) -> tuple[int, ...]:
-        """Tokens from the last committed one to this, itself included."""
-        found: list[int] = []
+    def line(self) -> list[Guess]:
+        """Guesses from the last committed token to this, itself included."""
+        found: list[Guess] = []
         guess = self
         while guess.parent is not None:
-            found.append(guess.token_id)
+            found.append(guess)
             guess = guess.parent
-        return tuple(reversed(found))
+        return found[::-1]
+
+    def path(self) -> tuple[int, ...]:
+        """Their tokens."""
+        return tuple(guess.token_id for guess in self.line())
 
 
 @dataclass(slots=True)
@@ -144,3 +153,19 @@ class GuessTree:
     def _replace(self, outcomes: Iterable[Outcome]) -> None:
         likely = sorted((o for o in outcomes if o.probability >= self._least), key=lambda o: -o.probability)
         self._outcomes = likely[: self._most]
+
+
+def next_outcomes(waiting: dict[K, V], next_of: Callable[[V], Outcome | None]) -> list[tuple[K, V, Outcome]]:
+    """Whose turn it is in one step, with what to prepare. `waiting` holds sessions, those served longest ago
+    first: who is served goes to the end, who has nothing left to prepare leaves."""
+    chosen: list[tuple[K, V, Outcome]] = []
+    for key, session in list(waiting.items()):
+        del waiting[key]
+        outcome = next_of(session)
+        if outcome is None:
+            continue
+        waiting[key] = session
+        chosen.append((key, session, outcome))
+        if len(chosen) == SESSIONS_A_STEP:
+            break
+    return chosen

@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from actors.drafting.acceptance import confirmed_prefix
 from actors.drafting.deferred_kv import DeferredSequence
 from actors.drafting.draw import Draw
 from actors.drafting.interface import DraftQuery, DraftSampling
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two sequences begin with alike."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 @dataclass(slots=True)
@@ -38,15 +34,16 @@ class Session:
         """Let `after` follow the committed tokens, keeping the KV of what already did."""
         tokens, committed = self.seq.tokens, self.committed
         total = committed + len(after)
-        kept = committed + common_prefix(tokens[committed:], after)
+        kept, _ = confirmed_prefix(tokens[committed:], after)
         tokens[committed:] = after
         # The last token is run again: its logits are what a draft begins with.
-        self.seq.rollback(min(kept, total - 1))
+        self.seq.rollback(min(committed + kept, total - 1))
 
     def commit(self, new_tokens: Sequence[int]) -> None:
         """Append to the committed tokens, keeping the KV of a draft that foresaw them."""
         tokens, committed = self.seq.tokens, self.committed
-        self.seq.rollback(committed + common_prefix(tokens[committed:], new_tokens))
+        kept, _ = confirmed_prefix(tokens[committed:], new_tokens)
+        self.seq.rollback(committed + kept)
         tokens[committed:] = new_tokens
         self.committed += len(new_tokens)
 

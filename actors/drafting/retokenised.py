@@ -9,14 +9,15 @@ only ways to guess.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from actors.drafting.coupling import Coupling
 from actors.drafting.errors import DrafterError
 from actors.drafting.foreign import ForeignTarget
-from actors.drafting.interface import Drafter, DraftQuery, DraftSampling, SessionDraft, SessionOpen
+from actors.drafting.interface import DraftQuery, DraftSampling, SessionDraft, SessionOpen
+from actors.drafting.wrapping import ModelDrafter, WrappingDrafter
 from actors.sampling.params import GREEDY_TEMPERATURE
 from actors.text.alignment import Alignment
 
@@ -26,29 +27,12 @@ CHUNK = 512
 """Target tokens that one piece of background work re-tokenises."""
 
 
-class RewindableDrafter(Drafter, Protocol):
+class RewindableDrafter(ModelDrafter, Protocol):
     """A drafter with a model that can take committed tokens back."""
-
-    @property
-    def exits(self) -> tuple[int, ...]: ...
-
-    @property
-    def kv_blocks_used(self) -> int: ...
-
-    @property
-    def kv_blocks_free(self) -> int: ...
-
-    def step_s_by_exit(self) -> Mapping[int, Mapping[int, float]]: ...
-
-    def look_ahead(self, queries: Sequence[DraftQuery]) -> list[SessionDraft]:
-        """See `NestedDrafter.look_ahead`."""
-        ...
 
     def rewind(self, session_id: int, num_tokens: int) -> None:
         """Forget the committed tokens after the first `num_tokens` >= 1."""
         ...
-
-    def work(self) -> bool: ...
 
 
 @dataclass(slots=True)
@@ -64,7 +48,7 @@ class _Session:
     told: int = 0
 
 
-class RetokenisedDrafter:
+class RetokenisedDrafter(WrappingDrafter[RewindableDrafter]):
     """`inner`, told each session in its own tokens. Sessions with its vocabulary pass unchanged.
 
     A session of a foreign target that samples is drafted for with the tokens that both vocabularies have, by
@@ -80,32 +64,10 @@ class RetokenisedDrafter:
         vocab_size: of its model. A padded target may have more ids; a session that uses them is refused.
     """
 
-    learns = False
-
     def __init__(self, inner: RewindableDrafter, vocab_size: int) -> None:
-        self._inner = inner
+        super().__init__(inner)
         self._vocab_size = vocab_size
         self._foreign: dict[int, _Session] = {}
-
-    @property
-    def name(self) -> str:
-        return self._inner.name
-
-    @property
-    def exits(self) -> tuple[int, ...]:
-        return self._inner.exits
-
-    @property
-    def kv_blocks_used(self) -> int:
-        return self._inner.kv_blocks_used
-
-    @property
-    def kv_blocks_free(self) -> int:
-        return self._inner.kv_blocks_free
-
-    def step_s_by_exit(self) -> Mapping[int, Mapping[int, float]]:
-        """The inner drafter's; re-tokenising is not part of a step."""
-        return self._inner.step_s_by_exit()
 
     def open(self, session: SessionOpen) -> None:
         self.close(session.session_id)
@@ -161,9 +123,6 @@ class RetokenisedDrafter:
     def close(self, session_id: int) -> None:
         self._foreign.pop(session_id, None)
         self._inner.close(session_id)
-
-    def reset(self) -> None:
-        self._inner.reset()
 
     def work(self) -> bool:
         """One piece of re-tokenising and one of the inner drafter's work; False when there was neither."""

@@ -12,8 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from actors.drafting.draft_ahead import SESSIONS_A_STEP
-from actors.drafting.guess_tree import Outcome
+from actors.drafting.guess_tree import next_outcomes
 from actors.engine.costs import CostModel
 from cluster.router.goodput import cost_model
 from cluster.simulator.events import Clock
@@ -56,7 +55,7 @@ class SimulatedDraftWorker:
         self._busy = False
         self._queue: list[DraftJob] = []
         self._shadows: deque[_Shadow] = deque()
-        self._ahead: dict[SessionGuesses, None] = {}
+        self._ahead: dict[SessionGuesses, SessionGuesses] = {}
 
     def ask(self, job: DraftJob) -> None:
         self._queue.append(job)
@@ -69,7 +68,7 @@ class SimulatedDraftWorker:
 
     def prepare(self, guesses: SessionGuesses) -> None:
         """Draft ahead for a session, whose verdict is under way, when there is time."""
-        self._ahead[guesses] = None
+        self._ahead[guesses] = guesses
         self._next()
 
     def seconds(self, wishes: Sequence[Wish]) -> float:
@@ -114,19 +113,11 @@ class SimulatedDraftWorker:
 
     def _step_ahead(self) -> None:
         """One step for some sessions, those served longest ago first."""
-        chosen: list[tuple[SessionGuesses, Outcome]] = []
-        for guesses in list(self._ahead):
-            del self._ahead[guesses]
-            outcome = guesses.next()
-            if outcome is not None:
-                self._ahead[guesses] = None
-                chosen.append((guesses, outcome))
-            if len(chosen) == SESSIONS_A_STEP:
-                break
+        chosen = next_outcomes(self._ahead, SessionGuesses.next)
         if chosen:
-            depths = Counter(guesses.exit_depth for guesses, _ in chosen)
+            depths = Counter(guesses.exit_depth for _, guesses, _ in chosen)
             seconds = self.seconds([(depth, count, 1) for depth, count in depths.items()])
-            self._work(seconds, [partial(guesses.prepared, outcome) for guesses, outcome in chosen])
+            self._work(seconds, [partial(guesses.prepared, outcome) for _, guesses, outcome in chosen])
 
     def _work(self, seconds: float, done: Sequence[Callable[[], None]]) -> None:
         self._busy = True

@@ -56,7 +56,7 @@ class SessionGuesses:
         """A step below an outcome was computed. One whose verdict has come meanwhile was for nothing."""
         if outcome is self._tree.next():
             # What is prepared is what would be drafted after the verdict, at the same places of that draft.
-            path = _ancestors(outcome.at)
+            path = outcome.at.line()
             place = len(path) if outcome.splits else self._length - outcome.left
             self._tree.prepared(outcome, self._drawn(path, place))
 
@@ -74,13 +74,3 @@ class SessionGuesses:
                 other = RIGHT
         confidence = (rate, (1.0 - rate) * self._alternative)
         return SessionDraft(0, 0, (best, other), parents=(-1, -1), confidence=confidence)
-
-
-def _ancestors(guess: Guess) -> list[Guess]:
-    """From below the last committed token to the guess, itself included."""
-    found: list[Guess] = []
-    at = guess
-    while at.parent is not None:
-        found.append(at)
-        at = at.parent
-    return found

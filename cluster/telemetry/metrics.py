@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ray.util.metrics import Counter, Gauge, Histogram
@@ -33,10 +34,7 @@ class TargetMetrics:
     def __init__(self, model_name: str) -> None:
         tags = {"model_name": model_name}
 
-        def counter(name: str, text: str, keys: tuple[str, ...] = ()) -> Counter:
-            metric = Counter(name, description=text, tag_keys=_MODEL + keys)
-            metric.set_default_tags(tags)
-            return metric
+        counter = partial(_counter, tags)
 
         def gauge(name: str, text: str) -> Gauge:
             metric = Gauge(name, description=text, tag_keys=_MODEL)
@@ -131,18 +129,14 @@ class DraftMetrics:
     """Metrics of one draft worker; create it inside the worker's process."""
 
     def __init__(self, worker_id: str) -> None:
-        def counter(name: str, text: str, *keys: str) -> Counter:
-            metric = Counter(name, description=text, tag_keys=("worker", *keys))
-            metric.set_default_tags({"worker": worker_id})
-            return metric
-
+        counter = partial(_counter, {"worker": worker_id})
         self._rounds = counter("s2d_draft_rounds", "Rounds that a draft worker answered.")
         self._drafted = counter("s2d_draft_tokens", "Draft tokens proposed by a draft worker.")
         self._ahead = counter(
             "s2d_draft_ahead_drafts",
             "Drafts after the first of a session, by what was prepared of them while the target verified: "
             "foreseen (all), partly, missed.",
-            "outcome",
+            ("outcome",),
         )
         self._ahead_tokens = counter(
             "s2d_draft_ahead_tokens", "Draft tokens prepared while targets verified."
@@ -173,6 +167,13 @@ class GatewayMetrics:
 
     def resumed(self, model_name: str) -> None:
         self._resumed.inc(1, {"model_name": model_name})
+
+
+def _counter(tags: dict[str, str], name: str, text: str, keys: tuple[str, ...] = ()) -> Counter:
+    """`tags` are the same for every sample, `keys` are given with each."""
+    metric = Counter(name, description=text, tag_keys=(*tags, *keys))
+    metric.set_default_tags(tags)
+    return metric
 
 
 def _increase(counter: Counter, amount: int, tags: dict[str, str] | None = None) -> None:

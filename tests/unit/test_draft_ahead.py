@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from actors.draft_worker.service import AheadPolicy
-from actors.drafting.draft_ahead import SESSIONS_A_STEP, AheadCounts, AheadDrafter
-from actors.drafting.guess_tree import GuessTree
+from actors.drafting.draft_ahead import AheadCounts, AheadDrafter
+from actors.drafting.guess_tree import SESSIONS_A_STEP, GuessTree
 from actors.drafting.interface import DraftQuery, DraftSampling, SessionDraft, SessionOpen
 from actors.drafting.nested import NestedDrafter
 from actors.drafting.tree import best_chain
