@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from actors.kv.block_pool import BlockPool
+from actors.models.linear import MatrixProduct
 from actors.models.runner import (
     BLOCK_SIZE,
     ChainWish,
@@ -27,6 +28,7 @@ from actors.models.runner import (
     DraftingRunner,
     LayeredRunner,
     RaggedBatch,
+    normalised,
 )
 
 
@@ -34,15 +36,15 @@ from actors.models.runner import (
 class DeferredSequence:
     """`lengths[s]` tokens have KV in segment s; the states of tokens lengths[s] .. lengths[feeds[s]] wait for
     it, and for segment 0 (fed by -1, the tokens) those of lengths[0] .. len(tokens). Of the tokens before
-    `first`, a multiple of BLOCK_SIZE, no KV is kept (`DeferredKv.slide`); `blocks` begin there. `inputs`
-    holds, by index, what a token brings to segment 0 beside its embedding, float32 [H]."""
+    `first`, a multiple of BLOCK_SIZE, no KV is kept (`DeferredKv.slide`); `blocks` begin there. `states`
+    holds, by index, the target's last hidden state [S] where it emitted the token."""
 
     tokens: list[int]
     lengths: list[int]
     feeds: tuple[int, ...]
     blocks: list[int] = field(default_factory=list)
     first: int = 0
-    inputs: dict[int, Tensor] = field(default_factory=dict)
+    states: dict[int, Tensor] = field(default_factory=dict)
 
     def slot(self, index: int) -> int:
         """KV slot of the token at an index."""
@@ -66,13 +68,22 @@ class DeferredKv:
         runner: the draft model with its KV pool.
         exits: depths in layers, ascending; the last may be the model's depth.
         own_layers: the runner's last len(exits) layers belong to one exit each, in order.
+        state_in: from the target's normalised states, float32 [N, S], to what is added to the embeddings of
+            the tokens that it emitted there, [N, H]; None for a draft that reads no states.
     """
 
-    def __init__(self, runner: LayeredRunner, exits: Sequence[int], *, own_layers: bool = False) -> None:
+    def __init__(
+        self,
+        runner: LayeredRunner,
+        exits: Sequence[int],
+        *,
+        own_layers: bool = False,
+        state_in: MatrixProduct | None = None,
+    ) -> None:
         depth = runner.info.num_layers - (len(exits) if own_layers else 0)
         if not exits or list(exits) != sorted(set(exits)) or exits[0] < 1 or exits[-1] > depth:
             raise ValueError(f"exits must ascend strictly within 1..{depth}, got {tuple(exits)}")
-        self._runner = runner
+        self._runner, self._state_in = runner, state_in
         count = len(exits)
         ranges = [*pairwise((0, *exits))]
         feeds = [-1, *range(count - 1)]
@@ -142,8 +153,8 @@ class DeferredKv:
         seq.blocks = seq.blocks[gone:]
         seq.first = first
         seq.lengths = [max(n, first) for n in seq.lengths]
-        for index in [i for i in seq.inputs if i < first]:
-            del seq.inputs[index]
+        for index in [i for i in seq.states if i < first]:
+            del seq.states[index]
 
     def advance(self, seqs: Sequence[DeferredSequence], segment: int, counts: Sequence[int]) -> Tensor:
         """Run the next `counts[r] >= 1` waiting tokens of each sequence through a segment.
@@ -207,12 +218,14 @@ class DeferredKv:
         self, batch: RaggedBatch, seqs: Sequence[DeferredSequence], spans: Sequence[range]
     ) -> Tensor:
         hidden = self._runner.embed(batch.token_ids)
-        if any(seq.inputs for seq in seqs):
-            brought = [seq.inputs.get(i) for seq, span in zip(seqs, spans, strict=True) for i in span]
-            rows = [row for row, value in enumerate(brought) if value is not None]
-            if rows:
-                added = torch.stack([value for value in brought if value is not None])
-                hidden.index_add_(0, torch.tensor(rows, device=hidden.device), added)
+        if self._state_in is None or not any(seq.states for seq in seqs):
+            return hidden
+        read = [seq.states.get(i) for seq, span in zip(seqs, spans, strict=True) for i in span]
+        rows = [row for row, state in enumerate(read) if state is not None]
+        if rows:
+            # Here and not when they come: of a session that is seldom asked for, most are never read.
+            added = self._state_in(normalised(torch.stack([state for state in read if state is not None])))
+            hidden.index_add_(0, torch.tensor(rows, device=hidden.device), added)
         return hidden
 
     def _batch(

@@ -20,7 +20,7 @@ from actors.drafting.nested_session import Proposal, Session
 from actors.drafting.step_times import StepTimes
 from actors.drafting.tree import ROOT
 from actors.models.linear import MatrixProduct, pack
-from actors.models.runner import ChainWish, LayeredRunner, normalised
+from actors.models.runner import ChainWish, LayeredRunner
 from actors.native.library import available
 from actors.sampling.params import GREEDY_TEMPERATURE
 
@@ -30,18 +30,24 @@ STATES_CONTEXT = 256
 """Tokens of a session that a draft which reads states sees, unless told otherwise: their states are kept."""
 SIBLINGS = 6
 """Alternatives to a drafted token that a tree offers at most."""
+CATCH_UP = 32
+"""Waiting tokens of a session that a proposal runs itself, unless told otherwise."""
 ABSORB_FROM = 8
-"""Background work leaves this many waiting tokens to the next proposal, which runs them in one pass."""
+"""Waiting tokens that background work leaves to the next proposal, unless told otherwise."""
+SELDOM = 4
+"""Verdicts without being asked after which a session's tokens wait for the next proposal: where draft and
+target share cores, background work costs the target time."""
 
 
 class NestedDrafter:
     """Drafts with the first layers of a model, all sessions of a call together.
 
     A proposal costs one ragged pass per draft position and layer block. Prompts are absorbed by `work` in
-    chunks, off the critical path: until few enough tokens are left, `propose` gives an empty draft. When the
-    KV pool is full, sessions not asked for during the last `keep_rounds` calls lose their KV, least recently
-    used first (they are absorbed again when asked for); if there are none, the asking session gets error
-    "capacity" and the others go on. So sessions in use never evict one another in turn.
+    chunks, off the critical path, once somebody asks: until few enough tokens are left, `propose` gives an
+    empty draft. When the KV pool is full, sessions not asked for during the last `keep_rounds` calls lose
+    their KV, least recently used first (they are absorbed again when asked for); if there are none, the
+    asking session gets error "capacity" and the others go on. So sessions in use never evict one another in
+    turn.
 
     Args:
         runner: the model, with its KV pool.
@@ -52,6 +58,7 @@ class NestedDrafter:
         max_sessions: sessions held; one more is refused with code "capacity".
         prefill_chunk: tokens a `work` call runs at most, in each layer block.
         catch_up: waiting tokens of one session that a proposal runs itself, at most.
+        absorb_from: waiting tokens of one session that `work` leaves to the next proposal.
         keep_rounds: see above.
         heads: how exits are read; None: through the runner's own norm and head.
         window: the draft's attention window in tokens. Of a session, KV of the last `WINDOWS_KEPT` windows is
@@ -76,7 +83,8 @@ class NestedDrafter:
         default_exit: int | None = None,
         max_sessions: int = 256,
         prefill_chunk: int = 64,
-        catch_up: int = 32,
+        catch_up: int = CATCH_UP,
+        absorb_from: int = ABSORB_FROM,
         keep_rounds: int = 64,
         heads: ExitHeads | None = None,
         window: int | None = None,
@@ -85,7 +93,8 @@ class NestedDrafter:
         early_stop: EarlyStop | None = None,
     ) -> None:
         self._runner, self._heads = runner, heads or ExitHeads()
-        self._kv = DeferredKv(runner, exits, own_layers=self._heads.own_layers)
+        product = None if state_in is None else _product(state_in)
+        self._kv = DeferredKv(runner, exits, own_layers=self._heads.own_layers, state_in=product)
         ids = self._heads.token_ids
         self._vocabulary = None if ids is None else CutVocabulary(ids, self._heads.vocab_size)
         self.exits = tuple(exits)
@@ -93,14 +102,14 @@ class NestedDrafter:
             raise ValueError("thresholds must hold one value for each exit but the last")
         if default_exit is not None and default_exit not in self.exits:
             raise ValueError(f"default_exit {default_exit} is not among the exits {self.exits}")
-        if min(max_sessions, prefill_chunk, keep_rounds) < 1 or catch_up < ABSORB_FROM:
-            raise ValueError(f"limits must be positive, catch_up at least {ABSORB_FROM}")
+        if min(max_sessions, prefill_chunk, keep_rounds, absorb_from) < 1 or catch_up < absorb_from:
+            raise ValueError("limits must be positive, catch_up at least absorb_from")
         self._thresholds = None if thresholds is None else tuple(thresholds)
         self._default = 0 if default_exit is None else self.exits.index(default_exit)
         self._max_model_len = runner.info.max_model_len
         bounds = [n for n in (window and WINDOWS_KEPT * window, context) if n]
         self._kept = min(bounds, default=None if state_in is None else STATES_CONTEXT)
-        self._state_in = None if state_in is None else _product(state_in)
+        self.reads_states = state_in is not None
         self._early_stop = early_stop or EarlyStop()
         if self._early_stop.curves and len(self._early_stop.curves) != len(exits):
             raise ValueError("early_stop needs curves for every exit, or none")
@@ -110,7 +119,7 @@ class NestedDrafter:
         ]
         self._max_sessions = max_sessions
         self._prefill_chunk = prefill_chunk
-        self._catch_up = catch_up
+        self._catch_up, self._absorb_from = catch_up, absorb_from
         self._keep_rounds = keep_rounds
         self._sessions: dict[int, Session] = {}
         self._shared: WeakKeyDictionary[SharedTokens, SharedColumns] = WeakKeyDictionary()
@@ -118,10 +127,6 @@ class NestedDrafter:
         self._turns: dict[int, int] = {}
         """By stream: when its prompts were last absorbed; only of streams with prompts that wait."""
         self._steps = StepTimes(self.exits)
-
-    @property
-    def reads_states(self) -> bool:
-        return self._state_in is not None
 
     @property
     def kv_blocks_used(self) -> int:
@@ -161,11 +166,13 @@ class NestedDrafter:
         new_tokens: Sequence[int],
         candidates: Sequence[tuple[int, Sequence[int]]] = (),
     ) -> None:
-        self._get(session_id).commit(new_tokens)
+        session = self._get(session_id)
+        session.commit(new_tokens)
+        self._slide(session)
 
     def note_states(self, session_id: int, states: Tensor) -> None:
         """States [n, S] of the target for the last n committed tokens, as it emitted them."""
-        if self._state_in is None:
+        if not self.reads_states:
             return
         session = self._get(session_id)
         first = session.committed - len(states)
@@ -173,8 +180,7 @@ class NestedDrafter:
             raise ValueError(f"{len(states)} states for {session.committed} committed tokens")
         # What was drafted without them is run again, with them.
         session.seq.rollback(first)
-        added = self._state_in(normalised(states))
-        session.seq.inputs.update(zip(range(first, session.committed), added, strict=True))
+        session.seq.states.update(zip(range(first, session.committed), states, strict=True))
 
     def rewind(self, session_id: int, num_tokens: int) -> None:
         """Forget the committed tokens after the first `num_tokens`, at least one of which must stay."""
@@ -182,8 +188,8 @@ class NestedDrafter:
         if not 1 <= num_tokens <= session.committed:
             raise ValueError(f"cannot keep {num_tokens} of {session.committed} tokens")
         del session.seq.tokens[num_tokens:]
-        for index in [i for i in session.seq.inputs if i >= num_tokens]:
-            del session.seq.inputs[index]
+        for index in [i for i in session.seq.states if i >= num_tokens]:
+            del session.seq.states[index]
         session.committed = num_tokens
         if num_tokens <= session.seq.first:  # what the window has dropped: absorbed again when asked for
             self._kv.release(session.seq)
@@ -202,7 +208,8 @@ class NestedDrafter:
     def propose(self, queries: Sequence[DraftQuery]) -> list[SessionDraft]:
         self._clock += 1
         for query in queries:
-            self._get(query.session_id).last_used = self._clock
+            session = self._get(query.session_id)
+            session.last_used, session.unasked = self._clock, 0
         return self.look_ahead(queries)
 
     def look_ahead(self, queries: Sequence[DraftQuery]) -> list[SessionDraft]:
@@ -270,9 +277,10 @@ class NestedDrafter:
         waiting: dict[int, list[Session]] = {}
         for sid, session in self._sessions.items():
             goal = self._kv.exit_segment(session.goal)
-            if session.parked or session.committed > self._max_model_len:
+            seldom = session.unasked > SELDOM
+            if session.parked or seldom or session.committed > self._max_model_len:
                 continue
-            if session.backlog(goal, session.committed) > ABSORB_FROM:
+            if session.backlog(goal, session.committed) > self._absorb_from:
                 waiting.setdefault(sid >> SCOPE_SHIFT, []).append(session)
         self._turns = {scope: turn for scope, turn in self._turns.items() if scope in waiting}
         order = sorted(waiting, key=lambda scope: self._turns.get(scope, 0))
@@ -288,6 +296,11 @@ class NestedDrafter:
     def _wants(self, session: Session, segment: int) -> bool:
         """Whether the session's proposals need the segment: with thresholds they may be read anywhere."""
         return self._thresholds is not None or segment in self._kv.path(session.goal)
+
+    def _slide(self, session: Session) -> None:
+        """Keep nothing of what the draft no longer sees."""
+        if self._kept is not None:
+            self._kv.slide(session.seq, session.committed - self._kept)
 
     def _get(self, session_id: int) -> Session:
         try:
@@ -305,8 +318,7 @@ class NestedDrafter:
         session.goal = len(self.exits) - 1 if exit_block is None else exit_block
         session.parked = False
         session.assume(query.after)
-        if self._kept is not None:
-            self._kv.slide(session.seq, session.committed - self._kept)
+        self._slide(session)
         total = session.committed + len(query.after)
         # The drafted token at index i < max_model_len is the last one that the target can emit.
         budget = min(query.budget, self._max_model_len - total)

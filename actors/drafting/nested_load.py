@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 
 from actors.drafting.draft_load import load_draft
 from actors.drafting.early_stop import EarlyStop
-from actors.drafting.nested import NestedDrafter
+from actors.drafting.nested import ABSORB_FROM, CATCH_UP, NestedDrafter
 from actors.models.cores import Cores, cores_of
 from actors.text.tokenizer import TextTokenizer
 
@@ -48,10 +48,17 @@ class LoadedNested:
 
 
 def load_nested(
-    config: NestedConfig, max_sessions: int, threads: int, *, target_hash: str = ""
+    config: NestedConfig,
+    max_sessions: int,
+    threads: int,
+    *,
+    target_hash: str = "",
+    catch_up: int = CATCH_UP,
+    absorb_from: int = ABSORB_FROM,
 ) -> LoadedNested:
     """Blocking, about a second. `threads`: compute threads, 0 takes the physical cores. `target_hash`: of the
-    target's source, where it gives its states. Raises what `load_draft` raises."""
+    target's source, where it gives its states. `catch_up`, `absorb_from`: see `NestedDrafter`. Raises
+    what `load_draft` raises."""
     loaded = load_draft(
         config.source,
         config.artifact,
@@ -64,6 +71,8 @@ def load_nested(
         loaded.runner,
         loaded.exits,
         max_sessions=max_sessions,
+        catch_up=catch_up,
+        absorb_from=absorb_from,
         heads=loaded.heads,
         window=loaded.window,
         context=config.context,

@@ -15,7 +15,7 @@ from actors.drafting.interface import DraftQuery, DraftSampling
 class Session:
     """`seq.tokens[:committed]` is truth, what follows is the last query's `after` and draft. `goal` is the
     deepest layer block that proposals want; `parked` sessions hold no KV and wait to be asked for; `starved`
-    ones lack room."""
+    ones lack room. `unasked`: verdicts since somebody asked."""
 
     seq: DeferredSequence
     sampling: DraftSampling
@@ -24,6 +24,7 @@ class Session:
     last_used: int
     parked: bool = False
     starved: bool = False
+    unasked: int = 0
 
     def backlog(self, segment: int, num_tokens: int) -> int:
         """Of the first `num_tokens` tokens, those to run before a proposal after them that is read after
@@ -46,6 +47,7 @@ class Session:
         self.seq.rollback(committed + kept)
         tokens[committed:] = new_tokens
         self.committed += len(new_tokens)
+        self.unasked += 1
 
 
 @dataclass(slots=True)

@@ -27,6 +27,9 @@ _TOKENS_A_HIT = 1.3
 """Accepted tokens that a right guess of the next one brings: itself and some of what is guessed below it."""
 _CHEAP = 0.02
 """Who takes less than this share of a token's time is always asked for a tree."""
+_OUTLIER = 4.0
+"""A draft counts as no slower than so many times the average."""
+_ALMOST_SURE = 0.95
 _UNLIKELY = 0.1
 """A token with a lower probability is hardly guessed: a tree of few tokens will not hold it."""
 _LIKELY_BELOW, _LIKELY_BELOW_OTHERS = 0.5, 0.25
@@ -37,10 +40,12 @@ _LIKELY_BELOW, _LIKELY_BELOW_OTHERS = 0.5, 0.25
 class _Cost:
     """Averages over what a drafter was asked for: seconds a token, tokens a draft. Of trees: a token is one
     level; `added` is how often it alone guessed the next token, `uncovered` how likely it was, each time,
-    that nobody else would."""
+    that nobody else would. `distance`: times it is passed over until it is asked all the same, the fewer the
+    less is known of it."""
 
     token_s: float = 0.0
     length: float = 0.0
+    distance: int = 1
     passed_over: int = 0
     added: float = 0.5
     uncovered: float = 0.5
@@ -48,10 +53,18 @@ class _Cost:
     def observe(self, seconds: float, drafts: int, tokens: int) -> None:
         if not tokens:
             return
-        first = self.length == 0.0
-        share = 1.0 if first else _SMOOTHING
-        self.token_s += share * (seconds / tokens - self.token_s)
-        self.length += share * (tokens / drafts - self.length)
+        first, each, length = self.length == 0.0, seconds / tokens, tokens / drafts
+        # Whatever disturbs a measurement adds to it, the first ones most of all.
+        few = first or (self.distance < _EXPLORE_INTERVAL and each < self.token_s)
+        each = each if few else min(each, _OUTLIER * self.token_s)
+        self.token_s += (1.0 if few else _SMOOTHING) * (each - self.token_s)
+        self.length += (1.0 if first else _SMOOTHING) * (length - self.length)
+        self.distance = min(_EXPLORE_INTERVAL, 2 * self.distance)
+
+    def passed(self) -> bool:
+        """The drafter promises too little: whether to ask it all the same."""
+        self.passed_over += 1
+        return self.passed_over % self.distance == 0
 
 
 @dataclass(slots=True)
@@ -96,7 +109,10 @@ class DraftWorth:
 
     def reset(self) -> None:
         self._model.reset()
-        self._costs.clear()
+        # What drafting takes is the machine's, not the sessions'.
+        self._costs = {
+            name: _Cost(cost.token_s, cost.length, cost.distance) for name, cost in self._costs.items()
+        }
 
     def committed(self, session_id: int, new_tokens: Sequence[int]) -> None:
         """The target's tokens: they score the last draft and tell the pace."""
@@ -134,9 +150,7 @@ class DraftWorth:
         """Whether to ask drafter `name` for up to `budget` tokens, with the guess `held` in hand already."""
         if held is None or self._promise(name, session_id, budget) > self.of(held):
             return True
-        cost = self._costs.setdefault(name, _Cost())
-        cost.passed_over += 1
-        return cost.passed_over % _EXPLORE_INTERVAL == 0
+        return self._costs.setdefault(name, _Cost()).passed()
 
     def adds(self, name: str, session_id: int, covered: Mapping[int, float]) -> bool:
         """Whether to ask drafter `name` too, for a tree in which the tokens `covered` are guessed to come
@@ -145,10 +159,8 @@ class DraftWorth:
         cost = self._costs.setdefault(name, _Cost())
         added = cost.added * asked.uncovered / max(cost.uncovered, 0.05)
         price = self._price(cost) * cost.length
-        if price > _CHEAP and _TOKENS_A_HIT * min(1.0, added) <= price:
-            cost.passed_over += 1
-            if cost.passed_over % _EXPLORE_INTERVAL:
-                return False
+        if price > _CHEAP and _TOKENS_A_HIT * min(1.0, added) <= price and not cost.passed():
+            return False
         self._sessions[session_id].asked[name] = asked
         return True
 
@@ -166,7 +178,8 @@ class DraftWorth:
         """How likely a token of a tree must be accepted for drafter `name` to draft another below it.
         `continued`: somebody else guesses there for nothing."""
         cost = self._costs.get(name, _Cost())
-        return self._price(cost) / (_LIKELY_BELOW_OTHERS if continued else _LIKELY_BELOW)
+        least = self._price(cost) / (_LIKELY_BELOW_OTHERS if continued else _LIKELY_BELOW)
+        return min(_ALMOST_SURE, least)  # whoever is asked drafts a token
 
     def _price(self, cost: _Cost) -> float:
         """Tokens that the session could decode in the time of one draft token."""

@@ -29,6 +29,9 @@ STREAM_INTERVAL = StreamInterval(least_ms=20.0)
 CROWDED_INTERVAL = StreamInterval(least_ms=100.0, per_stream_ms=25.0)
 """Where compute threads take every core. A chunk costs them some 7 ms of processor time on its way through
 Ray Serve, so that 16 streams in chunks every 100 ms would take more than a core."""
+OWN_CATCH_UP = 96
+"""Waiting tokens that a target's own copy of the nested drafter runs in one pass, rather than in background
+work that takes as long on the same thread: the context of the embedded draft, and what it is cut to."""
 Leases = Callable[[], Sequence[Mapping[str, object]]]
 
 
@@ -49,7 +52,14 @@ def own_nested(
     draft worker re-tokenises for."""
     from actors.drafting.nested_load import load_nested
 
-    loaded = load_nested(config, max_sessions, threads, target_hash=identity.states_hash)
+    loaded = load_nested(
+        config,
+        max_sessions,
+        threads,
+        target_hash=identity.states_hash,
+        catch_up=OWN_CATCH_UP,
+        absorb_from=OWN_CATCH_UP,
+    )
     if loaded.tokenizer.vocab_hash != identity.tokenizer_hash:
         logger.info("%s has another tokenizer than the draft: a draft worker drafts for it", identity.model)
         return None
