@@ -99,6 +99,7 @@ struct Product {
     const float* row_scale;
     Epilogue epilogue;
     Converted converted = {};  // read instead of x for the formats that have it
+    bool again = false;        // this thread's last product was over the same inputs
 };
 
 // Attention of the query heads of one KV head, one token: softmax(q K^T * scale) V over keys 0..keys-1, as an

@@ -10,6 +10,8 @@ namespace {
 
 constexpr int64_t CHUNK = 512;  // rows worked on at a time: bounds the scratch memory
 constexpr int64_t FEW = 8;      // rows up to which repeating a norm on each thread costs less than a barrier
+constexpr int64_t SOME = 64;    // rows up to which a thread's share of a product is done in pieces
+constexpr int64_t PIECE_BYTES = 192 << 10, PIECE_GROUPS = 4;  // weights of a piece, and output groups at least
 
 int64_t converted_floats(const Shape& s) { return converted_bytes(s.widest(), s.format()) / 4; }  // of the widest inputs
 
@@ -26,11 +28,18 @@ void Model::convert(const float* x, int64_t k, int64_t begin, int64_t end, float
 
 // Contiguous x [rows, k] or its converted rows, times groups begin..end-1 of w, into y [rows, n].
 void Model::multiply(const float* x, int64_t rows, const float* converted, const char* w, int64_t n, int64_t k,
-                     int64_t begin, int64_t end, float* y, const float* bias, Epilogue epilogue) const {
+                     int64_t begin, int64_t end, float* y, const float* bias, Epilogue epilogue, bool again) const {
     const Format format = shape_.format();
     const int64_t bytes = converted_floats(shape_) * 4;
     kernels_.product({x, k, rows, w, group_bytes(k, format), format, k, n, begin, end, y, n, bias, nullptr, epilogue,
-                      {reinterpret_cast<const char*>(converted), bytes}});
+                      {reinterpret_cast<const char*>(converted), bytes}, again});
+}
+
+// body(begin, end, again) for output groups begin..end-1 of a product with k inputs (`Pool::divide`).
+template <typename Body>
+void Model::divide(int64_t groups, int64_t k, int64_t rows, int thread, int threads, Body&& body) {
+    const int64_t fit = PIECE_BYTES / group_bytes(k, shape_.format()) / PIECE_GROUPS * PIECE_GROUPS;
+    pool_.divide(groups, rows <= SOME ? std::max(fit, PIECE_GROUPS) : groups, thread, threads, body);
 }
 
 template <typename T>
@@ -85,8 +94,9 @@ Status Model::logits(const float* hidden, int64_t rows, float* out) {
         }
         convert(normed, s.hidden, begin, end, converted);
         pool_.barrier();
-        share(groups_of(s.vocab), thread, threads, begin, end);
-        multiply(normed, rows, converted, head_, s.vocab, s.hidden, begin, end, out, nullptr, Epilogue::store);
+        divide(groups_of(s.vocab), s.hidden, rows, thread, threads, [&](int64_t first, int64_t last, bool again) {
+            multiply(normed, rows, converted, head_, s.vocab, s.hidden, first, last, out, nullptr, Epilogue::store, again);
+        });
     });
     return OK;
 }
@@ -239,7 +249,7 @@ void Model::run_chunk(float* hidden, int64_t first, int64_t last, int64_t at, in
     pool_.parallel([&](int thread, int threads) {
         const bool few = rows <= FEW;
         const bool by_head = few && (rows == 1 || s.kv_heads % threads == 0);
-        int64_t row0 = 0, row1 = rows, begin, end;
+        int64_t row0 = 0, row1 = rows;
         float* normed = few ? own_normed_[static_cast<size_t>(thread)].data() : work_.normed.data();
         Scratch& held = few ? own_converted_[static_cast<size_t>(thread)] : work_.converted;
         float* converted = s.converts() ? held.data() : normed;
@@ -255,6 +265,12 @@ void Model::run_chunk(float* hidden, int64_t first, int64_t last, int64_t at, in
             convert(x, k, row0, row1, converted);
             if (s.converts() && !few) pool_.barrier();
         };
+        const auto product = [&](const float* x, const char* w, int64_t n, int64_t k, float* y, const float* bias,
+                                 Epilogue epilogue) {
+            divide(groups_of(n), k, rows, thread, threads, [&](int64_t begin, int64_t end, bool again) {
+                multiply(x, rows, converted, w, n, k, begin, end, y, bias, epilogue, again);
+            });
+        };
         const auto each_head = [&](auto&& body) {  // all rows of a head on one thread, or every so many of each head
             if (by_head) {
                 for (int64_t head = thread; head < s.kv_heads; head += threads) {
@@ -269,8 +285,7 @@ void Model::run_chunk(float* hidden, int64_t first, int64_t last, int64_t at, in
         for (int64_t l = first; l < last; ++l) {
             const Layer& w = layers_[static_cast<size_t>(l)];
             norm(w.input_norm);
-            share(groups_of(s.qkv()), thread, threads, begin, end);
-            multiply(normed, rows, converted, w.qkv, s.qkv(), s.hidden, begin, end, qkv, w.bias, Epilogue::store);
+            product(normed, w.qkv, s.qkv(), s.hidden, qkv, w.bias, Epilogue::store);
             pool_.barrier();
             each_head([&](int64_t row, int64_t head) {
                 write_kv(l, row, head, tokens_[static_cast<size_t>(at + row)]);
@@ -279,21 +294,20 @@ void Model::run_chunk(float* hidden, int64_t first, int64_t last, int64_t at, in
             each_head([&](int64_t row, int64_t head) { attend(l, row, head, at, thread, batch); });
             pool_.barrier();
             read(attended, query);
-            share(groups_of(s.hidden), thread, threads, begin, end);
-            multiply(attended, rows, converted, w.o, s.hidden, query, begin, end, hidden, nullptr, Epilogue::add);
+            product(attended, w.o, s.hidden, query, hidden, nullptr, Epilogue::add);
             pool_.barrier();
             norm(w.post_norm);
-            share(inner / LANES, thread, threads, begin, end);
-            multiply(normed, rows, converted, w.gate_up, 2 * inner, s.hidden, 2 * begin, 2 * end, gate_up, nullptr,
-                     Epilogue::store);
-            for (int64_t r = 0; r < rows; ++r) {
-                kernels_.silu_mul(gate_up + r * 2 * inner + 2 * begin * LANES, (end - begin) * LANES,
-                                  active + r * inner + begin * LANES);
-            }
+            divide(inner / LANES, 2 * s.hidden, rows, thread, threads, [&](int64_t begin, int64_t end, bool again) {
+                multiply(normed, rows, converted, w.gate_up, 2 * inner, s.hidden, 2 * begin, 2 * end, gate_up, nullptr,
+                         Epilogue::store, again);
+                for (int64_t r = 0; r < rows; ++r) {
+                    kernels_.silu_mul(gate_up + r * 2 * inner + 2 * begin * LANES, (end - begin) * LANES,
+                                      active + r * inner + begin * LANES);
+                }
+            });
             pool_.barrier();
             read(active, inner);
-            share(groups_of(s.hidden), thread, threads, begin, end);
-            multiply(active, rows, converted, w.down, s.hidden, inner, begin, end, hidden, nullptr, Epilogue::add);
+            product(active, w.down, s.hidden, inner, hidden, nullptr, Epilogue::add);
             pool_.barrier();
         }
     });

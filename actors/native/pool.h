@@ -7,6 +7,7 @@
 #include <signal.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -17,6 +18,8 @@
 #include <thread>
 #include <type_traits>
 #include <vector>
+
+#include "layout.h"
 
 namespace s2d {
 
@@ -73,7 +76,8 @@ public:
     // fn(context, thread, threads) runs once on every thread, 0 being the caller's.
     using Function = void (*)(void*, int, int);
 
-    explicit Pool(int threads) : threads_(threads < 1 ? 1 : threads), owner_(getpid()) {
+    explicit Pool(int threads)
+        : threads_(threads < 1 ? 1 : threads), owner_(getpid()), shares_(static_cast<size_t>(threads_)) {
         sigset_t all, before;  // signals stay with the threads of the interpreter
         sigfillset(&all);
         pthread_sigmask(SIG_SETMASK, &all, &before);
@@ -114,6 +118,29 @@ public:
         barrier();
     }
 
+    // body(begin, end, again) for pieces of 0..count-1, each on one thread: a thread works on its own share, then on
+    // what is left of the others'. So who is interrupted keeps the team waiting for a piece, not for its share.
+    // `again`: this thread has had a piece of them before. All threads call this, and meet before they do again.
+    template <typename Body>
+    void divide(int64_t count, int64_t piece, int thread, int threads, Body&& body) {
+        Share& own = shares_[static_cast<size_t>(thread)];
+        const size_t now = own.turn++ % 2;
+        own.taken[1 - now].store(0, std::memory_order_relaxed);  // all have left the last division
+        bool again = false;
+        for (int i = 0; i < threads; ++i) {
+            const int of = (thread + i) % threads;
+            std::atomic<int64_t>& taken = shares_[static_cast<size_t>(of)].taken[now];
+            int64_t first, end;
+            share(count, of, threads, first, end);
+            while (first + taken.load(std::memory_order_relaxed) < end) {
+                const int64_t begin = first + taken.fetch_add(piece, std::memory_order_relaxed);
+                if (begin >= end) break;
+                body(begin, std::min(begin + piece, end), again);
+                again = true;
+            }
+        }
+    }
+
     // All threads of the team meet. Only inside run().
     void barrier() {
         if (alone_) return;
@@ -127,6 +154,12 @@ public:
     }
 
 private:
+    // What has been taken of a thread's share in this division; the other counter is that of the next.
+    struct alignas(64) Share {
+        std::atomic<int64_t> taken[2]{};
+        size_t turn = 0;
+    };
+
     void work(int thread) {
         for (uint32_t seen = 0;;) {
             start_.wait(seen);
@@ -150,6 +183,7 @@ private:
     const int threads_;
     const pid_t owner_;
     bool alone_ = false;
+    std::vector<Share> shares_;
     std::vector<std::thread> workers_;
     std::mutex callers_;
     std::atomic<bool> stopping_{false};

@@ -42,6 +42,7 @@ public:
         }
         return data_;
     }
+    char* data() const { return data_; }
 
 private:
     char* data_ = nullptr;
@@ -152,7 +153,8 @@ __attribute__((noinline)) void product_on_tiles(const Product& p) {
     const int64_t strip = p.k / CHUNK_INPUTS * 2 * TILE_BYTES;
     for (int64_t first = 0; first < p.rows; first += PANEL) {
         const int64_t panel = p.rows - first < PANEL ? p.rows - first : PANEL;
-        const char* x = pack_panel(p, first, panel);
+        const bool packed = p.again && p.rows <= PANEL;
+        const char* x = packed ? packed_rows.data() : pack_panel(p, first, panel);
         if (!x) abort();
         int64_t configured = 0;
         for (int64_t group = p.group_begin; group < p.group_end; group += WIDTH) {
