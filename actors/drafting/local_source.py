@@ -7,7 +7,6 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor
 
 from actors.drafting.errors import DrafterError
@@ -19,6 +18,7 @@ from actors.drafting.interface import (
     SessionUpdate,
 )
 from actors.drafting.selector import DrafterPool
+from actors.models.runner import joined_states
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ class LocalDraftSource:
             epoch=session.epoch,
             new_tokens=tuple(session.tokens),
             candidates=tuple(session.candidates),
-            states=torch.cat(session.states) if session.states else None,
+            states=joined_states(session.states),
         )
         session.tokens.clear()
         session.candidates.clear()

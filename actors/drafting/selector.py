@@ -271,7 +271,7 @@ class DrafterPool:
                 i: u
                 for i, u in waiting.items()
                 if self._eligible(drafter, u)
-                and self._worth.wants(drafter.name, u.session_id, u.budget, held.get(i))
+                and self._worth.wants(drafter.name, u.session_id, u.budget, held.get(i), len(waiting))
             }
             if not asked:
                 continue
@@ -293,6 +293,7 @@ class DrafterPool:
     def _trees(self, waiting: Mapping[int, SessionUpdate]) -> dict[int, SessionDraft]:
         """For each the likeliest tokens of all drafters that are worth asking, or why there are none."""
         failed: dict[int, SessionDraft] = {}
+        together = len(waiting)
         held: dict[int, list[SessionDraft]] = {i: [] for i in waiting}
         going_on = {i: self._continuations(u) for i, u in waiting.items()}
         for drafter in self._drafters:
@@ -300,8 +301,9 @@ class DrafterPool:
             for i, u in waiting.items():
                 if not self._eligible(drafter, u):
                     continue
-                if u.drafter is not None or self._adds(drafter, u.session_id, held[i], going_on[i]):
-                    least = self._worth.least_survival(drafter.name, bool(going_on[i]))
+                covered = self._covered(drafter, u.session_id, held[i], going_on[i])
+                if u.drafter is not None or self._worth.adds(drafter.name, u.session_id, covered, together):
+                    least = self._worth.least_survival(drafter.name, bool(going_on[i]), together)
                     asked[i] = replace(self._query(drafter, u), tree=True, min_survival=least)
             if not asked:
                 continue
@@ -316,17 +318,17 @@ class DrafterPool:
         grown = {i: self._grown(u, held[i], going_on[i]) for i, u in waiting.items()}
         return failed | {i: draft for i, draft in grown.items() if draft.token_ids}
 
-    def _adds(
+    def _covered(
         self,
         drafter: Drafter,
         sid: int,
         proposals: Sequence[SessionDraft],
         going_on: Mapping[str, Continuation],
-    ) -> bool:
-        """Whether a drafter adds enough to what the others guess to come next."""
+    ) -> Mapping[int, float]:
+        """What the others guess to come next, each with a probability."""
         last = self._sessions[sid].last_token
         others = (after(last) for name, after in going_on.items() if name != drafter.name)
-        return self._worth.adds(drafter.name, sid, first_tokens(proposals, chain.from_iterable(others)))
+        return first_tokens(proposals, chain.from_iterable(others))
 
     def _continuations(self, update: SessionUpdate) -> dict[str, Continuation]:
         sid = update.session_id

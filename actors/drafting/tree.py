@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from heapq import heappop, heappush
+from heapq import heappop, heappush, heapreplace
 
 from actors.drafting.interface import NESTED, SessionDraft
 
@@ -145,11 +145,18 @@ def grow(
     """
     children = [_children(parents_of(p)) for p in proposals]
     tree = Grown()
+    if budget <= 0:
+        return tree
     heap: list[tuple[float, int, int, int, float, _Guess]] = []
+    likeliest: list[float] = []
+    """Heap of the `budget` greatest of all that was pushed: what is less likely is not in the tree, nor is
+    anything below it."""
     pushed = 0
 
     def push(parent: int, token: int, reached: float, places: Sequence[tuple[int, int]]) -> None:
         nonlocal pushed
+        if len(likeliest) >= budget and reached <= likeliest[0]:
+            return
         guesses: dict[int, _Guess] = {}
         for which, at in places:
             proposal = proposals[which]
@@ -163,9 +170,17 @@ def grow(
         total = max(1.0, sum(1.0 - guess.missed for guess in guesses.values()))
         for follower, guess in guesses.items():
             confidence = (1.0 - guess.missed) / total
-            if reached * confidence >= _LEAST:
-                pushed += 1
-                heappush(heap, (-reached * confidence, pushed, parent, follower, confidence, guess))
+            likely = reached * confidence
+            if likely < _LEAST:
+                continue
+            if len(likeliest) < budget:
+                heappush(likeliest, likely)
+            elif likely > likeliest[0]:
+                heapreplace(likeliest, likely)
+            else:
+                continue
+            pushed += 1
+            heappush(heap, (-likely, pushed, parent, follower, confidence, guess))
 
     push(ROOT, last_token, 1.0, [(which, ROOT) for which in range(len(proposals))])
     while heap and len(tree.token_ids) < budget:

@@ -2,7 +2,7 @@
 
 A guess is worth the number of its tokens that can be expected to be accepted, by its drafter's confidence. A
 drafter that has not been asked yet promises what its record says of this session, less the tokens that could
-be decoded in the time that it takes to draft.
+be decoded in the time that it takes to draft: by all sessions that are drafted for together, which all wait.
 
 Where guesses are joined into a tree, a drafter is worth what it adds: how often the target's next token was
 among its guesses and among nobody else's.
@@ -146,19 +146,22 @@ class DraftWorth:
             total += product
         return total
 
-    def wants(self, name: str, session_id: int, budget: int, held: SessionDraft | None) -> bool:
-        """Whether to ask drafter `name` for up to `budget` tokens, with the guess `held` in hand already."""
-        if held is None or self._promise(name, session_id, budget) > self.of(held):
+    def wants(
+        self, name: str, session_id: int, budget: int, held: SessionDraft | None, together: int = 1
+    ) -> bool:
+        """Whether to ask drafter `name` for up to `budget` tokens, with the guess `held` in hand already.
+        `together`: sessions that wait while it drafts."""
+        if held is None or self._promise(name, session_id, budget, together) > self.of(held):
             return True
         return self._costs.setdefault(name, _Cost()).passed()
 
-    def adds(self, name: str, session_id: int, covered: Mapping[int, float]) -> bool:
+    def adds(self, name: str, session_id: int, covered: Mapping[int, float], together: int = 1) -> bool:
         """Whether to ask drafter `name` too, for a tree in which the tokens `covered` are guessed to come
-        next, each with a probability."""
+        next, each with a probability. `together`: sessions that wait while it drafts."""
         asked = _Asked(covered)
         cost = self._costs.setdefault(name, _Cost())
         added = cost.added * asked.uncovered / max(cost.uncovered, 0.05)
-        price = self._price(cost) * cost.length
+        price = self._price(cost, together) * cost.length
         if price > _CHEAP and _TOKENS_A_HIT * min(1.0, added) <= price and not cost.passed():
             return False
         self._sessions[session_id].asked[name] = asked
@@ -174,16 +177,17 @@ class DraftWorth:
                 asked.guesses = first_tokens([draft])
         self._costs.setdefault(name, _Cost()).observe(seconds, max(1, len(drafts)), levels)
 
-    def least_survival(self, name: str, continued: bool) -> float:
+    def least_survival(self, name: str, continued: bool, together: int = 1) -> float:
         """How likely a token of a tree must be accepted for drafter `name` to draft another below it.
-        `continued`: somebody else guesses there for nothing."""
+        `continued`: somebody else guesses there for nothing. `together`: sessions that wait while it
+        drafts."""
         cost = self._costs.get(name, _Cost())
-        least = self._price(cost) / (_LIKELY_BELOW_OTHERS if continued else _LIKELY_BELOW)
+        least = self._price(cost, together) / (_LIKELY_BELOW_OTHERS if continued else _LIKELY_BELOW)
         return min(_ALMOST_SURE, least)  # whoever is asked drafts a token
 
-    def _price(self, cost: _Cost) -> float:
-        """Tokens that the session could decode in the time of one draft token."""
-        return cost.token_s / self._pace_s if self._pace_s else 0.0
+    def _price(self, cost: _Cost, together: int) -> float:
+        """Tokens that the sessions which wait could decode in the time of one draft token."""
+        return together * cost.token_s / self._pace_s if self._pace_s else 0.0
 
     def _score_guesses(self, session: _Session, token: int) -> None:
         for name, asked in session.asked.items():
@@ -195,10 +199,10 @@ class DraftWorth:
             cost.uncovered += _SMOOTHING * (asked.uncovered - cost.uncovered)
         session.asked.clear()
 
-    def _promise(self, name: str, session_id: int, budget: int) -> float:
+    def _promise(self, name: str, session_id: int, budget: int, together: int) -> float:
         cost = self._costs.get(name, _Cost())
         length = min(budget, round(cost.length)) if cost.length else budget
-        return sum(self._survival(session_id, name, length)) - length * self._price(cost)
+        return sum(self._survival(session_id, name, length)) - length * self._price(cost, together)
 
     def _survival(self, session_id: int, name: str, length: int) -> list[float]:
         return self._model.survival(self._sessions[session_id].acceptance, name, length)

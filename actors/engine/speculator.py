@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from actors.drafting.assignment import UNRESTRICTED, DraftAssignment
@@ -25,6 +24,7 @@ from actors.engine.controller import Candidate, Controller
 from actors.engine.messages import DrafterStats, DraftingMeasurements
 from actors.engine.sequence import Sequence as EngineSequence
 from actors.engine.shadow import ShadowScorer
+from actors.models.runner import joined_states
 from actors.sampling.grammar import GrammarError
 from actors.sampling.params import MAX_DRAFT_TOKENS
 
@@ -253,7 +253,7 @@ class Speculator:
             drafter=speculation.drafter,
             exit_depth=speculation.exit_depth,
             nested=nested,
-            states=torch.cat(seq.unsent_states) if seq.unsent_states else None,
+            states=joined_states(seq.unsent_states),
         )
         seq.unsent_tokens.clear()
         seq.unsent_states.clear()

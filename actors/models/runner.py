@@ -198,6 +198,13 @@ class DraftingRunner(LayeredRunner, Protocol):
         ...
 
 
+def joined_states(states: Sequence[Tensor]) -> Tensor | None:
+    """States of several rounds, [n_i, H] each, as those of one; None without any."""
+    if not states:
+        return None
+    return states[0] if len(states) == 1 else torch.cat(list(states))
+
+
 def normalised(states: Tensor) -> Tensor:
     """float32 [N, H], every row divided by its root mean square: what drafts read of a target's states."""
     return states.float() * torch.rsqrt(states.float().square().mean(-1, keepdim=True) + 1e-6)

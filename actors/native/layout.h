@@ -85,6 +85,12 @@ inline void share(int64_t count, int thread, int threads, int64_t& begin, int64_
     end = count * (thread + 1) / threads;
 }
 
+// Of `count` parts of a product of few rows, how many are a piece of work (`Pool::divide`): a thread that has one is
+// not interrupted for longer than it takes. With many rows, what a piece repeats would cost more.
+inline int64_t piece_of(int64_t count, int64_t rows, int64_t part_bytes) {
+    constexpr int64_t SOME_ROWS = 64, BYTES = 192 << 10, LEAST = 4;
+    return rows > SOME_ROWS ? count : BYTES / part_bytes < LEAST ? LEAST : BYTES / part_bytes / LEAST * LEAST;
+}
 
 // Writes one group of a blocked matrix from rows [n, k]; rows from n on are left as they are (zero).
 template <typename T>

@@ -26,15 +26,17 @@ void Linear::run(const float* x, int64_t rows, float* y) const {
     Scratch buffer;
     char* const converted = bytes ? reinterpret_cast<char*>(buffer.reserve(rows * bytes / 4)) : nullptr;
     pool_->parallel([&](int thread, int threads) {
-        int64_t begin, end;
         if (converted) {
+            int64_t begin, end;
             share(rows, thread, threads, begin, end);
             for (int64_t r = begin; r < end; ++r) kernels_.convert(x + r * k_, k_, format_, converted + r * bytes);
             pool_->barrier();
         }
-        share(groups_of(n_), thread, threads, begin, end);
-        kernels_.product({x, k_, rows, matrix_, group_bytes(k_, format_), format_, k_, n_, begin, end, y, n_, bias_,
-                          nullptr, Epilogue::store, {converted, bytes}});
+        const int64_t groups = groups_of(n_), group = group_bytes(k_, format_);
+        pool_->divide(groups, piece_of(groups, rows, group), thread, threads, [&](int64_t begin, int64_t end, bool again) {
+            kernels_.product({x, k_, rows, matrix_, group, format_, k_, n_, begin, end, y, n_, bias_, nullptr,
+                              Epilogue::store, {converted, bytes}, again});
+        });
     });
 }
 

@@ -10,8 +10,6 @@ namespace {
 
 constexpr int64_t CHUNK = 512;  // rows worked on at a time: bounds the scratch memory
 constexpr int64_t FEW = 8;      // rows up to which repeating a norm on each thread costs less than a barrier
-constexpr int64_t SOME = 64;    // rows up to which a thread's share of a product is done in pieces
-constexpr int64_t PIECE_BYTES = 192 << 10, PIECE_GROUPS = 4;  // weights of a piece, and output groups at least
 
 int64_t converted_floats(const Shape& s) { return converted_bytes(s.widest(), s.format()) / 4; }  // of the widest inputs
 
@@ -33,13 +31,6 @@ void Model::multiply(const float* x, int64_t rows, const float* converted, const
     const int64_t bytes = converted_floats(shape_) * 4;
     kernels_.product({x, k, rows, w, group_bytes(k, format), format, k, n, begin, end, y, n, bias, nullptr, epilogue,
                       {reinterpret_cast<const char*>(converted), bytes}, again});
-}
-
-// body(begin, end, again) for output groups begin..end-1 of a product with k inputs (`Pool::divide`).
-template <typename Body>
-void Model::divide(int64_t groups, int64_t k, int64_t rows, int thread, int threads, Body&& body) {
-    const int64_t fit = PIECE_BYTES / group_bytes(k, shape_.format()) / PIECE_GROUPS * PIECE_GROUPS;
-    pool_.divide(groups, rows <= SOME ? std::max(fit, PIECE_GROUPS) : groups, thread, threads, body);
 }
 
 template <typename T>
@@ -94,8 +85,9 @@ Status Model::logits(const float* hidden, int64_t rows, float* out) {
         }
         convert(normed, s.hidden, begin, end, converted);
         pool_.barrier();
-        divide(groups_of(s.vocab), s.hidden, rows, thread, threads, [&](int64_t first, int64_t last, bool again) {
-            multiply(normed, rows, converted, head_, s.vocab, s.hidden, first, last, out, nullptr, Epilogue::store, again);
+        const int64_t groups = groups_of(s.vocab), piece = piece_of(groups, rows, group_bytes(s.hidden, s.format()));
+        pool_.divide(groups, piece, thread, threads, [&](int64_t from, int64_t to, bool again) {
+            multiply(normed, rows, converted, head_, s.vocab, s.hidden, from, to, out, nullptr, Epilogue::store, again);
         });
     });
     return OK;
@@ -267,7 +259,8 @@ void Model::run_chunk(float* hidden, int64_t first, int64_t last, int64_t at, in
         };
         const auto product = [&](const float* x, const char* w, int64_t n, int64_t k, float* y, const float* bias,
                                  Epilogue epilogue) {
-            divide(groups_of(n), k, rows, thread, threads, [&](int64_t begin, int64_t end, bool again) {
+            const int64_t groups = groups_of(n), piece = piece_of(groups, rows, group_bytes(k, s.format()));
+            pool_.divide(groups, piece, thread, threads, [&](int64_t begin, int64_t end, bool again) {
                 multiply(x, rows, converted, w, n, k, begin, end, y, bias, epilogue, again);
             });
         };
@@ -297,7 +290,8 @@ void Model::run_chunk(float* hidden, int64_t first, int64_t last, int64_t at, in
             product(attended, w.o, s.hidden, query, hidden, nullptr, Epilogue::add);
             pool_.barrier();
             norm(w.post_norm);
-            divide(inner / LANES, 2 * s.hidden, rows, thread, threads, [&](int64_t begin, int64_t end, bool again) {
+            const int64_t pairs = inner / LANES, piece = piece_of(pairs, rows, 2 * group_bytes(s.hidden, s.format()));
+            pool_.divide(pairs, piece, thread, threads, [&](int64_t begin, int64_t end, bool again) {
                 multiply(normed, rows, converted, w.gate_up, 2 * inner, s.hidden, 2 * begin, 2 * end, gate_up, nullptr,
                          Epilogue::store, again);
                 for (int64_t r = 0; r < rows; ++r) {

@@ -98,8 +98,6 @@ private:
     void attend(int64_t layer, int64_t row, int64_t head, int64_t at, int thread, const Batch& batch);
     const char* assemble(const Token& token, int64_t packed, char* pool, int thread, const Batch& batch);
     void convert(const float* x, int64_t k, int64_t begin, int64_t end, float* to) const;
-    template <typename Body>
-    void divide(int64_t groups, int64_t k, int64_t rows, int thread, int threads, Body&& body);
     void multiply(const float* x, int64_t rows, const float* converted, const char* w, int64_t n, int64_t k,
                   int64_t begin, int64_t end, float* y, const float* bias, Epilogue epilogue, bool again) const;
     template <typename T>

@@ -77,7 +77,7 @@ public:
     using Function = void (*)(void*, int, int);
 
     explicit Pool(int threads)
-        : threads_(threads < 1 ? 1 : threads), owner_(getpid()), shares_(static_cast<size_t>(threads_)) {
+        : threads_(threads < 1 ? 1 : threads), owner_(getpid()), taken_(static_cast<size_t>(threads_)) {
         sigset_t all, before;  // signals stay with the threads of the interpreter
         sigfillset(&all);
         pthread_sigmask(SIG_SETMASK, &all, &before);
@@ -123,13 +123,13 @@ public:
     // `again`: this thread has had a piece of them before. All threads call this, and meet before they do again.
     template <typename Body>
     void divide(int64_t count, int64_t piece, int thread, int threads, Body&& body) {
-        Share& own = shares_[static_cast<size_t>(thread)];
+        Taken& own = taken_[static_cast<size_t>(thread)];
         const size_t now = own.turn++ % 2;
-        own.taken[1 - now].store(0, std::memory_order_relaxed);  // all have left the last division
+        own.count[1 - now].store(0, std::memory_order_relaxed);  // all have left the last division
         bool again = false;
         for (int i = 0; i < threads; ++i) {
             const int of = (thread + i) % threads;
-            std::atomic<int64_t>& taken = shares_[static_cast<size_t>(of)].taken[now];
+            std::atomic<int64_t>& taken = taken_[static_cast<size_t>(of)].count[now];
             int64_t first, end;
             share(count, of, threads, first, end);
             while (first + taken.load(std::memory_order_relaxed) < end) {
@@ -154,9 +154,9 @@ public:
     }
 
 private:
-    // What has been taken of a thread's share in this division; the other counter is that of the next.
-    struct alignas(64) Share {
-        std::atomic<int64_t> taken[2]{};
+    // What has been taken of a thread's share in this division; the other count is that of the next.
+    struct alignas(64) Taken {
+        std::atomic<int64_t> count[2]{};
         size_t turn = 0;
     };
 
@@ -183,7 +183,7 @@ private:
     const int threads_;
     const pid_t owner_;
     bool alone_ = false;
-    std::vector<Share> shares_;
+    std::vector<Taken> taken_;
     std::vector<std::thread> workers_;
     std::mutex callers_;
     std::atomic<bool> stopping_{false};

@@ -65,6 +65,23 @@ def test_who_promises_more_is_asked_too(accepted: int, token_s: float, held: flo
     assert worth.wants("n", 0, 6, None)
 
 
+def test_all_who_wait_count() -> None:
+    """Four sessions could decode four times as much while one is drafted for."""
+    worth, _ = worth_with(2, token_s=0.002)
+    in_hand = draft("x", (5,), (1.0,))
+    assert worth.wants("n", 0, 6, in_hand)
+    assert not worth.wants("n", 0, 6, in_hand, together=4)
+    alone, among = worth.least_survival("n", False), worth.least_survival("n", False, together=2)
+    assert among == pytest.approx(min(0.95, 2 * alone))
+
+
+def test_what_drafting_takes_is_known_beyond_a_reset() -> None:
+    worth, _ = worth_with(2, token_s=0.001)
+    before = worth.least_survival("n", False)
+    worth.reset()
+    assert worth.least_survival("n", False) == pytest.approx(before)
+
+
 def test_who_is_passed_over_is_tried_again() -> None:
     worth, _ = worth_with(0)
     good = draft("x", (5,), (0.9,))

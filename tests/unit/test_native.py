@@ -245,6 +245,17 @@ def test_forward_equals_transformers(folders: Callable[[str], Path], name: str, 
     assert (got - expected).abs().max() < (1e-4 if dtype == torch.float32 else 0.15) * expected.std()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 9, 65])
+def test_who_computes_an_output_does_not_change_it(dtype: torch.dtype, rows: int) -> None:
+    """More threads than cores: who is done takes what is left of the others' shares, ever differently."""
+    torch.manual_seed(3)
+    w, x = torch.randn(6000, 512).to(dtype), torch.randn(rows, 512)
+    alone, team = NativeLinear(w, threads=1)(x), NativeLinear(w, threads=8)
+    for _ in range(25):
+        assert torch.equal(team(x), alone)
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_row_invariance(folders: Callable[[str], Path], isa: str, dtype: torch.dtype) -> None:

@@ -14,7 +14,7 @@ from actors.drafting.deferred_kv import DeferredKv
 from actors.drafting.draw import MAX_Q, draw_tokens
 from actors.drafting.errors import DrafterError
 from actors.drafting.interface import SCOPE_SHIFT, DraftQuery, DraftSampling, SessionDraft, SessionOpen
-from actors.drafting.nested import NestedDrafter
+from actors.drafting.nested import ABSORB_FROM, SELDOM, NestedDrafter
 from actors.models.llama_weights import LlamaLayerWeights, LlamaWeights
 from actors.models.runner import BLOCK_SIZE, ModelInfo, RaggedBatch
 from actors.models.torch_llama import TorchLlamaRunner
@@ -270,6 +270,36 @@ def test_many_prompts_of_one_target_do_not_keep_those_of_another_waiting() -> No
     # Five pieces leave no more than a draft catches up with; each other piece is the first target's.
     assert pieces <= 10
     absorb(drafter)
+
+
+def test_who_is_seldom_asked_for_costs_no_background_work() -> None:
+    """And is drafted for as ever once it is: what waits runs in that pass."""
+    drafter = CheckedDrafter(runner(), EXITS, catch_up=64, absorb_from=8)
+    open_session(drafter, 0, [1, 2, 3])
+    assert len(propose(drafter, 0, 2).token_ids) == 2
+    for token in range(30):
+        drafter.commit(0, [token])
+        if drafter.work():
+            assert token < SELDOM + 4, "passed over, and absorbed all the same"
+    checked = drafter.checked
+    assert len(propose(drafter, 0, 2).token_ids) == 2
+    assert drafter.checked == checked + 2
+    for token in range(ABSORB_FROM + 1):
+        drafter.commit(0, [token])
+        propose(drafter, 0, 0)
+    assert drafter.work(), "asked again: absorbed again"
+
+
+@pytest.mark.parametrize("reads_states", [False, True])
+def test_a_session_that_nobody_asks_for_holds_no_more_than_its_context(reads_states: bool) -> None:
+    drafter = NestedDrafter(runner(8), EXITS, context=BLOCK_SIZE, state_in=STATE_IN if reads_states else None)
+    open_session(drafter, 0, [1, 2, 3])
+    assert len(propose(drafter, 0, 2).token_ids) == 2
+    for token in range(3 * BLOCK_SIZE):
+        drafter.commit(0, [token % VOCAB])
+        drafter.note_states(0, torch.zeros(1, STATES))
+    assert drafter.kv_blocks_used <= 2
+    assert len(drafter._sessions[0].seq.states) <= 2 * BLOCK_SIZE
 
 
 @pytest.mark.parametrize("depth", EXITS)
