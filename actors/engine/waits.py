@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-_SMOOTHING = 0.1
+_SMOOTHING = 0.15
+_OUTLIER = 3.0
+"""A wait counts as no longer than so many times the average, or `_FIRST_S`: a stray one would be believed for
+long where few ask."""
 _LONGEST_S = 0.1
 _FIRST_S = 1e-3
 """Taken for one request before anything has been measured."""
@@ -42,5 +45,6 @@ class DraftWaits:
 
 
 def _follow(average: float, seconds: float) -> float:
-    # What disturbs a measurement adds to it, and who is seldom asked would be judged by that for long.
-    return average + (_SMOOTHING if seconds > average else 3 * _SMOOTHING) * (seconds - average)
+    # Neither the short waits nor the long ones: drafting takes longer in some rounds than in others, and what
+    # it costs is their mean.
+    return average + _SMOOTHING * (min(seconds, _OUTLIER * max(average, _FIRST_S)) - average)

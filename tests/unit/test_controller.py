@@ -200,6 +200,15 @@ def test_waits_are_known_by_how_many_ask() -> None:
     assert set(waits.table()) == {"1", "4"}
 
 
+def test_what_counts_is_the_mean_of_short_and_long_waits() -> None:
+    waits = DraftWaits()
+    for seconds in (2e-3, 10e-3) * 60:
+        waits.observe(seconds, 8)
+    assert waits.expected(8) == pytest.approx(6e-3, rel=0.15)
+    waits.observe(0.1, 8)
+    assert waits.expected(8) < 9e-3, "a stray one"
+
+
 @pytest.mark.parametrize(("requests", "asked"), [(1, 4), (4, 0)])
 def test_drafts_that_are_worth_their_wait_for_one_request_need_not_be_for_four(
     requests: int, asked: int
