@@ -301,10 +301,12 @@ class DrafterPool:
             for i, u in waiting.items():
                 if not self._eligible(drafter, u):
                     continue
-                covered = self._covered(drafter, u.session_id, held[i], going_on[i])
-                if u.drafter is not None or self._worth.adds(drafter.name, u.session_id, covered, together):
-                    least = self._worth.least_survival(drafter.name, bool(going_on[i]), together)
-                    asked[i] = replace(self._query(drafter, u), tree=True, min_survival=least)
+                if u.drafter is None:
+                    covered = self._covered(drafter, u.session_id, held[i], going_on[i])
+                    if not self._worth.adds(drafter.name, u.session_id, covered, together):
+                        continue
+                least = self._worth.least_survival(drafter.name, bool(going_on[i]), together)
+                asked[i] = replace(self._query(drafter, u), tree=True, min_survival=least)
             if not asked:
                 continue
             started = self._clock()
