@@ -102,7 +102,8 @@ class LocalDraftSource:
                     session.error = error
             code, message = session.error.code, session.error.message
             drafts[sid] = SessionDraft(sid, epoch, error=code, error_message=message)
-        for draft in self._pool.propose(asked):
+        # The caller's other sequences wait too.
+        for draft in self._pool.propose(asked, together=len(self._sessions)):
             drafts[draft.session_id] = replace(draft, epoch=wanted[draft.session_id])
             self._drafted += len(draft.token_ids)
         self._pool.work()

@@ -245,9 +245,10 @@ class DrafterPool:
             return False
         return drafter.prepared(self._query(drafter, update))
 
-    def propose(self, updates: Sequence[SessionUpdate]) -> list[SessionDraft]:
+    def propose(self, updates: Sequence[SessionUpdate], together: int = 0) -> list[SessionDraft]:
         """One draft an update, in order; the updates were applied before. Budgets are capped at
-        `MAX_DRAFT_TOKENS`; a budget of 0 gives an empty draft."""
+        `MAX_DRAFT_TOKENS`; a budget of 0 gives an empty draft. together: sessions that wait for the drafts,
+        where they are more than those which want one."""
         drafts: dict[int, SessionDraft] = {}
         waiting: dict[int, SessionUpdate] = {}
         for i, update in enumerate(updates):
@@ -258,11 +259,11 @@ class DrafterPool:
                 waiting[i] = update
         chains = {i: u for i, u in waiting.items() if not self._sessions[u.session_id].trees}
         trees = {i: u for i, u in waiting.items() if i not in chains}
-        drafts |= self._chains(chains)
-        drafts |= self._trees(trees)
+        drafts |= self._chains(chains, max(together, len(chains)))
+        drafts |= self._trees(trees, max(together, len(trees)))
         return [drafts.get(i) or SessionDraft(u.session_id, u.epoch) for i, u in enumerate(updates)]
 
-    def _chains(self, waiting: Mapping[int, SessionUpdate]) -> dict[int, SessionDraft]:
+    def _chains(self, waiting: Mapping[int, SessionUpdate], together: int) -> dict[int, SessionDraft]:
         """For each the chain that promises most, or why there is none."""
         drafts: dict[int, SessionDraft] = {}
         held: dict[int, SessionDraft] = {}
@@ -271,7 +272,7 @@ class DrafterPool:
                 i: u
                 for i, u in waiting.items()
                 if self._eligible(drafter, u)
-                and self._worth.wants(drafter.name, u.session_id, u.budget, held.get(i), len(waiting))
+                and self._worth.wants(drafter.name, u.session_id, u.budget, held.get(i), together)
             }
             if not asked:
                 continue
@@ -290,10 +291,9 @@ class DrafterPool:
             self._worth.taken(draft)
         return drafts | held
 
-    def _trees(self, waiting: Mapping[int, SessionUpdate]) -> dict[int, SessionDraft]:
+    def _trees(self, waiting: Mapping[int, SessionUpdate], together: int) -> dict[int, SessionDraft]:
         """For each the likeliest tokens of all drafters that are worth asking, or why there are none."""
         failed: dict[int, SessionDraft] = {}
-        together = len(waiting)
         held: dict[int, list[SessionDraft]] = {i: [] for i in waiting}
         going_on = {i: self._continuations(u) for i, u in waiting.items()}
         for drafter in self._drafters:

@@ -11,12 +11,13 @@ and after the drafts came (the wait is spent; which positions are worth verifyin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from actors.drafting.acceptance_model import AcceptanceModel, RequestAcceptance
 from actors.drafting.interface import SessionDraft
-from actors.engine.account import DraftAccount
+from actors.engine.account import SHARE, DraftAccount
 from actors.engine.costs import CostModel
 from actors.engine.waits import DraftWaits
 
@@ -29,6 +30,12 @@ _MIN_GAIN = 1.01
 """Drafting must promise this much over not drafting. Estimates may promise what is not there; the account
 bounds what that costs. More caution gives away what drafting brings (replayed: docs/methods/router.md)."""
 
+_PROBE_SHARE = 0.5 * SHARE
+"""Share of the time that a batch probes in, at most: all wait for what may help one."""
+_FEW_SEEN = 4
+"""Drafts until which those of a batch ask one after the other."""
+_IN_DEBT = "plain decoding: drafting has to make up for what it lost"
+
 
 @dataclass(slots=True)
 class ControlState:
@@ -39,6 +46,11 @@ class ControlState:
     probe_interval: int = _FIRST_PROBE
     probing: bool = False
     """Whether the drafts now under way were asked for as a probe."""
+
+    @property
+    def overdue(self) -> float:
+        """Time since drafts were asked for, in intervals between probes."""
+        return self.rounds_since_asked / self.probe_interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +80,16 @@ class Controller:
         self._attention_s = 0.0
         self._emitting = 1
         self._rounds_to_look = 0
+        self._rounds_to_probe = 0
         self._probes = 0
+        self._drafts_seen = 0
         self._reason = "nothing decided yet"
         self._decisions = {"asked": 0, "declined": 0, "probes": 0}
 
     def reset(self) -> None:
         self.acceptance.reset()
         self.account.reset()
-        self._rounds_to_look = 0
+        self._rounds_to_look = self._rounds_to_probe = self._drafts_seen = 0
 
     def observe_wait(self, seconds: float, asking: int = 1) -> None:
         """Time the engine stood still for the drafts of `asking` requests in one round."""
@@ -108,10 +122,26 @@ class Controller:
         if self.account.solvent:
             probes = self._plan_free(candidates, budgets, other_rows)
         else:
-            self._reason = "plain decoding: drafting has to make up for what it lost"
+            self._reason = _IN_DEBT
         for index, (candidate, budget) in enumerate(zip(candidates, budgets, strict=True)):
             self._remember(candidate.state, budget, index in probes)
         return budgets
+
+    def rests(self, states: Sequence[ControlState], other_rows: int = 0) -> bool:
+        """Whether nothing is to be decided in the coming round, of requests none of which is forced: then it
+        is counted, as `plan` would, and nobody is asked. It spares such rounds the making of candidates."""
+        if self.account.solvent and (self._rounds_to_look <= 0 or self._probe_comes(states)):
+            return False
+        if self.account.solvent:
+            self._rounds_to_look -= 1
+            self._rounds_to_probe -= 1
+        else:
+            self._reason = _IN_DEBT
+        self.account.round(self.costs.seconds(len(states) + other_rows) + self._attention_s, len(states))
+        for state in states:
+            state.rounds_since_asked += 1
+        self._decisions["declined"] += len(states)
+        return True
 
     def _plan_free(self, candidates: Sequence[Candidate], budgets: list[int], other_rows: int) -> set[int]:
         """Sets the budgets of the requests that leave them to the controller; returns which are probes."""
@@ -121,8 +151,12 @@ class Controller:
             # Nothing was decided: a request's last round must not keep the next one from being looked at.
             self._reason = self._explain(0.0, 0.0, 0)
             return set()
-        due = any(self._probe_due(c.state) for _, c in free)
-        if self._rounds_to_look > 0 and not (due or forced):
+        self._rounds_to_probe -= 1
+        due = None
+        if self._rounds_to_probe <= 0:
+            overdue = [i for i, c in free if self._probe_due(c.state)]
+            due = max(overdue, key=lambda i: candidates[i].state.overdue, default=None)
+        if self._rounds_to_look > 0 and due is None and not forced:
             self._rounds_to_look -= 1
             return set()
         base = len(candidates) + sum(budgets) + other_rows
@@ -130,12 +164,20 @@ class Controller:
         wait = 0.0 if forced else self._waits.expected(len(free))
         lengths, gain = self._admit(curves, [c.context for _, c in free], base, len(candidates), wait)
         self._rounds_to_look = 0 if any(lengths) else _LOOK_INTERVAL - 1
-        # The wait is shared: once anybody asks, probes that are due soon come along.
-        early = due or forced or any(lengths)
         probes: set[int] = set()
+        if len(free) > 1 and not forced and any(lengths) and self._drafts_seen < _FEW_SEEN:
+            # Nothing but hope speaks for it: one a round is enough to learn, and all wait for as many as ask.
+            lengths = [0] * len(free)
+            probes = {max((i for i, _ in free), key=lambda i: candidates[i].state.rounds_since_asked)}
+            self._rounds_to_look = 0
+        elif forced or any(lengths):
+            # All wait anyway: probes that are due soon come along.
+            quiet = [i for (i, _), length in zip(free, lengths, strict=True) if length == 0]
+            probes = {i for i in quiet if self._probe_due(candidates[i].state, early=True)}
+        elif due is not None:
+            probes = {due}
+            self._rounds_to_probe = self._probe_pause(len(candidates))
         for (index, candidate), length in zip(free, lengths, strict=True):
-            if length == 0 and self._probe_due(candidate.state, early):
-                probes.add(index)
             if length > 0 or index in probes:
                 budgets[index] = candidate.limit
         self._reason = self._explain(gain, wait, len(free))
@@ -163,6 +205,7 @@ class Controller:
         `base_rows` are in the round anyway, and `emitting` requests emit a token in it anyway."""
         lengths = [drafted if c.forced else 0 for c, _, drafted in drafts]
         free = [(i, d) for i, d in enumerate(drafts) if not d[0].forced]
+        self._drafts_seen += len(free)
         curves = [self._survival(*entry) for _, entry in free]
         contexts = [candidate.context for _, (candidate, _, _) in free]
         chosen, _ = self._admit(curves, contexts, base_rows + sum(lengths), emitting, 0.0)
@@ -221,9 +264,18 @@ class Controller:
             lengths[index] += 1
         return lengths, best / baseline - 1.0 if admitted else 0.0
 
+    def _probe_comes(self, states: Sequence[ControlState]) -> bool:
+        return self._rounds_to_probe <= 1 and any(self._probe_due(state) for state in states)
+
+    def _probe_pause(self, requests: int) -> int:
+        """Rounds until another request of a batch may probe."""
+        plain_s = self.costs.seconds(requests) + self._attention_s
+        affordable = self._waits.expected(1) / max(_PROBE_SHARE * plain_s, 1e-9)
+        return min(_FIRST_PROBE * requests, math.ceil(affordable))
+
     @staticmethod
     def _probe_due(state: ControlState, early: bool = False) -> bool:
-        return state.rounds_since_asked >= (state.probe_interval // 2 if early else state.probe_interval)
+        return state.overdue >= (0.5 if early else 1.0)
 
     def _remember(self, state: ControlState, budget: int, probing: bool) -> None:
         state.probing = probing

@@ -19,6 +19,18 @@ from actors.verification.rule import VerificationRule
 _session_ids = itertools.count(1)
 
 
+@dataclass(frozen=True, slots=True)
+class StateRows:
+    """Some rows of a round's last hidden states [N, H], read when they are needed: most never are."""
+
+    states: Tensor
+    rows: list[int]
+
+    def read(self) -> Tensor:
+        """[len(rows), H]"""
+        return self.states[self.rows]
+
+
 @dataclass(eq=False, slots=True)
 class Sequence:
     """Mutable state of one request, owned by the engine thread.
@@ -56,8 +68,8 @@ class Sequence:
     control: ControlState = field(default_factory=ControlState)
     unsent_tokens: list[int] = field(default_factory=list)
     unsent_candidates: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
-    unsent_states: list[Tensor] = field(default_factory=list)
-    """Of `unsent_tokens`, one tensor [n, H] a verdict, where a drafter reads them."""
+    unsent_states: list[StateRows] = field(default_factory=list)
+    """Of `unsent_tokens`, one entry a verdict, where a drafter reads them."""
     unsent_drafted: int = 0
     unsent_accepted: int = 0
     asked: bool = False

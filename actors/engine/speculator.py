@@ -6,8 +6,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from torch import Tensor
-
 from actors.drafting.assignment import UNRESTRICTED, DraftAssignment
 from actors.drafting.interface import (
     NESTED,
@@ -23,6 +21,7 @@ from actors.drafting.tree import best_chain, cut, depths, parents_of
 from actors.engine.controller import Candidate, Controller
 from actors.engine.messages import DrafterStats, DraftingMeasurements
 from actors.engine.sequence import Sequence as EngineSequence
+from actors.engine.sequence import StateRows, Work
 from actors.engine.shadow import ShadowScorer
 from actors.models.runner import joined_states
 from actors.sampling.grammar import GrammarError
@@ -30,6 +29,8 @@ from actors.sampling.params import MAX_DRAFT_TOKENS
 
 _STATES_KEPT = 8
 """Rounds without asking after which a sequence's states are not kept; the draft then goes on without them."""
+_LEARNING_EVERY = 4
+"""Rounds without drafts of many sequences, of one of which drafters learn."""
 _HELD_BACK = 16
 """Tokens after which a sequence that wants no draft tells its source of them all the same."""
 
@@ -87,6 +88,8 @@ class Speculator:
         self._asked_tokens = 0
         self._counts: dict[str, _Counts] = {}
         self._closed_since_submit = False
+        self._turn = 0
+        self._learner: EngineSequence | None = None
 
     @property
     def assignment(self) -> DraftAssignment:
@@ -176,6 +179,11 @@ class Speculator:
         lately = seq.control.rounds_since_asked < _STATES_KEPT
         return lately and seq.session_open and self.source.wants_states
 
+    def learns_from(self, work: Work) -> bool:
+        """Whether drafters learn from a sequence's round. What they learn serves all alike: of rounds without
+        drafts, one sequence's is enough."""
+        return work.seq.session_open and (bool(work.drafts) or work.seq is self._learner)
+
     def committed(
         self,
         seq: EngineSequence,
@@ -183,10 +191,10 @@ class Speculator:
         draft: SessionDraft | None,
         drafted: int,
         accepted: Sequence[int],
-        states: Tensor | None = None,
+        states: StateRows | None = None,
     ) -> None:
         """Record a verdict, to be sent with the next `submit`. accepted: indices of the draft's tokens that
-        were, out of the first `drafted`. states: [len(emitted), H] or None."""
+        were, out of the first `drafted`. states: one row a token of `emitted`."""
         if draft is not None:
             self._count(draft, drafted, accepted)
             if not seq.forced:
@@ -217,7 +225,8 @@ class Speculator:
         cheap as it is without drafters.
         """
         decoding = [seq for seq in running if seq.session_open and seq.decoding]
-        budgets = self.controller.plan([self._candidate(seq) for seq in decoding], prompt_rows)
+        self._learner = self._next_learner(decoding)
+        budgets = self._plan(decoding, prompt_rows)
         shadowed = self._shadow_round(decoding)
         updates = []
         for seq, budget in zip(decoding, budgets, strict=True):
@@ -227,6 +236,22 @@ class Speculator:
         if updates or self._closed_since_submit:
             self.source.submit(updates, self._timeout(seq for seq in decoding if seq.asked))
             self._closed_since_submit = False
+
+    def _next_learner(self, decoding: Sequence[EngineSequence]) -> EngineSequence | None:
+        """All in turn, one a round for as long as there are few."""
+        self._turn += 1
+        turn, rest = divmod(self._turn, max(1, min(len(decoding), _LEARNING_EVERY)))
+        return None if rest or not decoding else decoding[turn % len(decoding)]
+
+    def _plan(self, decoding: Sequence[EngineSequence], prompt_rows: int) -> Sequence[int]:
+        if not decoding:
+            return ()
+        controller = self.controller
+        if not any(seq.forced for seq in decoding) and controller.rests(
+            [seq.control for seq in decoding], prompt_rows
+        ):
+            return [0] * len(decoding)
+        return controller.plan([self._candidate(seq) for seq in decoding], prompt_rows)
 
     def _shadow_round(self, decoding: Sequence[EngineSequence]) -> EngineSequence | None:
         """Score what arrived; the sequence that asks for a shadow draft in the coming round."""
@@ -253,7 +278,7 @@ class Speculator:
             drafter=speculation.drafter,
             exit_depth=speculation.exit_depth,
             nested=nested,
-            states=joined_states(seq.unsent_states),
+            states=joined_states([rows.read() for rows in seq.unsent_states]),
         )
         seq.unsent_tokens.clear()
         seq.unsent_states.clear()

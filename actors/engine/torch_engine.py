@@ -22,7 +22,7 @@ from actors.engine.messages import EngineRequest, EngineStats, RequestOutput, Ro
 from actors.engine.phases import PhaseClock
 from actors.engine.scheduler import Scheduler
 from actors.engine.sequence import Sequence as EngineSequence
-from actors.engine.sequence import Work
+from actors.engine.sequence import StateRows, Work
 from actors.engine.speculator import Speculator
 from actors.models.runner import BLOCK_SIZE, ModelRunner, RaggedBatch, forward_with_states
 from actors.sampling.grammar import GrammarError, GrammarMatcher
@@ -250,7 +250,7 @@ class TorchEngine:
         learning = [
             (work, span)
             for work, span in zip(works, spans, strict=True)
-            if count and span.decisions and work.seq.session_open
+            if count and span.decisions and self._speculator.learns_from(work)
         ]
         if not learning:
             return
@@ -302,7 +302,8 @@ class TorchEngine:
         self._scheduler.commit(seq, max(seq.num_computed, len(seq.token_ids) - 1))
         read = None
         if states is not None and self._speculator.wants_states(seq):
-            read = span.deciding(states)[rows]
+            first = span.last - span.decisions
+            read = StateRows(states, [first + row for row in rows])
         self._speculator.committed(seq, emitted, work.proposal, len(work.drafts), accepted, read)
         if seq.finish_reason is not None:
             self._remove(seq)
