@@ -29,12 +29,12 @@ class DraftAccount:
     def solvent(self) -> bool:
         return self.balance_s >= 0.0
 
-    def round(self, plain_s: float, requests: int = 1) -> None:
-        """A round of some requests begins that takes `plain_s` seconds without drafts."""
+    def round(self, plain_s: float, requests: int = 1, rounds: int = 1) -> None:
+        """Rounds of some requests begin, each of which takes `plain_s` seconds without drafts."""
         first = self._limit_s == 0.0
         self._limit_s = LIMIT_ROUNDS * plain_s
         self.balance_s = self._limit_s / requests if first else self.balance_s
-        self._add(SHARE * plain_s)
+        self._add(rounds * SHARE * plain_s)
 
     def spend(self, seconds: float) -> None:
         self._add(-seconds)

@@ -24,14 +24,17 @@ from actors.engine.waits import DraftWaits
 _FIRST_PROBE, _LAST_PROBE = 4, 64
 _PROBE_LENGTHS = (2, 4, 8)
 """In turn: what rounds of more rows cost must stay known too."""
-_LOOK_INTERVAL = 4
-"""Rounds between two looks at whether drafting pays, while it does not."""
+_LOOK_INTERVAL, _LONGEST_LOOK = 4, 16
+"""Rounds between two looks at whether drafting pays, while it does not: so many a request, up to the second
+number, as a look takes longer the more there are."""
 _MIN_GAIN = 1.01
 """Drafting must promise this much over not drafting. Estimates may promise what is not there; the account
 bounds what that costs. More caution gives away what drafting brings (replayed: docs/methods/router.md)."""
 
 _PROBE_SHARE = 0.5 * SHARE
 """Share of the time that a batch probes in, at most: all wait for what may help one."""
+_PATIENCE = 4.0
+"""Times the interval that probes keep back while prompts are computed."""
 _FEW_SEEN = 4
 """Drafts until which those of a batch ask one after the other."""
 _IN_DEBT = "plain decoding: drafting has to make up for what it lost"
@@ -51,6 +54,10 @@ class ControlState:
     def overdue(self) -> float:
         """Time since drafts were asked for, in intervals between probes."""
         return self.rounds_since_asked / self.probe_interval
+
+    def rounds_until(self, overdue: float) -> int:
+        """Rounds until it is overdue by so much; none or less where it is already."""
+        return math.ceil(overdue * self.probe_interval) - self.rounds_since_asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,21 +134,27 @@ class Controller:
             self._remember(candidate.state, budget, index in probes)
         return budgets
 
-    def rests(self, states: Sequence[ControlState], other_rows: int = 0) -> bool:
-        """Whether nothing is to be decided in the coming round, of requests none of which is forced: then it
-        is counted, as `plan` would, and nobody is asked. It spares such rounds the making of candidates."""
-        if self.account.solvent and (self._rounds_to_look <= 0 or self._probe_comes(states)):
-            return False
+    def rests(self, states: Sequence[ControlState], other_rows: int = 0) -> int:
+        """Coming rounds of some requests, none of which is forced, in which nothing is to be decided. They
+        are counted here, as `plan` would, and nobody asks in them: no candidates have to be made."""
+        rounds = _LOOK_INTERVAL
         if self.account.solvent:
-            self._rounds_to_look -= 1
-            self._rounds_to_probe -= 1
+            rounds = min(rounds, self._rounds_to_look)
+            for state in states:
+                to_probe = state.rounds_until(_due_at(other_rows))
+                rounds = min(rounds, max(to_probe, self._rounds_to_probe - 1))
+            if rounds <= 0:
+                return 0
+            self._rounds_to_look -= rounds
+            self._rounds_to_probe -= rounds
         else:
             self._reason = _IN_DEBT
-        self.account.round(self.costs.seconds(len(states) + other_rows) + self._attention_s, len(states))
+        plain_s = self.costs.seconds(len(states) + other_rows) + self._attention_s
+        self.account.round(plain_s, len(states), rounds)
         for state in states:
-            state.rounds_since_asked += 1
-        self._decisions["declined"] += len(states)
-        return True
+            state.rounds_since_asked += rounds
+        self._decisions["declined"] += rounds * len(states)
+        return rounds
 
     def _plan_free(self, candidates: Sequence[Candidate], budgets: list[int], other_rows: int) -> set[int]:
         """Sets the budgets of the requests that leave them to the controller; returns which are probes."""
@@ -154,8 +167,7 @@ class Controller:
         self._rounds_to_probe -= 1
         due = None
         if self._rounds_to_probe <= 0:
-            overdue = [i for i, c in free if self._probe_due(c.state)]
-            due = max(overdue, key=lambda i: candidates[i].state.overdue, default=None)
+            due = self._most_overdue(free, _due_at(other_rows))
         if self._rounds_to_look > 0 and due is None and not forced:
             self._rounds_to_look -= 1
             return set()
@@ -163,17 +175,18 @@ class Controller:
         curves = [self._expected(candidate) for _, candidate in free]
         wait = 0.0 if forced else self._waits.expected(len(free))
         lengths, gain = self._admit(curves, [c.context for _, c in free], base, len(candidates), wait)
-        self._rounds_to_look = 0 if any(lengths) else _LOOK_INTERVAL - 1
+        pause = min(_LONGEST_LOOK, _LOOK_INTERVAL * len(candidates))
+        self._rounds_to_look = 0 if any(lengths) else pause - 1
         probes: set[int] = set()
         if len(free) > 1 and not forced and any(lengths) and self._drafts_seen < _FEW_SEEN:
             # Nothing but hope speaks for it: one a round is enough to learn, and all wait for as many as ask.
             lengths = [0] * len(free)
-            probes = {max((i for i, _ in free), key=lambda i: candidates[i].state.rounds_since_asked)}
-            self._rounds_to_look = 0
+            hopeful = self._most_overdue(free, _due_at(other_rows) if other_rows else 0.0)
+            probes = set() if hopeful is None else {hopeful}
         elif forced or any(lengths):
             # All wait anyway: probes that are due soon come along.
             quiet = [i for (i, _), length in zip(free, lengths, strict=True) if length == 0]
-            probes = {i for i in quiet if self._probe_due(candidates[i].state, early=True)}
+            probes = {i for i in quiet if candidates[i].state.overdue >= 0.5}
         elif due is not None:
             probes = {due}
             self._rounds_to_probe = self._probe_pause(len(candidates))
@@ -264,18 +277,17 @@ class Controller:
             lengths[index] += 1
         return lengths, best / baseline - 1.0 if admitted else 0.0
 
-    def _probe_comes(self, states: Sequence[ControlState]) -> bool:
-        return self._rounds_to_probe <= 1 and any(self._probe_due(state) for state in states)
+    @staticmethod
+    def _most_overdue(free: Sequence[tuple[int, Candidate]], least: float) -> int | None:
+        """The index of whoever has not asked for longest, in intervals between probes, but for `least`."""
+        due = [(c.state.overdue, -i) for i, c in free if c.state.overdue >= least]
+        return -max(due)[1] if due else None
 
     def _probe_pause(self, requests: int) -> int:
         """Rounds until another request of a batch may probe."""
         plain_s = self.costs.seconds(requests) + self._attention_s
         affordable = self._waits.expected(1) / max(_PROBE_SHARE * plain_s, 1e-9)
         return min(_FIRST_PROBE * requests, math.ceil(affordable))
-
-    @staticmethod
-    def _probe_due(state: ControlState, early: bool = False) -> bool:
-        return state.overdue >= (0.5 if early else 1.0)
 
     def _remember(self, state: ControlState, budget: int, probing: bool) -> None:
         state.probing = probing
@@ -309,3 +321,8 @@ class Controller:
             "acceptance": {name: known.get(name, []) for name in drafters},
             "decisions": dict(self._decisions),
         }
+
+
+def _due_at(other_rows: int) -> float:
+    """When a probe is due, in its intervals: later while prompts are computed, as first tokens would wait."""
+    return _PATIENCE if other_rows else 1.0

@@ -29,8 +29,6 @@ from actors.sampling.params import MAX_DRAFT_TOKENS
 
 _STATES_KEPT = 8
 """Rounds without asking after which a sequence's states are not kept; the draft then goes on without them."""
-_LEARNING_EVERY = 4
-"""Rounds without drafts of many sequences, of one of which drafters learn."""
 _HELD_BACK = 16
 """Tokens after which a sequence that wants no draft tells its source of them all the same."""
 
@@ -88,7 +86,7 @@ class Speculator:
         self._asked_tokens = 0
         self._counts: dict[str, _Counts] = {}
         self._closed_since_submit = False
-        self._turn = 0
+        self._turn = self._resting = 0
         self._learner: EngineSequence | None = None
 
     @property
@@ -102,6 +100,7 @@ class Speculator:
         if assignment.exit_depth not in (None, self._assigned.exit_depth):
             self.controller.adopt(NESTED, assignment.exit_depth)
         self._assigned = assignment
+        self._resting = 0
         self._nested_wish = (
             None if assignment == UNRESTRICTED else NestedWish(assignment.exit_depth, assignment.nested_cap)
         )
@@ -115,6 +114,7 @@ class Speculator:
             SessionOpen(seq.session_id, tuple(seq.token_ids), seq.prompt_len, sampling, seq.epoch, seq.trees)
         )
         seq.session_open = True
+        self._resting = 0
 
     def release(self, seq: EngineSequence) -> None:
         """Forget a sequence that ended; the close leaves with the next `submit`."""
@@ -224,9 +224,19 @@ class Speculator:
         A sequence that wants no draft keeps its news to itself for a while, so that plain decoding stays as
         cheap as it is without drafters.
         """
+        if self._resting and not self._closed_since_submit:
+            self._resting -= 1
+            self._learner = None
+            return
         decoding = [seq for seq in running if seq.session_open and seq.decoding]
-        self._learner = self._next_learner(decoding)
-        budgets = self._plan(decoding, prompt_rows)
+        self._turn += 1
+        self._learner = decoding[self._turn % len(decoding)] if decoding else None
+        self._resting = self._rests(decoding, prompt_rows)
+        if self._resting:
+            self._resting -= 1
+            budgets: Sequence[int] = [0] * len(decoding)
+        else:
+            budgets = self.controller.plan([self._candidate(seq) for seq in decoding], prompt_rows)
         shadowed = self._shadow_round(decoding)
         updates = []
         for seq, budget in zip(decoding, budgets, strict=True):
@@ -237,21 +247,12 @@ class Speculator:
             self.source.submit(updates, self._timeout(seq for seq in decoding if seq.asked))
             self._closed_since_submit = False
 
-    def _next_learner(self, decoding: Sequence[EngineSequence]) -> EngineSequence | None:
-        """All in turn, one a round for as long as there are few."""
-        self._turn += 1
-        turn, rest = divmod(self._turn, max(1, min(len(decoding), _LEARNING_EVERY)))
-        return None if rest or not decoding else decoding[turn % len(decoding)]
-
-    def _plan(self, decoding: Sequence[EngineSequence], prompt_rows: int) -> Sequence[int]:
-        if not decoding:
-            return ()
-        controller = self.controller
-        if not any(seq.forced for seq in decoding) and controller.rests(
-            [seq.control for seq in decoding], prompt_rows
-        ):
-            return [0] * len(decoding)
-        return controller.plan([self._candidate(seq) for seq in decoding], prompt_rows)
+    def _rests(self, decoding: Sequence[EngineSequence], prompt_rows: int) -> int:
+        """Coming rounds of a batch in which nobody asks for anything. A single sequence does not rest:
+        drafters learn from all its rounds."""
+        if len(decoding) < 2 or self._assigned.shadow is not None or any(seq.forced for seq in decoding):
+            return 0
+        return self.controller.rests([seq.control for seq in decoding], prompt_rows)
 
     def _shadow_round(self, decoding: Sequence[EngineSequence]) -> EngineSequence | None:
         """Score what arrived; the sequence that asks for a shadow draft in the coming round."""
@@ -314,6 +315,7 @@ class Speculator:
         return Candidate(seq.control, limit, names, seq.forced, seq.trees, context=seq.num_computed)
 
     def reset(self) -> None:
+        self._resting = 0
         self.source.reset()
         self.controller.reset()
 
