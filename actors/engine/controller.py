@@ -165,9 +165,7 @@ class Controller:
             self._reason = self._explain(0.0, 0.0, 0)
             return set()
         self._rounds_to_probe -= 1
-        due = None
-        if self._rounds_to_probe <= 0:
-            due = self._most_overdue(free, _due_at(other_rows))
+        due = self._most_overdue(free, _due_at(other_rows)) if self._rounds_to_probe <= 0 else None
         if self._rounds_to_look > 0 and due is None and not forced:
             self._rounds_to_look -= 1
             return set()
@@ -175,25 +173,24 @@ class Controller:
         curves = [self._expected(candidate) for _, candidate in free]
         wait = 0.0 if forced else self._waits.expected(len(free))
         lengths, gain = self._admit(curves, [c.context for _, c in free], base, len(candidates), wait)
+        pays = any(lengths)
         pause = min(_LONGEST_LOOK, _LOOK_INTERVAL * len(candidates))
-        self._rounds_to_look = 0 if any(lengths) else pause - 1
-        probes: set[int] = set()
-        if len(free) > 1 and not forced and any(lengths) and self._drafts_seen < _FEW_SEEN:
+        self._rounds_to_look = 0 if pays else pause - 1
+        self._reason = self._explain(gain, wait, len(free))
+        if pays and not forced and len(free) > 1 and self._drafts_seen < _FEW_SEEN:
             # Nothing but hope speaks for it: one a round is enough to learn, and all wait for as many as ask.
             lengths = [0] * len(free)
-            hopeful = self._most_overdue(free, _due_at(other_rows) if other_rows else 0.0)
-            probes = set() if hopeful is None else {hopeful}
-        elif forced or any(lengths):
-            # All wait anyway: probes that are due soon come along.
-            quiet = [i for (i, _), length in zip(free, lengths, strict=True) if length == 0]
-            probes = {i for i in quiet if candidates[i].state.overdue >= 0.5}
+            due, pays = self._most_overdue(free, _due_at(other_rows) if other_rows else 0.0), False
         elif due is not None:
-            probes = {due}
             self._rounds_to_probe = self._probe_pause(len(candidates))
+        probes: set[int] = set()
         for (index, candidate), length in zip(free, lengths, strict=True):
+            # Where all wait anyway, probes that are due soon come along.
+            soon = (pays or forced) and candidate.state.overdue >= 0.5
+            if length == 0 and (soon or index == due):
+                probes.add(index)
             if length > 0 or index in probes:
                 budgets[index] = candidate.limit
-        self._reason = self._explain(gain, wait, len(free))
         return probes
 
     def _expected(self, candidate: Candidate) -> list[float]:

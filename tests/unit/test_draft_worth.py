@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from actors.drafting.interface import DraftQuery, DraftSampling, SessionDraft, SessionOpen, SessionUpdate
+from actors.drafting.local_source import LocalDraftSource
 from actors.drafting.selector import DrafterPool
 from actors.drafting.worth import DraftWorth
 
@@ -139,3 +140,32 @@ def test_the_pool_learns_whom_to_take() -> None:
         pool.apply(update)
         pool.propose([update])
     assert second.asked <= 3
+
+
+class Slow(Scripted):
+    """Takes 4 ms a draft."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__("slow", 2, 0.9)
+        self._clock = clock
+
+    def propose(self, queries: Sequence[DraftQuery]) -> list[SessionDraft]:
+        self._clock.now += 0.004
+        return super().propose(queries)
+
+
+@pytest.mark.parametrize(("others", "asked"), [(0, True), (7, False)])
+def test_sequences_that_want_no_draft_wait_too(others: int, asked: bool) -> None:
+    """A target that drafts for itself stands still: what a draft takes, it takes from all its sequences."""
+    clock = Clock()
+    slow = Slow(clock)
+    source = LocalDraftSource(DrafterPool([Scripted("first", 1, 0.3), slow], clock=clock))
+    for sid in range(others + 1):
+        source.open(SessionOpen(sid, (7,), 1, DraftSampling(1)))
+    for epoch in range(1, 301):
+        if epoch == 201:
+            slow.asked = 0
+        source.submit([SessionUpdate(0, epoch, (2, 2), 2)])
+        source.collect({0: epoch}, 1.0)
+        clock.now += 0.01
+    assert (slow.asked == 100) if asked else (slow.asked <= 3)

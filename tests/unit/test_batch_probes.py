@@ -1,0 +1,139 @@
+"""Batches: all wait for whoever asks, so probes come one at a time, seldom, and rounds between them rest."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from actors.drafting.interface import SessionDraft
+from actors.engine.controller import Candidate, Controller, ControlState
+from actors.engine.costs import CostModel
+
+DRAFT = SessionDraft(1, 1, (1, 2, 3, 4), drafter="d")
+
+
+def _controller(row_ms: float, wait_ms: float = 1.0) -> Controller:
+    costs = CostModel()
+    for rows in (1, 2, 4, 8, 16, 32, 64):
+        costs.observe(rows, (10.0 + row_ms * rows) / 1e3)
+    controller = Controller(costs)
+    for _ in range(100):
+        controller.observe_wait(wait_ms / 1e3)
+    return controller
+
+
+def _score(controller: Controller, state: ControlState, right: bool) -> None:
+    controller.acceptance.proposed(state.acceptance, DRAFT, ("d",))
+    controller.acceptance.emitted(state.acceptance, [1, 2, 3, 4, 9] if right else [9])
+
+
+def _candidates(states: list[ControlState]) -> list[Candidate]:
+    return [Candidate(state, 4, ("d",)) for state in states]
+
+
+def _round(controller: Controller, states: list[ControlState], right: bool, prompt_rows: int = 0) -> int:
+    """One round; how many asked in it."""
+    candidates = _candidates(states)
+    budgets = controller.plan(candidates, prompt_rows)
+    asked = [c for c, budget in zip(candidates, budgets, strict=True) if budget]
+    if asked:
+        controller.observe_wait(1e-3, len(asked))
+        controller.trim([(c, DRAFT, 4) for c in asked], len(states), len(states))
+        for candidate in asked:
+            _score(controller, candidate.state, right)
+            controller.observe_accepted(4 if right else 0)
+    return len(asked)
+
+
+def _taught(requests: int, row_ms: float = 20.0) -> tuple[Controller, list[ControlState]]:
+    """A controller that knows that drafts do not pay."""
+    controller, states = _controller(row_ms), [ControlState() for _ in range(requests)]
+    for _ in range(10):
+        for state in states:
+            _score(controller, state, right=False)
+    return controller, states
+
+
+def test_one_of_a_batch_probes_at_a_time() -> None:
+    controller, states = _taught(8)
+    asked = [_round(controller, states, right=False) for _ in range(400)]
+    assert set(asked) == {0, 1}
+    probes = [at for at, count in enumerate(asked) if count]
+    distances = [later - earlier for earlier, later in pairwise(probes)]
+    assert min(distances) >= 2
+    assert all(state.rounds_since_asked < 400 for state in states), "each has had its turn"
+
+
+def test_a_batch_probes_in_a_small_share_of_its_time() -> None:
+    one, many = _taught(1), _taught(16)
+    lone = sum(_round(*one, right=False) for _ in range(200))
+    shared = sum(_round(*many, right=False) for _ in range(200))
+    assert 0 < shared < 16 * lone / 4, "each of sixteen probes more seldom than one alone would"
+    round_s = many[0].costs.seconds(16)
+    assert shared * 1e-3 < 0.01 * 200 * round_s
+
+
+@pytest.mark.parametrize("right", [False, True])
+def test_a_batch_that_knows_nothing_yet_asks_for_one_draft_after_the_other(right: bool) -> None:
+    controller, states = _controller(row_ms=0.1), [ControlState() for _ in range(6)]
+    for _ in range(60):
+        controller.observe_wait(1e-3, 6)
+    asked = [_round(controller, states, right) for _ in range(8)]
+    if right:
+        assert asked == [1, 1, 1, 1, 6, 6, 6, 6]
+    else:
+        assert asked[0] == 1
+        assert max(asked) == 1, "six wrong drafts at once are not needed to know"
+
+
+def test_probes_keep_back_while_prompts_are_computed() -> None:
+    controller, states = _taught(2)
+    assert [_round(controller, states, right=False, prompt_rows=100) for _ in range(12)] == [0] * 12
+    assert sum(_round(controller, states, right=False) for _ in range(12)) > 0
+    controller, states = _taught(2)
+    assert sum(_round(controller, states, right=False, prompt_rows=100) for _ in range(60)) > 0, (
+        "not for ever"
+    )
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    waited=st.lists(st.tuples(st.integers(0, 40), st.sampled_from([4, 8, 16])), min_size=2, max_size=6),
+    to_look=st.integers(0, 20),
+    to_probe=st.integers(-1, 20),
+    in_debt=st.booleans(),
+    prompt_rows=st.sampled_from([0, 50]),
+)
+def test_rounds_that_rest_are_those_in_which_planning_asks_nobody(
+    waited: list[tuple[int, int]], to_look: int, to_probe: int, in_debt: bool, prompt_rows: int
+) -> None:
+    """And they leave the same behind."""
+
+    def made() -> tuple[Controller, list[ControlState]]:
+        controller, states = _taught(len(waited))
+        round_s = controller.costs.seconds(len(states) + prompt_rows)
+        controller.account.round(round_s)
+        controller.account.balance_s = -round_s if in_debt else 0.0
+        controller._rounds_to_look, controller._rounds_to_probe = to_look, to_probe
+        for state, (rounds, interval) in zip(states, waited, strict=True):
+            state.rounds_since_asked, state.probe_interval = rounds, interval
+        return controller, states
+
+    resting, rested = made()
+    planning, planned = made()
+    rounds = resting.rests(rested, prompt_rows)
+    assert 0 <= rounds <= 4
+    for _ in range(rounds):
+        assert not any(planning.plan(_candidates(planned), prompt_rows))
+    assert [s.rounds_since_asked for s in rested] == [s.rounds_since_asked for s in planned]
+    assert resting.account.balance_s == pytest.approx(planning.account.balance_s)
+    if not in_debt:
+        assert resting._rounds_to_look == planning._rounds_to_look
+        assert resting._rounds_to_probe == planning._rounds_to_probe
+    if rounds == 0:
+        least = 4 if prompt_rows else 1
+        due = any(waits >= least * interval for waits, interval in waited)
+        assert to_look == 0 or (to_probe <= 1 and due), "there is something to decide"
