@@ -92,8 +92,12 @@ class BorrowedEmbedding:
         return self._inner.logits(hidden)
 
     def forward(self, batch: RaggedBatch) -> Tensor:
+        return self.forward_with_states(batch)[1]
+
+    def forward_with_states(self, batch: RaggedBatch) -> tuple[Tensor, Tensor]:
         hidden = self.run_layers(self.embed(batch.token_ids), 0, self.info.num_layers, batch)
-        return self.logits(hidden[batch.logit_rows.to(hidden.device)])
+        states = hidden[batch.logit_rows.to(hidden.device)]
+        return states, self.logits(states)
 
     def copy_slots(self, source: Tensor, target: Tensor) -> None:
         self._inner.copy_slots(source, target)

@@ -37,6 +37,8 @@ _PATIENCE = 4.0
 """Times the interval that probes keep back while prompts are computed."""
 _FEW_SEEN = 4
 """Drafts until which those of a batch ask one after the other."""
+_VERIFIED_IN_BATCH = 4
+"""One in so many probes of a batch is verified: all wait for its rows, and rounds differ in rows anyway."""
 _IN_DEBT = "plain decoding: drafting has to make up for what it lost"
 
 
@@ -88,7 +90,7 @@ class Controller:
         self._emitting = 1
         self._rounds_to_look = 0
         self._rounds_to_probe = 0
-        self._probes = 0
+        self._probes = self._verified = 0
         self._drafts_seen = 0
         self._reason = "nothing decided yet"
         self._decisions = {"asked": 0, "declined": 0, "probes": 0}
@@ -227,7 +229,9 @@ class Controller:
             elif state.probing and not probed:
                 # One probe a round is verified, a little of it: the costs of such rounds must stay known. The
                 # others are scored against what the target emits, which costs nothing.
-                length = min(_PROBE_LENGTHS[self._probes % len(_PROBE_LENGTHS)], len(curve))
+                if self._probes % (1 if emitting == 1 else _VERIFIED_IN_BATCH) == 0:
+                    length = min(_PROBE_LENGTHS[self._verified % len(_PROBE_LENGTHS)], len(curve))
+                    self._verified += 1
                 self._probes += 1
                 probed = True
             lengths[index] = length

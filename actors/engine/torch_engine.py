@@ -24,7 +24,7 @@ from actors.engine.scheduler import Scheduler
 from actors.engine.sequence import Sequence as EngineSequence
 from actors.engine.sequence import StateRows, Work
 from actors.engine.speculator import Speculator
-from actors.models.runner import BLOCK_SIZE, ModelRunner, RaggedBatch, forward_with_states
+from actors.models.runner import BLOCK_SIZE, LayeredRunner, ModelRunner, RaggedBatch
 from actors.sampling.grammar import GrammarError, GrammarMatcher
 from actors.sampling.logprobs import token_logprobs
 from actors.sampling.noise import derive_key
@@ -78,6 +78,8 @@ class TorchEngine:
         self._max_model_len = max_model_len
         self._compile_grammar = compile_grammar
         self._idle_jobs: deque[Callable[[], None]] = deque()
+        # Found once: checking a protocol takes longer than reading the states.
+        self._layered = runner if isinstance(runner, LayeredRunner) else None
         self._clock = PhaseClock()
         self._steps = self._emitted = self._prompt_tokens = self._cached_tokens = 0
 
@@ -188,7 +190,9 @@ class TorchEngine:
         """Logits of the batch's rows and, where a drafter reads them, their last hidden states."""
         if not with_states:
             return self._runner.forward(batch), None
-        states, logits = forward_with_states(self._runner, batch)
+        if self._layered is None:
+            raise TypeError(f"{type(self._runner).__name__} gives no hidden states")
+        states, logits = self._layered.forward_with_states(batch)
         return logits, states
 
     def _expected_prompt_rows(self) -> int:

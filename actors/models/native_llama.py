@@ -39,6 +39,7 @@ _ERRORS = {
     5: "a parent must be -1 or an earlier token of the same sequence",
     6: "a slot is outside the pool",
     7: "the range of layers is outside the model",
+    10: "a row of logits is outside the batch",
 }
 _NO_MEMORY, _NOT_PACKABLE = 8, 9
 
@@ -186,8 +187,27 @@ class NativeLlamaRunner:
 
     def forward(self, batch: RaggedBatch) -> Tensor:
         """Write the batch's KV, return float32 logits [N, V] of `logit_rows`."""
-        hidden = self._run(self.embed(batch.token_ids), 0, self._info.num_layers, batch)
-        return self.logits(hidden if _is_all(batch) else hidden.index_select(0, batch.logit_rows))
+        return self.forward_with_states(batch)[1]
+
+    def forward_with_states(self, batch: RaggedBatch) -> tuple[Tensor, Tensor]:
+        """See `LayeredRunner`. Raises ValueError for a token outside the vocabulary, and when batch,
+        positions, block tables or rows do not fit together."""
+        ids, rows = batch.token_ids.contiguous(), batch.logit_rows.contiguous()
+        packed, _held = self._pack(batch)
+        states = torch.empty(rows.numel(), self._info.hidden_size)
+        logits = torch.empty(rows.numel(), self._info.vocab_size)
+        _check(
+            self._library.c.s2d_forward(
+                self._model,
+                pointer(ids, torch.int64),
+                ctypes.byref(packed),
+                pointer(rows, torch.int64),
+                rows.numel(),
+                states.data_ptr(),
+                logits.data_ptr(),
+            )
+        )
+        return states, logits
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """float32 [T, H] of token ids int64 [T]. Raises ValueError for an id outside the vocabulary."""
@@ -204,7 +224,7 @@ class NativeLlamaRunner:
         return self._run(hidden.clone(memory_format=torch.contiguous_format), first, last, batch)
 
     def _run(self, hidden: Tensor, first: int, last: int, batch: RaggedBatch) -> Tensor:
-        packed, _held = self._pack(hidden, batch)
+        packed, _held = self._pack_with(hidden, batch)
         _check(
             self._library.c.s2d_run_layers(
                 self._model, pointer(hidden, torch.float32), first, last, ctypes.byref(packed)
@@ -212,10 +232,14 @@ class NativeLlamaRunner:
         )
         return hidden
 
-    def _pack(self, hidden: Tensor, batch: RaggedBatch) -> tuple[Batch, list[Tensor]]:
-        """The batch as the core takes it, and the tensors that it points into."""
+    def _pack_with(self, hidden: Tensor, batch: RaggedBatch) -> tuple[Batch, list[Tensor]]:
         if hidden.shape != (batch.num_tokens, self._info.hidden_size):
             raise ValueError(f"hidden is {tuple(hidden.shape)} for {batch.num_tokens} tokens")
+        return self._pack(batch)
+
+    @staticmethod
+    def _pack(batch: RaggedBatch) -> tuple[Batch, list[Tensor]]:
+        """The batch as the core takes it, and the tensors that it points into."""
         arrays = [t.contiguous() for t in (batch.positions, batch.query_start, batch.context_lens)]
         tables = batch.block_tables.contiguous()
         parents = None if batch.parents is None else batch.parents.contiguous()
@@ -249,7 +273,7 @@ class NativeLlamaRunner:
         seqs, most, best = batch.num_seqs, max(wish.budgets), wish.best
         if len(wish.budgets) != seqs or len(wish.floors) != seqs or min(wish.budgets) < 1:
             raise ValueError("one budget of at least 1 and one floor a sequence")
-        packed, _held = self._pack(hidden, batch)
+        packed, _held = self._pack_with(hidden, batch)
         budgets = torch.tensor(wish.budgets, dtype=torch.int64)
         floors = torch.tensor(wish.floors, dtype=torch.float64)
         found = DraftedChain(
@@ -316,13 +340,6 @@ class NativeLlamaRunner:
 
 def _destroy(library: NativeLibrary, model: int) -> None:
     library.c.s2d_destroy(model)
-
-
-def _is_all(batch: RaggedBatch) -> bool:
-    """Whether logits of every token are wanted, in order."""
-    return batch.logit_rows.numel() == batch.num_tokens and batch.logit_rows.tolist() == list(
-        range(batch.num_tokens)
-    )
 
 
 def _require_supported(weights: LlamaWeights, info: ModelInfo, num_blocks: int) -> None:

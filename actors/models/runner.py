@@ -132,6 +132,11 @@ class LayeredRunner(ModelRunner, Protocol):
     `forward(batch)` equals `logits(run_layers(embed(token_ids), 0, num_layers, batch)[logit_rows])`.
     """
 
+    def forward_with_states(self, batch: RaggedBatch) -> tuple[Tensor, Tensor]:
+        """As `forward`: last hidden states [N, H] of `logit_rows`, before the final norm, and their logits
+        [N, V]."""
+        ...
+
     def embed(self, token_ids: Tensor) -> Tensor:
         """float32 [T, H]."""
         ...
@@ -143,16 +148,6 @@ class LayeredRunner(ModelRunner, Protocol):
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and head: float32 [N, V]."""
         ...
-
-
-def forward_with_states(runner: ModelRunner, batch: RaggedBatch) -> tuple[Tensor, Tensor]:
-    """A pass over all layers: the last hidden states [N, H] of `logit_rows`, before the final norm, and their
-    logits [N, V]. Raises TypeError for a runner whose layers cannot be run in ranges."""
-    if not isinstance(runner, LayeredRunner):
-        raise TypeError(f"{type(runner).__name__} gives no hidden states")
-    hidden = runner.run_layers(runner.embed(batch.token_ids), 0, runner.info.num_layers, batch)
-    rows = hidden.index_select(0, batch.logit_rows)
-    return rows, runner.logits(rows)
 
 
 @dataclass(frozen=True, slots=True)

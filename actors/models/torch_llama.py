@@ -133,8 +133,14 @@ class TorchLlamaRunner:
     @torch.no_grad()
     def forward(self, batch: RaggedBatch) -> Tensor:
         """Write the batch's KV, return float32 logits [N, V] of `logit_rows`."""
+        return self.forward_with_states(batch)[1]
+
+    @torch.no_grad()
+    def forward_with_states(self, batch: RaggedBatch) -> tuple[Tensor, Tensor]:
+        """See `LayeredRunner`."""
         hidden = self.run_layers(self.embed(batch.token_ids), 0, len(self._layers), batch)
-        return self.logits(hidden[batch.logit_rows.to(hidden.device)])
+        states = hidden[batch.logit_rows.to(hidden.device)]
+        return states, self.logits(states)
 
     @torch.no_grad()
     def copy_slots(self, source: Tensor, target: Tensor) -> None:

@@ -64,7 +64,7 @@ int32_t guarded(Body&& body) {
 }  // namespace
 
 // Raised whenever a signature below changes.
-S2D_API int32_t s2d_abi_version() { return 5; }
+S2D_API int32_t s2d_abi_version() { return 6; }
 
 S2D_API const char* s2d_isa_name(int32_t isa) {
     const Kernels* kernels = choose(isa);
@@ -98,6 +98,11 @@ S2D_API int32_t s2d_set_vector(void* model, int64_t layer, int64_t which, const 
 }
 
 S2D_API void s2d_set_table(void* model, const void* rows) { static_cast<Model*>(model)->set_table(rows); }
+
+S2D_API int32_t s2d_forward(void* model, const int64_t* ids, const Batch* batch, const int64_t* rows, int64_t count,
+                            float* states, float* out) {
+    return guarded([&] { return static_cast<Model*>(model)->forward(ids, *batch, rows, count, states, out); });
+}
 
 S2D_API int32_t s2d_embed(void* model, const int64_t* ids, int64_t count, float* out) {
     return guarded([&] { return static_cast<Model*>(model)->embed(ids, count, out); });

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 ISA_VARIABLE = "S2D_NATIVE_ISA"
 WeightFormat = Literal["float32", "bfloat16", "int8", "packed"]
 FORMAT_CODES: dict[WeightFormat, int] = {"float32": 0, "bfloat16": 1, "int8": 2, "packed": 3}
@@ -100,6 +100,10 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "s2d_set_matrix": (c_int32, (c_void_p, c_int64, c_int64, c_void_p)),
     "s2d_set_vector": (c_int32, (c_void_p, c_int64, c_int64, c_void_p)),
     "s2d_set_table": (None, (c_void_p, c_void_p)),
+    "s2d_forward": (
+        c_int32,
+        (c_void_p, c_void_p, POINTER(Batch), c_void_p, c_int64, c_void_p, c_void_p),
+    ),
     "s2d_embed": (c_int32, (c_void_p, c_void_p, c_int64, c_void_p)),
     "s2d_run_layers": (c_int32, (c_void_p, c_void_p, c_int64, c_int64, POINTER(Batch))),
     "s2d_logits": (c_int32, (c_void_p, c_void_p, c_int64, c_void_p)),

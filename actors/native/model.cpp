@@ -72,6 +72,20 @@ Status Model::embed(const int64_t* ids, int64_t count, float* out) {
     return OK;
 }
 
+// One call, so that the team does not fall asleep between its parts.
+Status Model::forward(const int64_t* ids, const Batch& batch, const int64_t* rows, int64_t count, float* states,
+                      float* out) {
+    const int64_t width = shape_.hidden;
+    for (int64_t r = 0; r < count; ++r) {
+        if (rows[r] < 0 || rows[r] >= batch.tokens) return BAD_ROW;
+    }
+    float* hidden = work_.hidden.reserve(batch.tokens * width);
+    if (const Status status = embed(ids, batch.tokens, hidden); status != OK) return status;
+    if (const Status status = run_layers(hidden, 0, shape_.layers, batch); status != OK) return status;
+    for (int64_t r = 0; r < count; ++r) std::copy_n(hidden + rows[r] * width, width, states + r * width);
+    return logits(states, count, out);
+}
+
 Status Model::logits(const float* hidden, int64_t rows, float* out) {
     const Shape& s = shape_;
     if (rows == 0) return OK;

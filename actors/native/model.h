@@ -19,6 +19,7 @@ enum Status : int32_t {
     BAD_RANGE = 7,
     NO_MEMORY = 8,
     NOT_PACKABLE = 9,
+    BAD_ROW = 10,
 };
 
 struct Shape {
@@ -78,6 +79,8 @@ public:
     void set_vector(int64_t layer, int64_t which, const float* values);
     void set_table(const void* rows) { table_ = rows; }
 
+    // All of a pass: states [count][hidden] after the layers of tokens `rows`, and their logits [count][vocab].
+    Status forward(const int64_t* ids, const Batch& batch, const int64_t* rows, int64_t count, float* states, float* out);
     Status embed(const int64_t* ids, int64_t count, float* out);
     Status run_layers(float* hidden, int64_t first, int64_t last, const Batch& batch);
     Status logits(const float* hidden, int64_t rows, float* out);
@@ -88,7 +91,7 @@ public:
 
 private:
     struct Work {
-        Scratch normed, qkv, attended, gate_up, active, converted, last, scores, drafted[2];
+        Scratch normed, qkv, attended, gate_up, active, converted, last, scores, hidden, drafted[2];
     };
 
     Status prepare(const Batch& batch);

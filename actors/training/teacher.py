@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from actors.models.runner import BLOCK_SIZE, ModelRunner, RaggedBatch, forward_with_states, normalised
+from actors.models.runner import BLOCK_SIZE, LayeredRunner, ModelRunner, RaggedBatch, normalised
 from actors.training.token_store import TeacherRows, TokenSequence
 
 
@@ -24,7 +24,10 @@ class Teacher:
     """
 
     def __init__(self, runner: ModelRunner, top: int, batch_tokens: int, *, states: bool = False) -> None:
-        self._runner, self._top, self._batch_tokens, self._states = runner, top, batch_tokens, states
+        self._runner, self._top, self._batch_tokens = runner, top, batch_tokens
+        if states and not isinstance(runner, LayeredRunner):
+            raise TypeError(f"{type(runner).__name__} gives no hidden states")
+        self._layered = runner if states and isinstance(runner, LayeredRunner) else None
 
     def rows(
         self, sequences: Sequence[TokenSequence], on_tokens: Callable[[int], None] = lambda count: None
@@ -57,8 +60,8 @@ class Teacher:
     def _run(self, group: Sequence[int], sequences: Sequence[TokenSequence]) -> dict[int, TeacherRows]:
         chosen = [sequences[i] for i in group]
         batch, hidden = whole_sequences(chosen, self._runner.info.device), None
-        if self._states:
-            hidden, logits = forward_with_states(self._runner, batch)
+        if self._layered is not None:
+            hidden, logits = self._layered.forward_with_states(batch)
         else:
             logits = self._runner.forward(batch)
         top = min(self._top, logits.shape[-1])

@@ -68,7 +68,7 @@ def test_one_of_a_batch_probes_at_a_time() -> None:
 
 
 def test_a_batch_probes_in_a_small_share_of_its_time() -> None:
-    one, many = _taught(1), _taught(16)
+    one, many = _taught(1, row_ms=0.1), _taught(16, row_ms=0.1)
     lone = sum(_round(*one, right=False) for _ in range(200))
     shared = sum(_round(*many, right=False) for _ in range(200))
     assert 0 < shared < 16 * lone / 4, "each of sixteen probes more seldom than one alone would"

@@ -304,7 +304,9 @@ def test_layers_in_ranges_and_selected_rows(folders: Callable[[str], Path]) -> N
     before = hidden.clone()
     first = runner.run_layers(hidden, 0, 1, batch)
     assert torch.equal(hidden, before)
-    assert torch.equal(runner.logits(runner.run_layers(first, 1, 3, batch)[batch.logit_rows]), whole)
+    states = runner.run_layers(first, 1, 3, batch)[batch.logit_rows]
+    assert torch.equal(runner.logits(states), whole)
+    assert torch.equal(runner.forward_with_states(batch)[0], states)
     assert torch.equal(runner.run_layers(first, 2, 2, batch), first)
 
 
@@ -381,6 +383,8 @@ def test_bad_batches_are_refused(folders: Callable[[str], Path]) -> None:
         (changed(positions=torch.full((6,), 256)), "position"),
         (changed(positions=torch.full((6,), -1)), "position"),
         (changed(token_ids=torch.full((6,), VOCAB)), "vocabulary"),
+        (changed(logit_rows=torch.tensor([0, 6])), "row of logits"),
+        (changed(logit_rows=torch.tensor([-1])), "row of logits"),
         (changed(context_lens=torch.tensor([5])), "fit together"),
         (changed(context_lens=torch.tensor([8 * BLOCK_SIZE + 1])), "fit together"),
         (changed(block_tables=torch.full((1, 8), 24, dtype=torch.int32)), "block table"),
