@@ -39,6 +39,8 @@ _FEW_SEEN = 4
 """Drafts until which those of a batch ask one after the other."""
 _VERIFIED_IN_BATCH = 4
 """One in so many probes of a batch is verified: all wait for its rows, and rounds differ in rows anyway."""
+_FURTHER_INTERVAL = 32
+"""Rounds with drafts of which one verifies more than pays."""
 _IN_DEBT = "plain decoding: drafting has to make up for what it lost"
 
 
@@ -90,7 +92,7 @@ class Controller:
         self._emitting = 1
         self._rounds_to_look = 0
         self._rounds_to_probe = 0
-        self._probes = self._verified = 0
+        self._probes = self._verified = self._drafting_rounds = 0
         self._drafts_seen = 0
         self._reason = "nothing decided yet"
         self._decisions = {"asked": 0, "declined": 0, "probes": 0}
@@ -236,6 +238,8 @@ class Controller:
                 probed = True
             lengths[index] = length
             state.probing = False
+        if any(chosen):
+            self._look_further([index for index, _ in free], curves, lengths)
         if all(not c.forced for c, _, _ in drafts):
             self._emitting = emitting
             without = self.costs.seconds(base_rows)
@@ -245,6 +249,19 @@ class Controller:
                 extra_s += length * self.costs.drafted_attention_s(candidate.context)
             self.account.spend(self._last_wait_s + extra_s)
         return lengths
+
+    def _look_further(
+        self, free: Sequence[int], curves: Sequence[Sequence[float]], lengths: list[int]
+    ) -> None:
+        """Now and then verify twice as much of a draft as pays: rounds of so many rows never come otherwise
+        once they seem too dear, and nothing would show that they are not."""
+        self._drafting_rounds += 1
+        if self._drafting_rounds % _FURTHER_INTERVAL:
+            return
+        left = [len(curve) - lengths[index] for index, curve in zip(free, curves, strict=True)]
+        most = max(range(len(left)), key=left.__getitem__)
+        index = free[most]
+        lengths[index] = min(len(curves[most]), 2 * max(1, lengths[index]))
 
     def _admit(
         self,

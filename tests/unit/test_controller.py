@@ -307,3 +307,24 @@ def test_noise_does_not_make_rounds_with_drafts_seem_ever_dearer() -> None:
         stolen = rng.expovariate(1.0) if rng.random() < 0.03 else 0.0
         costs.observe(1, 0.010 * (1.0 + abs(rng.gauss(0.0, 0.15)) + stolen))
     assert 1.1 < costs.seconds(9) / costs.seconds(1) < 1.3
+
+
+def test_rounds_that_seem_too_dear_are_tried_all_the_same() -> None:
+    """A profile said that five rows cost three times what they do: no draft of four would ever show it."""
+    costs = CostModel()
+    for rows, milliseconds in ((1, 10.2), (2, 10.4), (4, 30.0), (8, 35.0)):
+        costs.observe(rows, milliseconds / 1e3)
+    controller, state = Controller(costs), ControlState()
+    for _ in range(100):
+        controller.observe_wait(0.5e-3)
+    _teach(controller, state, accepted=4)
+    candidate = Candidate(state, 4, ("d",))
+    lengths = []
+    for _ in range(200):
+        assert controller.plan([candidate]) == [4]
+        (length,) = controller.trim([(candidate, DRAFT, 4)], 1, 1)
+        controller.observe_accepted(length)
+        controller.costs.observe(1 + length, (10.0 + 0.2 * (1 + length)) / 1e3)
+        lengths.append(length)
+    assert max(lengths[:20]) < 4
+    assert lengths[-20:].count(4) >= 19
