@@ -79,6 +79,8 @@ class LocalDraftSource:
             session.tokens.extend(update.new_tokens)
             session.candidates.extend(update.candidates)
             del session.candidates[:-MAX_HELD_CANDIDATES]
+            if update.new_tokens and (update.states is None or len(update.states) < len(update.new_tokens)):
+                session.states.clear()  # what is handed on are the states of the last tokens
             if update.states is not None:
                 session.states.append(update.states)
                 del session.states[:-MAX_HELD_STATES]
@@ -102,7 +104,7 @@ class LocalDraftSource:
                     session.error = error
             code, message = session.error.code, session.error.message
             drafts[sid] = SessionDraft(sid, epoch, error=code, error_message=message)
-        # The caller's other sequences wait too.
+        # The caller's other sequences wait too, whether they are decoding already or will be.
         for draft in self._pool.propose(asked, together=len(self._sessions)):
             drafts[draft.session_id] = replace(draft, epoch=wanted[draft.session_id])
             self._drafted += len(draft.token_ids)

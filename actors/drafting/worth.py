@@ -2,7 +2,7 @@
 
 A guess is worth the number of its tokens that can be expected to be accepted, by its drafter's confidence. A
 drafter that has not been asked yet promises what its record says of this session, less the tokens that could
-be decoded in the time that it takes to draft: by all sessions that are drafted for together, which all wait.
+be decoded in the time that it takes to draft: by all sessions that wait meanwhile.
 
 Where guesses are joined into a tree, a drafter is worth what it adds: how often the target's next token was
 among its guesses and among nobody else's.

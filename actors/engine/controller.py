@@ -32,7 +32,8 @@ _MIN_GAIN = 1.01
 bounds what that costs. More caution gives away what drafting brings (replayed: docs/methods/router.md)."""
 
 _PROBE_SHARE = 0.5 * SHARE
-"""Share of the time that a batch probes in, at most: all wait for what may help one."""
+"""Share of the time that a batch waits for probes, as all wait for what may help one; or, if that is more
+often, it probes every 4 rounds a request."""
 _PATIENCE = 4.0
 """Times the interval that probes keep back while prompts are computed."""
 _FEW_SEEN = 4
@@ -139,26 +140,37 @@ class Controller:
         return budgets
 
     def rests(self, states: Sequence[ControlState], other_rows: int = 0) -> int:
-        """Coming rounds of some requests, none of which is forced, in which nothing is to be decided. They
-        are counted here, as `plan` would, and nobody asks in them: no candidates have to be made."""
-        rounds = _LOOK_INTERVAL
+        """Coming rounds of some requests, none of which is forced, in which nothing is to be decided: nobody
+        asks in them, and no candidates have to be made. Tell how many passed with `rested`."""
+        if not self.account.solvent:
+            self._reason = _IN_DEBT
+            return _LOOK_INTERVAL
+        self._bound_pauses(len(states))
+        rounds = min(_LOOK_INTERVAL, self._rounds_to_look)
+        for state in states:
+            to_probe = state.rounds_until(_due_at(other_rows))
+            rounds = min(rounds, max(to_probe, self._rounds_to_probe - 1))
+        return max(0, rounds)
+
+    def rested(self, states: Sequence[ControlState], rounds: int) -> None:
+        """Count rounds of these requests in which nobody asked, as `plan` would have."""
         if self.account.solvent:
-            rounds = min(rounds, self._rounds_to_look)
-            for state in states:
-                to_probe = state.rounds_until(_due_at(other_rows))
-                rounds = min(rounds, max(to_probe, self._rounds_to_probe - 1))
-            if rounds <= 0:
-                return 0
             self._rounds_to_look -= rounds
             self._rounds_to_probe -= rounds
-        else:
-            self._reason = _IN_DEBT
-        plain_s = self.costs.seconds(len(states) + other_rows) + self._attention_s
+        plain_s = self.costs.seconds(len(states)) + self._attention_s
         self.account.round(plain_s, len(states), rounds)
         for state in states:
             state.rounds_since_asked += rounds
         self._decisions["declined"] += rounds * len(states)
-        return rounds
+
+    def _bound_pauses(self, requests: int) -> None:
+        """What is left of the pauses of a batch that was larger is too long."""
+        self._rounds_to_look = min(self._rounds_to_look, self._look_pause(requests))
+        self._rounds_to_probe = min(self._rounds_to_probe, _FIRST_PROBE * requests)
+
+    @staticmethod
+    def _look_pause(requests: int) -> int:
+        return min(_LONGEST_LOOK, _LOOK_INTERVAL * requests) - 1
 
     def _plan_free(self, candidates: Sequence[Candidate], budgets: list[int], other_rows: int) -> set[int]:
         """Sets the budgets of the requests that leave them to the controller; returns which are probes."""
@@ -168,6 +180,7 @@ class Controller:
             # Nothing was decided: a request's last round must not keep the next one from being looked at.
             self._reason = self._explain(0.0, 0.0, 0)
             return set()
+        self._bound_pauses(len(candidates))
         self._rounds_to_probe -= 1
         due = self._most_overdue(free, _due_at(other_rows)) if self._rounds_to_probe <= 0 else None
         if self._rounds_to_look > 0 and due is None and not forced:
@@ -178,8 +191,7 @@ class Controller:
         wait = 0.0 if forced else self._waits.expected(len(free))
         lengths, gain = self._admit(curves, [c.context for _, c in free], base, len(candidates), wait)
         pays = any(lengths)
-        pause = min(_LONGEST_LOOK, _LOOK_INTERVAL * len(candidates))
-        self._rounds_to_look = 0 if pays else pause - 1
+        self._rounds_to_look = 0 if pays else self._look_pause(len(candidates))
         self._reason = self._explain(gain, wait, len(free))
         if pays and not forced and len(free) > 1 and self._drafts_seen < _FEW_SEEN:
             # Nothing but hope speaks for it: one a round is enough to learn, and all wait for as many as ask.
@@ -229,8 +241,8 @@ class Controller:
             if length > 0:
                 state.probe_interval = _FIRST_PROBE
             elif state.probing and not probed:
-                # One probe a round is verified, a little of it: the costs of such rounds must stay known. The
-                # others are scored against what the target emits, which costs nothing.
+                # One probe a round may be verified, a little of it: the costs of such rounds must stay known.
+                # The others are scored against what the target emits, which costs nothing.
                 if self._probes % (1 if emitting == 1 else _VERIFIED_IN_BATCH) == 0:
                     length = min(_PROBE_LENGTHS[self._verified % len(_PROBE_LENGTHS)], len(curve))
                     self._verified += 1
@@ -238,7 +250,7 @@ class Controller:
                 probed = True
             lengths[index] = length
             state.probing = False
-        if any(chosen):
+        if any(chosen) and base_rows == emitting:  # rounds with prompts say nothing of costs
             self._look_further([index for index, _ in free], curves, lengths)
         if all(not c.forced for c, _, _ in drafts):
             self._emitting = emitting
@@ -256,12 +268,16 @@ class Controller:
         """Now and then verify twice as much of a draft as pays: rounds of so many rows never come otherwise
         once they seem too dear, and nothing would show that they are not."""
         self._drafting_rounds += 1
-        if self._drafting_rounds % _FURTHER_INTERVAL:
+        left = {
+            index: len(curve) - lengths[index]
+            for index, curve in zip(free, curves, strict=True)
+            if len(curve) > lengths[index] > 0
+        }
+        if self._drafting_rounds < _FURTHER_INTERVAL or not left:
             return
-        left = [len(curve) - lengths[index] for index, curve in zip(free, curves, strict=True)]
-        most = max(range(len(left)), key=left.__getitem__)
-        index = free[most]
-        lengths[index] = min(len(curves[most]), 2 * max(1, lengths[index]))
+        self._drafting_rounds = 0
+        index = max(left, key=left.__getitem__)
+        lengths[index] += min(left[index], lengths[index])
 
     def _admit(
         self,

@@ -86,7 +86,10 @@ class Speculator:
         self._asked_tokens = 0
         self._counts: dict[str, _Counts] = {}
         self._closed_since_submit = False
-        self._turn = self._resting = 0
+        self._turn = 0
+        self._batch: list[EngineSequence] = []
+        """Who rests, for `_resting` rounds more and `_rested` so far."""
+        self._resting = self._rested = 0
         self._learner: EngineSequence | None = None
 
     @property
@@ -180,8 +183,8 @@ class Speculator:
         return lately and seq.session_open and self.source.wants_states
 
     def learns_from(self, work: Work) -> bool:
-        """Whether drafters learn from a sequence's round. What they learn serves all alike: of rounds without
-        drafts, one sequence's is enough."""
+        """Whether drafters learn from a sequence's round. What they learn serves all alike: of a batch
+        without drafts, a round of one sequence now and then has to do."""
         return work.seq.session_open and (bool(work.drafts) or work.seq is self._learner)
 
     def committed(
@@ -224,16 +227,19 @@ class Speculator:
         A sequence that wants no draft keeps its news to itself for a while, so that plain decoding stays as
         cheap as it is without drafters.
         """
-        if self._resting and not self._closed_since_submit:
+        decoding = [seq for seq in running if seq.session_open and seq.decoding]
+        if self._resting and decoding == self._batch and not self._closed_since_submit:
             self._resting -= 1
+            self._rested += 1
             self._learner = None
             return
-        decoding = [seq for seq in running if seq.session_open and seq.decoding]
+        if self._rested:
+            self.controller.rested([seq.control for seq in self._batch], self._rested)
         self._turn += 1
         self._learner = decoding[self._turn % len(decoding)] if decoding else None
-        self._resting = self._rests(decoding, prompt_rows)
-        if self._resting:
-            self._resting -= 1
+        rounds = self._rests(decoding, prompt_rows)
+        self._batch, self._resting, self._rested = decoding, max(0, rounds - 1), min(1, rounds)
+        if rounds:
             budgets: Sequence[int] = [0] * len(decoding)
         else:
             budgets = self.controller.plan([self._candidate(seq) for seq in decoding], prompt_rows)
@@ -248,8 +254,8 @@ class Speculator:
             self._closed_since_submit = False
 
     def _rests(self, decoding: Sequence[EngineSequence], prompt_rows: int) -> int:
-        """Coming rounds of a batch in which nobody asks for anything. A single sequence does not rest:
-        drafters learn from all its rounds."""
+        """Coming rounds of a batch in which nobody asks for anything, while it stays as it is. A single
+        sequence does not rest: drafters learn from each of its rounds."""
         if len(decoding) < 2 or self._assigned.shadow is not None or any(seq.forced for seq in decoding):
             return 0
         return self.controller.rests([seq.control for seq in decoding], prompt_rows)
@@ -315,7 +321,7 @@ class Speculator:
         return Candidate(seq.control, limit, names, seq.forced, seq.trees, context=seq.num_computed)
 
     def reset(self) -> None:
-        self._resting = 0
+        self._resting = self._rested = 0
         self.source.reset()
         self.controller.reset()
 

@@ -249,7 +249,7 @@ class TorchEngine:
         )
 
     def _collect_candidates(self, works: Sequence[Work], spans: Sequence[RowSpan], logits: Tensor) -> None:
-        """Most probable next ids of every verified row, rejected ones included, for learning drafters."""
+        """Most probable next ids of rows, those of rejected drafts included, for learning drafters."""
         count = self._speculator.source.wants_candidates
         learning = [
             (work, span)
@@ -306,8 +306,8 @@ class TorchEngine:
         self._scheduler.commit(seq, max(seq.num_computed, len(seq.token_ids) - 1))
         read = None
         if states is not None and self._speculator.wants_states(seq):
-            first = span.last - span.decisions
-            read = StateRows(states, [first + row for row in rows])
+            deciding = span.last - span.decisions
+            read = StateRows(states, [deciding + row for row in rows])
         self._speculator.committed(seq, emitted, work.proposal, len(work.drafts), accepted, read)
         if seq.finish_reason is not None:
             self._remove(seq)

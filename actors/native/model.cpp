@@ -8,7 +8,7 @@
 namespace s2d {
 namespace {
 
-constexpr int64_t CHUNK = 512;  // rows worked on at a time: bounds the scratch memory
+constexpr int64_t CHUNK = 512;  // rows worked on at a time: bounds the layers' scratch memory
 constexpr int64_t FEW = 8;      // rows up to which repeating a norm on each thread costs less than a barrier
 
 int64_t converted_floats(const Shape& s) { return converted_bytes(s.widest(), s.format()) / 4; }  // of the widest inputs

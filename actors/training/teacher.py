@@ -25,9 +25,11 @@ class Teacher:
 
     def __init__(self, runner: ModelRunner, top: int, batch_tokens: int, *, states: bool = False) -> None:
         self._runner, self._top, self._batch_tokens = runner, top, batch_tokens
-        if states and not isinstance(runner, LayeredRunner):
-            raise TypeError(f"{type(runner).__name__} gives no hidden states")
-        self._layered = runner if states and isinstance(runner, LayeredRunner) else None
+        self._layered: LayeredRunner | None = None
+        if states:
+            if not isinstance(runner, LayeredRunner):
+                raise TypeError(f"{type(runner).__name__} gives no hidden states")
+            self._layered = runner
 
     def rows(
         self, sequences: Sequence[TokenSequence], on_tokens: Callable[[int], None] = lambda count: None

@@ -1,0 +1,132 @@
+"""Rounds in which a batch rests: who joins is heard at once, and what passed is counted, no more."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from actors.drafting.local_source import LocalDraftSource
+from actors.drafting.prompt_lookup import PromptLookupDrafter
+from actors.drafting.selector import DrafterPool
+from actors.drafting.token_recycling import TokenRecyclingDrafter
+from actors.engine.controller import Controller
+from actors.engine.costs import CostModel
+from actors.engine.messages import EngineRequest
+from actors.engine.sequence import Sequence, StateRows, Work
+from actors.engine.speculator import DraftTimeouts, Speculator
+from actors.sampling.params import SamplingParams, SpeculationParams
+from actors.verification.registry import get_rule
+
+_ids = itertools.count()
+
+
+def _sequence(force: bool = False) -> Sequence:
+    request = EngineRequest(
+        f"r{next(_ids)}",
+        tuple(range(10)),
+        SamplingParams(temperature=0.0, max_tokens=1000),
+        SpeculationParams(max_draft_tokens=4, force=force),
+    )
+    return Sequence(request, None, get_rule("coupled"), 0, 4)
+
+
+def _speculator() -> Speculator:
+    """Rows are so dear that drafting never pays."""
+    costs = CostModel()
+    for rows in (1, 2, 4, 8, 16):
+        costs.observe(rows, 0.01 * rows)
+    source = LocalDraftSource(DrafterPool([PromptLookupDrafter(), TokenRecyclingDrafter()]))
+    return Speculator(source, Controller(costs), DraftTimeouts(0.1, 1.0), 4096)
+
+
+def _starts(speculator: Speculator, seq: Sequence) -> None:
+    speculator.open(seq)
+    seq.num_computed = len(seq.token_ids)
+
+
+def _round(speculator: Speculator, batch: list[Sequence], token: int = 3) -> None:
+    """A round of plain decoding for all."""
+    speculator.collect(batch, 0)
+    for seq in batch:
+        seq.token_ids.append(token)
+        seq.num_computed = len(seq.token_ids) - 1
+        speculator.committed(seq, [token], None, 0, ())
+    speculator.submit(batch, 0)
+
+
+def _resting(speculator: Speculator, batch: list[Sequence]) -> None:
+    for _ in range(60):
+        _round(speculator, batch)
+        if speculator._resting == 3:
+            return
+    raise AssertionError("the batch never rests")
+
+
+def test_a_forced_request_that_joins_a_resting_batch_drafts_at_once() -> None:
+    speculator, batch = _speculator(), [_sequence(), _sequence()]
+    forced = _sequence(force=True)
+    for seq in (*batch, forced):
+        _starts(speculator, seq)
+    forced.num_computed = 4  # its prompt is still being computed
+    _resting(speculator, batch)
+    forced.num_computed = len(forced.token_ids) - 1
+    speculator.submit([*batch, forced], 0)
+    assert forced.asked
+
+
+def test_a_rest_that_is_cut_short_counts_what_passed() -> None:
+    speculator, batch = _speculator(), [_sequence(), _sequence(), _sequence()]
+    for seq in batch:
+        _starts(speculator, seq)
+    _resting(speculator, batch)
+    before = [seq.control.rounds_since_asked for seq in batch]
+    _round(speculator, batch)
+    speculator.release(batch.pop())
+    _round(speculator, batch)
+    counted = [seq.control.rounds_since_asked - b for seq, b in zip(batch, before, strict=False)]
+    assert set(counted) <= {2, 3}, "the first round of the rest, the second, and maybe this one"
+
+
+def test_a_batch_that_does_not_draft_teaches_one_row_now_and_then_a_single_request_each() -> None:
+    speculator, batch = _speculator(), [_sequence() for _ in range(4)]
+    for seq in batch:
+        _starts(speculator, seq)
+    taught: list[Sequence] = []
+    for _ in range(100):
+        _round(speculator, batch)
+        learners = [seq for seq in batch if not seq.asked and speculator.learns_from(Work(seq, 1))]
+        assert len(learners) <= 1
+        taught += learners
+    assert all(seq in taught for seq in batch), "each in its turn"
+    assert len(taught) < 60
+    alone = [_sequence()]
+    _starts(speculator, alone[0])
+    for _ in range(20):
+        _round(speculator, alone)
+        assert speculator.learns_from(Work(alone[0], 1))
+
+
+def test_rows_of_states_are_those_that_were_named() -> None:
+    states = torch.arange(12.0).reshape(6, 2)
+    assert torch.equal(StateRows(states, [4, 1]).read(), torch.tensor([[8.0, 9.0], [2.0, 3.0]]))
+
+
+def test_states_of_tokens_that_others_followed_without_are_dropped() -> None:
+    from tests.unit.test_drafters import session, wish
+
+    seen: list[torch.Tensor | None] = []
+
+    class Watching(DrafterPool):
+        def apply(self, update: object) -> None:
+            seen.append(update.states)  # type: ignore[attr-defined]
+
+    source = LocalDraftSource(Watching([PromptLookupDrafter()]))
+    source.open(session(0, [1, 2]))
+    source.submit([wish(0, 1, new_tokens=(3,), states=torch.ones(1, 2))])
+    source.submit([wish(0, 2, new_tokens=(4, 5))])
+    source.submit([wish(0, 3, new_tokens=(6,), states=torch.full((1, 2), 2.0))])
+    source.collect({0: 3}, 0.0)
+    (states,) = seen
+    assert states is not None
+    assert torch.equal(states, torch.full((1, 2), 2.0))
