@@ -117,7 +117,6 @@ class Speculator:
             SessionOpen(seq.session_id, tuple(seq.token_ids), seq.prompt_len, sampling, seq.epoch, seq.trees)
         )
         seq.session_open = True
-        self._resting = 0
 
     def release(self, seq: EngineSequence) -> None:
         """Forget a sequence that ended; the close leaves with the next `submit`."""

@@ -33,7 +33,7 @@ void Linear::run(const float* x, int64_t rows, float* y) const {
             pool_->barrier();
         }
         const int64_t groups = groups_of(n_), group = group_bytes(k_, format_);
-        pool_->divide(groups, piece_of(groups, rows, group), thread, threads, [&](int64_t begin, int64_t end, bool again) {
+        pool_->divide(groups, rows, group, thread, threads, [&](int64_t begin, int64_t end, bool again) {
             kernels_.product({x, k_, rows, matrix_, group, format_, k_, n_, begin, end, y, n_, bias_, nullptr,
                               Epilogue::store, {converted, bytes}, again});
         });

@@ -99,8 +99,8 @@ Status Model::logits(const float* hidden, int64_t rows, float* out) {
         }
         convert(normed, s.hidden, begin, end, converted);
         pool_.barrier();
-        const int64_t groups = groups_of(s.vocab), piece = piece_of(groups, rows, group_bytes(s.hidden, s.format()));
-        pool_.divide(groups, piece, thread, threads, [&](int64_t from, int64_t to, bool again) {
+        const int64_t groups = groups_of(s.vocab), group = group_bytes(s.hidden, s.format());
+        pool_.divide(groups, rows, group, thread, threads, [&](int64_t from, int64_t to, bool again) {
             multiply(normed, rows, converted, head_, s.vocab, s.hidden, from, to, out, nullptr, Epilogue::store, again);
         });
     });
@@ -273,8 +273,8 @@ void Model::run_chunk(float* hidden, int64_t first, int64_t last, int64_t at, in
         };
         const auto product = [&](const float* x, const char* w, int64_t n, int64_t k, float* y, const float* bias,
                                  Epilogue epilogue) {
-            const int64_t groups = groups_of(n), piece = piece_of(groups, rows, group_bytes(k, s.format()));
-            pool_.divide(groups, piece, thread, threads, [&](int64_t begin, int64_t end, bool again) {
+            const int64_t group = group_bytes(k, s.format());
+            pool_.divide(groups_of(n), rows, group, thread, threads, [&](int64_t begin, int64_t end, bool again) {
                 multiply(x, rows, converted, w, n, k, begin, end, y, bias, epilogue, again);
             });
         };
@@ -304,8 +304,8 @@ void Model::run_chunk(float* hidden, int64_t first, int64_t last, int64_t at, in
             product(attended, w.o, s.hidden, query, hidden, nullptr, Epilogue::add);
             pool_.barrier();
             norm(w.post_norm);
-            const int64_t pairs = inner / LANES, piece = piece_of(pairs, rows, 2 * group_bytes(s.hidden, s.format()));
-            pool_.divide(pairs, piece, thread, threads, [&](int64_t begin, int64_t end, bool again) {
+            const int64_t pair = 2 * group_bytes(s.hidden, s.format());
+            pool_.divide(inner / LANES, rows, pair, thread, threads, [&](int64_t begin, int64_t end, bool again) {
                 multiply(normed, rows, converted, w.gate_up, 2 * inner, s.hidden, 2 * begin, 2 * end, gate_up, nullptr,
                          Epilogue::store, again);
                 for (int64_t r = 0; r < rows; ++r) {

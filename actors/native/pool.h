@@ -118,11 +118,12 @@ public:
         barrier();
     }
 
-    // body(begin, end, again) for pieces of 0..count-1, each on one thread: a thread works on its own share, then on
+    // body(begin, end, again) for pieces of the parts 0..count-1 of a product, each on one thread: a thread works on its own share, then on
     // what is left of the others'. So who is interrupted keeps the team waiting for a piece, not for its share.
     // `again`: this thread has had a piece of them before. All threads call this, and meet before they do again.
     template <typename Body>
-    void divide(int64_t count, int64_t piece, int thread, int threads, Body&& body) {
+    void divide(int64_t count, int64_t rows, int64_t part_bytes, int thread, int threads, Body&& body) {
+        const int64_t piece = piece_of(count, rows, part_bytes);
         Taken& own = taken_[static_cast<size_t>(thread)];
         const size_t now = own.turn++ % 2;
         own.count[1 - now].store(0, std::memory_order_relaxed);  // all have left the last division

@@ -6,6 +6,7 @@ import itertools
 
 import torch
 
+from actors.drafting.interface import DraftSampling, SessionOpen, SessionUpdate
 from actors.drafting.local_source import LocalDraftSource
 from actors.drafting.prompt_lookup import PromptLookupDrafter
 from actors.drafting.selector import DrafterPool
@@ -113,19 +114,17 @@ def test_rows_of_states_are_those_that_were_named() -> None:
 
 
 def test_states_of_tokens_that_others_followed_without_are_dropped() -> None:
-    from tests.unit.test_drafters import session, wish
-
     seen: list[torch.Tensor | None] = []
 
     class Watching(DrafterPool):
-        def apply(self, update: object) -> None:
-            seen.append(update.states)  # type: ignore[attr-defined]
+        def apply(self, update: SessionUpdate) -> None:
+            seen.append(update.states)
 
     source = LocalDraftSource(Watching([PromptLookupDrafter()]))
-    source.open(session(0, [1, 2]))
-    source.submit([wish(0, 1, new_tokens=(3,), states=torch.ones(1, 2))])
-    source.submit([wish(0, 2, new_tokens=(4, 5))])
-    source.submit([wish(0, 3, new_tokens=(6,), states=torch.full((1, 2), 2.0))])
+    source.open(SessionOpen(0, (1, 2), 2, DraftSampling(1)))
+    source.submit([SessionUpdate(0, 1, (3,), 2, states=torch.ones(1, 2))])
+    source.submit([SessionUpdate(0, 2, (4, 5), 2)])
+    source.submit([SessionUpdate(0, 3, (6,), 2, states=torch.full((1, 2), 2.0))])
     source.collect({0: 3}, 0.0)
     (states,) = seen
     assert states is not None
