@@ -2,71 +2,108 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from actors.isotonic import isotonic
 
-_SMOOTHING = 0.1
-_FOLLOWING = 0.8
-"""How much of a row count's change, in logarithms, the others are taken to share."""
-_OUTLIER = 4.0
+_NOISE = 0.3
+"""Standard deviation of a round's time, in logarithms, as all of these."""
+_LEVEL_STEP = 0.03
+"""By how much the machine's speed changes from a round to the next."""
+_SHAPE = 0.2
+"""By how much the profile of a row count may be wrong beside those of the others."""
+_SHAPE_STEP = 0.003
+_QUICKER, _SLOWER = math.log(4.0), 2.0 * _NOISE
+"""What counts at most of a round that was quicker or slower than expected: disturbances only add."""
 _FEW = 8
-"""Measurements of a row count from which on it is believed whatever others say."""
+"""Measurements of a row count from which on it is believed whatever larger ones say."""
 
 
 class CostModel:
     """Seconds of one engine round by the number of token rows in its forward pass.
 
-    Known row counts hold exponential averages; others are interpolated linearly, and extrapolated with the
-    slope of the last two known ones. Predictions never fall with the row count: neighbours that contradict
-    that are averaged (isotonic regression). A measurement also pulls the other row counts along, so that a
-    profile taken while the machine was busy does not outlive that. Whatever disturbs a measurement only adds
-    to it: a row count that few rounds had is believed to cost no more than larger ones do.
+    The logarithm of a round's time is that of its row count in the profile, plus a level that all row counts
+    share (the machine is busy, or slow), plus the row count's own part, plus noise. The level wanders, own
+    parts hardly do; a Kalman filter follows both. So what one row count shows moves all of them as far as
+    they cannot be told apart, and a row count that is met seldom keeps its place among the others. (Averages
+    that pulled each other along instead lost the profile's shape within some hundred rounds: nine rows came
+    to cost as much as four, or twice as much.)
+
+    Row counts that were never met are interpolated linearly, and extrapolated with the slope of the last two
+    known ones. Predictions never fall with the row count: neighbours that contradict that are averaged
+    (isotonic regression), and a row count that few rounds had is believed to cost no more than larger ones
+    do.
 
     What a round takes longer the longer its sequences are is kept apart (`attention_s`): drafts of a long
     sequence cost more than those of a short one.
     """
 
     def __init__(self) -> None:
-        self._seconds: dict[int, float] = {}
+        self._rows: list[int] = []
+        self._place: dict[int, int] = {}
+        """Of a row count in the three that follow; the level comes first in the last two."""
+        self._profile_s: list[float] = [1.0]
+        self._parts = np.zeros(1)
+        self._covariance = np.ones((1, 1))
+        """To begin with nothing is known of the level: a profile is taken while nothing else is done."""
         self._rounds: dict[int, int] = {}
         """Measurements of a row count, a profile being the first."""
-        self._rows: list[int] = []
         self._fitted: list[float] = []
         self._cache: dict[int, float] = {}
         self._read_s = self._attend_s = 0.0
+        self._quickest_s: dict[tuple[int, int], float] = {}
+        """Of rounds by rows and context, from which these two come."""
 
     def attention_s(self, context: int, rows: int = 1) -> float:
         """Seconds that attention over `context` KV entries adds for `rows` rows of one sequence."""
-        return context * (self._read_s + self._attend_s * (rows - 1))
+        return context * (self._read_s + self._attend_s * (rows - 1)) * self._slowdown
 
     def drafted_attention_s(self, context: int) -> float:
         """What one more row of the sequence adds."""
-        return context * self._attend_s
+        return context * self._attend_s * self._slowdown
+
+    @property
+    def _slowdown(self) -> float:
+        return math.exp(self._parts[0])
 
     def observe(self, rows: int, seconds: float, attention_s: float = 0.0) -> None:
-        """Add a measurement, `attention_s` of which was expected for attention. A stray outlier (a stolen
-        core) moves the average by a bounded amount."""
-        seconds = max(seconds - attention_s, seconds / _OUTLIER)
-        known = self._seconds.get(rows)
-        if known is None:
-            self._seconds[rows] = seconds  # first, for `measured` in another thread
-            self._rows.insert(bisect_left(self._rows, rows), rows)
-        else:
-            bounded = min(max(seconds, known / _OUTLIER), known * _OUTLIER)
-            # The smallest row count has many rounds, and pulls the others along with each.
-            few = self._rounds[rows] < _FEW and rows != self._rows[0]
-            smoothing = 1.0 if few and bounded < known else _SMOOTHING
-            self._seconds[rows] = known + smoothing * (bounded - known)
-            # In logarithms, a share of what an average does: what noise adds and takes away again cancels. A
-            # share of each measurement's error would add up without end, with its square.
-            drift = (1.0 + _SMOOTHING * (bounded / known - 1.0)) ** _FOLLOWING
-            for other in self._rows:
-                if other != rows:
-                    self._seconds[other] *= drift
-        self._rounds[rows] = self._rounds.get(rows, 0) + 1
+        """Add a round, `attention_s` of which was expected for attention."""
+        seconds = max(seconds - attention_s, seconds / 4.0, 1e-9)
+        if rows not in self._place:
+            if not self._rows or not self._rows[0] < rows < self._rows[-1]:
+                self._add(rows, seconds / self._slowdown)
+                return
+            self._add(rows, self.seconds(rows) / self._slowdown)
+        at = self._place[rows]
+        self._rounds[rows] += 1
+        covariance = self._covariance
+        covariance[0, 0] += _LEVEL_STEP**2
+        covariance[at, at] += _SHAPE_STEP**2
+        with_measured = covariance[0] + covariance[at]
+        gain = with_measured / (with_measured[0] + with_measured[at] + _NOISE**2)
+        error = math.log(seconds / self._believed_s(rows))
+        self._parts += gain * max(-_QUICKER, min(_SLOWER, error))
+        covariance -= np.outer(gain, with_measured)
         self._changed()
+
+    def _add(self, rows: int, profile_s: float) -> None:
+        size = len(self._profile_s)
+        self._parts = np.append(self._parts, 0.0)
+        self._covariance = np.pad(self._covariance, (0, 1))
+        self._covariance[size, size] = _SHAPE**2
+        self._profile_s.append(profile_s)
+        self._rounds[rows] = 1
+        self._place[rows] = size  # before `_rows`, for `measured` in another thread
+        self._rows.insert(bisect_left(self._rows, rows), rows)
+        self._changed()
+
+    def _believed_s(self, rows: int) -> float:
+        at = self._place[rows]
+        return self._profile_s[at] * math.exp(self._parts[0] + self._parts[at])
 
     def profile(self, run: Callable[[int], float], row_counts: Sequence[int], repeats: int = 3) -> None:
         """Measure each row count: the best of `repeats` runs of `run(rows) -> seconds`."""
@@ -74,10 +111,11 @@ class CostModel:
             self.observe(rows, min(run(rows) for _ in range(repeats)))
 
     def remeasure(self, rows: int, run: Callable[[int], float], repeats: int = 5) -> None:
-        """Measure a row count again; only a shorter time counts, since what disturbs it only adds."""
+        """Profile a row count again; only a shorter time counts, since what disturbs it only adds."""
         seconds = min(run(rows) for _ in range(repeats))
-        if seconds < self._seconds.get(rows, 0.0):
-            self._seconds[rows] = seconds
+        at = self._place.get(rows)
+        if at is not None and seconds < self._profile_s[at]:
+            self._profile_s[at] = seconds
             self._changed()
 
     def _changed(self) -> None:
@@ -88,13 +126,13 @@ class CostModel:
         self, run: Callable[[int, int], float], rows: int, contexts: tuple[int, int], repeats: int = 3
     ) -> None:
         """Measure what context costs, from `run(rows, context) -> seconds` with one row and with `rows`, at a
-        short and a long context."""
+        short and a long context. Measured again, the quickest of all counts: a difference of two times has
+        the noise of both."""
         short, long = contexts
-        added = {
-            count: min(run(count, long) for _ in range(repeats))
-            - min(run(count, short) for _ in range(repeats))
-            for count in (1, rows)
-        }
+        for case in [(count, context) for count in (1, rows) for context in (long, short)]:
+            seconds = min(run(*case) for _ in range(repeats))
+            self._quickest_s[case] = min(seconds, self._quickest_s.get(case, seconds))
+        added = {count: self._quickest_s[count, long] - self._quickest_s[count, short] for count in (1, rows)}
         self._read_s = max(0.0, added[1] / (long - short))
         # The first row also fetches what the others find in a cache: where they seem dearer, the machine
         # was busy.
@@ -113,7 +151,7 @@ class CostModel:
         if not self._rows:
             return 0.0
         if not self._fitted:
-            values = [self._seconds[known] for known in self._rows]
+            values = [self._believed_s(known) for known in self._rows]
             for i in range(len(values) - 2, -1, -1):
                 if self._rounds[self._rows[i]] < _FEW:
                     values[i] = min(values[i], values[i + 1])
@@ -132,12 +170,12 @@ class CostModel:
         return self._fitted[-1] + slope * (rows - self._rows[-1])
 
     def measured(self) -> dict[int, float]:
-        """Seconds by row count, as averaged so far. Safe from any thread."""
-        return {rows: self._seconds[rows] for rows in tuple(self._rows)}
+        """Seconds by row count, as believed now. Safe from any thread."""
+        return {rows: self._believed_s(rows) for rows in tuple(self._rows)}
 
     def table(self) -> dict[str, float]:
         """Milliseconds by row count, for people."""
-        return {str(rows): round(self._seconds[rows] * 1e3, 3) for rows in self._rows}
+        return {str(rows): round(seconds * 1e3, 3) for rows, seconds in self.measured().items()}
 
     def attention_table(self) -> dict[str, float]:
         """Microseconds a KV entry, for people: of a sequence's first row, and of each further one."""

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
+from actors.cache import cache_dir
 from actors.files import complete_or_absent_folder
-from actors.models.cache import cache_dir
 from actors.models.source import ModelSourceError, ResolvedSource
 
 LAYOUT_VERSION = 1

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from actors.models.llama_weights import LlamaWeights
 from actors.models.runner import BLOCK_SIZE, ChainWish, DraftedChain, ModelInfo, RaggedBatch
+from actors.native.blocked import Memory, NotPackableError, blocked, table
 from actors.native.library import FORMAT_CODES, Batch, Chain, NativeLibrary, Shape, load_library, pointer
 
 _QKV, _O, _GATE_UP, _DOWN, _HEAD = range(5)
@@ -41,18 +42,12 @@ _ERRORS = {
     7: "the range of layers is outside the model",
     10: "a row of logits is outside the batch",
 }
-_NO_MEMORY, _NOT_PACKABLE = 8, 9
-
-
-class _NotPackableError(Exception):
-    """Some weights of a model cannot be packed."""
+_NO_MEMORY = 8
 
 
 def _check(status: int) -> None:
     if status == _NO_MEMORY:
         raise MemoryError("the native core got no memory")
-    if status == _NOT_PACKABLE:
-        raise _NotPackableError
     if status != 0:
         raise ValueError(_ERRORS[status])
 
@@ -63,8 +58,8 @@ class NativeLlamaRunner:
     One thread at a time may use it: it has one set of scratch buffers.
 
     Args:
-        weights: read during construction; only an embedding that is not tied to the head, or that of int8 or
-            packed weights, is kept.
+        weights: read during construction. What is made of them is shared with other processes where it can be
+            (`actors.native.blocked`).
         info: describes the same model, on the CPU, in float32 or bfloat16.
         num_blocks: KV blocks of `BLOCK_SIZE` tokens.
         threads: threads of a pass, the caller's included; None takes all cores that the process may use.
@@ -101,7 +96,7 @@ class NativeLlamaRunner:
             try:
                 self._fill(weights)
                 break
-            except _NotPackableError:
+            except NotPackableError:
                 self.close()
 
     def _create(self, weights: LlamaWeights, tied: bool) -> None:
@@ -125,10 +120,11 @@ class NativeLlamaRunner:
         if not model:
             raise MemoryError("no memory for the weights and the KV pool, or no thread could be started")
         self._handle: int | None = model
-        self._close = weakref.finalize(self, _destroy, self._library, model)
-        self._table = None if tied else weights.embed.contiguous()
-        if self._table is not None:
-            self._library.c.s2d_set_table(self._model, pointer(self._table, self._info.dtype))
+        self._memories: list[Memory] = []
+        self._close = weakref.finalize(self, _destroy, self._library, model, self._memories)
+        if not tied:
+            self._memories.append(embedding := table(weights.embed.detach().contiguous()))
+            self._library.c.s2d_set_table(self._model, embedding.address)
 
     def _fill(self, weights: LlamaWeights) -> None:
         positions = self._info.max_model_len
@@ -156,8 +152,15 @@ class NativeLlamaRunner:
         self._set_vector(0, _SIN, angles.sin() * weights.attention_scaling)
 
     def _set_matrix(self, layer: int, which: int, matrix: Tensor) -> None:
-        matrix = matrix.detach().contiguous()
-        _check(self._library.c.s2d_set_matrix(self._model, layer, which, pointer(matrix, self._info.dtype)))
+        memory = blocked(
+            self._library,
+            matrix.detach().contiguous(),
+            self.weight_format,
+            self.threads,
+            halves=which == _GATE_UP,
+        )
+        self._memories.append(memory)
+        _check(self._library.c.s2d_set_matrix(self._model, layer, which, memory.address))
 
     def _set_vector(self, layer: int, which: int, vector: Tensor) -> None:
         vector = vector.detach().float().contiguous()
@@ -179,6 +182,11 @@ class NativeLlamaRunner:
     @property
     def library(self) -> NativeLibrary:
         return self._library
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of weights that lie in files, once for all processes."""
+        return sum(memory.size for memory in self._memories if memory.shared)
 
     @property
     def weight_bytes(self) -> int:
@@ -338,8 +346,9 @@ class NativeLlamaRunner:
         return self._handle
 
 
-def _destroy(library: NativeLibrary, model: int) -> None:
+def _destroy(library: NativeLibrary, model: int, memories: list[Memory]) -> None:
     library.c.s2d_destroy(model)
+    memories.clear()
 
 
 def _require_supported(weights: LlamaWeights, info: ModelInfo, num_blocks: int) -> None:

@@ -13,8 +13,8 @@ from typing import Literal
 
 from huggingface_hub import snapshot_download
 
+from actors.cache import cache_dir
 from actors.files import complete_or_absent
-from actors.models.cache import cache_dir
 
 PACKAGE_PREFIX = "package:"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")

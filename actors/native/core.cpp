@@ -64,7 +64,10 @@ int32_t guarded(Body&& body) {
 }  // namespace
 
 // Raised whenever a signature below changes.
-S2D_API int32_t s2d_abi_version() { return 6; }
+S2D_API int32_t s2d_abi_version() { return 7; }
+
+// Raised whenever a blocked matrix (kernels.h, packed.h) of the same rows has other bytes: they are kept in files.
+S2D_API int32_t s2d_layout_version() { return 1; }
 
 S2D_API const char* s2d_isa_name(int32_t isa) {
     const Kernels* kernels = choose(isa);
@@ -89,8 +92,22 @@ S2D_API void* s2d_create(const Shape* shape, int32_t threads, int32_t isa) {
 
 S2D_API void s2d_destroy(void* model) { delete static_cast<Model*>(model); }
 
-S2D_API int32_t s2d_set_matrix(void* model, int64_t layer, int64_t which, const void* rows) {
-    return guarded([&] { return static_cast<Model*>(model)->set_matrix(layer, which, rows), OK; });
+// Bytes of a blocked matrix [n, k] in a format of kernels.h.
+S2D_API int64_t s2d_matrix_bytes(int64_t n, int64_t k, int32_t format) {
+    return matrix_bytes(n, k, static_cast<Format>(format));
+}
+
+// Writes a blocked matrix, from rows [n, k] of float32 or bfloat16 bits, to memory that is zero; see put_matrix.
+S2D_API int32_t s2d_put_matrix(const void* rows, int32_t bf16, int64_t n, int64_t k, int32_t format, int32_t halves,
+                               int32_t threads, char* out) {
+    return guarded([&] {
+        put_matrix(*shared_pool(threads), rows, bf16 != 0, n, k, static_cast<Format>(format), halves != 0, out);
+        return OK;
+    });
+}
+
+S2D_API int32_t s2d_set_matrix(void* model, int64_t layer, int64_t which, const char* matrix) {
+    return guarded([&] { return static_cast<Model*>(model)->set_matrix(layer, which, matrix), OK; });
 }
 
 S2D_API int32_t s2d_set_vector(void* model, int64_t layer, int64_t which, const float* values) {
@@ -128,14 +145,14 @@ S2D_API int64_t s2d_weight_bytes(void* model) { return static_cast<Model*>(model
 
 S2D_API float s2d_read_weights(void* model) { return static_cast<Model*>(model)->read_weights(); }
 
-// A matrix by itself: rows [n, k] of float32 or bfloat16 bits, kept in a format of kernels.h, and a bias [n] or null.
-// Null where there is no such instruction set or no memory, or where the weights cannot be packed as asked.
-S2D_API void* s2d_linear_create(const void* rows, int32_t bf16, const float* bias, int64_t n, int64_t k, int32_t format,
+// A blocked matrix [n, k] by itself, which stays the caller's, and a bias [n] or null. Null where there is no such
+// instruction set or no memory.
+S2D_API void* s2d_linear_create(const char* matrix, const float* bias, int64_t n, int64_t k, int32_t format,
                                 int32_t threads, int32_t isa) {
     const Kernels* kernels = choose(isa);
     if (!kernels) return nullptr;
     try {
-        return new Linear(rows, bf16 != 0, bias, n, k, static_cast<Format>(format), threads, *kernels);
+        return new Linear(matrix, bias, n, k, static_cast<Format>(format), threads, *kernels);
     } catch (...) {
         return nullptr;
     }

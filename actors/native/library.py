@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 ISA_VARIABLE = "S2D_NATIVE_ISA"
 WeightFormat = Literal["float32", "bfloat16", "int8", "packed"]
 FORMAT_CODES: dict[WeightFormat, int] = {"float32": 0, "bfloat16": 1, "int8": 2, "packed": 3}
@@ -97,6 +97,12 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "s2d_packs": (c_int32, (c_int32,)),
     "s2d_create": (c_void_p, (POINTER(Shape), c_int32, c_int32)),
     "s2d_destroy": (None, (c_void_p,)),
+    "s2d_layout_version": (c_int32, ()),
+    "s2d_matrix_bytes": (c_int64, (c_int64, c_int64, c_int32)),
+    "s2d_put_matrix": (
+        c_int32,
+        (c_void_p, c_int32, c_int64, c_int64, c_int32, c_int32, c_int32, c_void_p),
+    ),
     "s2d_set_matrix": (c_int32, (c_void_p, c_int64, c_int64, c_void_p)),
     "s2d_set_vector": (c_int32, (c_void_p, c_int64, c_int64, c_void_p)),
     "s2d_set_table": (None, (c_void_p, c_void_p)),
@@ -113,7 +119,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "s2d_read_weights": (c_float, (c_void_p,)),
     "s2d_linear_create": (
         c_void_p,
-        (c_void_p, c_int32, c_void_p, c_int64, c_int64, c_int32, c_int32, c_int32),
+        (c_void_p, c_void_p, c_int64, c_int64, c_int32, c_int32, c_int32),
     ),
     "s2d_linear_destroy": (None, (c_void_p,)),
     "s2d_linear_run": (c_int32, (c_void_p, c_void_p, c_int64, c_void_p)),
@@ -157,6 +163,8 @@ class NativeLibrary:
         self.isa: str = name.decode()
         self.packs = bool(self.c.s2d_packs(self.isa_code))
         """Whether it has products over packed bfloat16 weights (actors/native/packed.h)."""
+        self.layout_version = int(self.c.s2d_layout_version())
+        """Another one: blocked matrices of the same weights have other bytes."""
 
     def weight_formats(self, dtype: torch.dtype, *, int8: bool) -> tuple[WeightFormat, ...]:
         """How weights of this dtype (float32 or bfloat16) may be kept, best first; those that cannot be

@@ -1,23 +1,16 @@
 #include "linear.h"
 
-#include <algorithm>
-
 namespace s2d {
 
-Linear::Linear(const void* rows, bool bf16, const float* bias, int64_t n, int64_t k, Format format, int threads,
+Linear::Linear(const char* matrix, const float* bias, int64_t n, int64_t k, Format format, int threads,
                const Kernels& kernels)
     : kernels_(kernels),
       pool_(shared_pool(threads)),
       format_(format),
       n_(n),
       k_(k),
-      weights_(static_cast<size_t>(matrix_bytes(n, k, format)) + Arena::round(static_cast<size_t>(n) * sizeof(float))),
-      matrix_(weights_.take<char>(static_cast<size_t>(matrix_bytes(n, k, format)))) {
-    put_matrix(*pool_, kernels, rows, bf16, n, k, format, matrix_, [](int64_t group) { return group * LANES; });
-    if (bias) {
-        bias_ = weights_.take<float>(static_cast<size_t>(n) * sizeof(float));
-        std::copy(bias, bias + n, bias_);
-    }
+      matrix_(matrix) {
+    if (bias) bias_.assign(bias, bias + n);
 }
 
 void Linear::run(const float* x, int64_t rows, float* y) const {
@@ -34,7 +27,7 @@ void Linear::run(const float* x, int64_t rows, float* y) const {
         }
         const int64_t groups = groups_of(n_), group = group_bytes(k_, format_);
         pool_->divide(groups, rows, group, thread, threads, [&](int64_t begin, int64_t end, bool again) {
-            kernels_.product({x, k_, rows, matrix_, group, format_, k_, n_, begin, end, y, n_, bias_, nullptr,
+            kernels_.product({x, k_, rows, matrix_, group, format_, k_, n_, begin, end, y, n_, bias_.empty() ? nullptr : bias_.data(), nullptr,
                               Epilogue::store, {converted, bytes}, again});
         });
     });

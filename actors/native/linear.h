@@ -1,6 +1,8 @@
-// One matrix by itself, for layers of any architecture: blocked once, multiplied by a team of threads that all
-// such matrices of the process share.
+// One matrix by itself, for layers of any architecture: multiplied by a team of threads that all such matrices of the
+// process share.
 #pragma once
+
+#include <vector>
 
 #include "weights.h"
 
@@ -8,8 +10,8 @@ namespace s2d {
 
 class Linear {
 public:
-    // Throws NotPackable and std::bad_alloc.
-    Linear(const void* rows, bool bf16, const float* bias, int64_t n, int64_t k, Format format, int threads,
+    // The matrix (weights.h) is the caller's, the bias [n] or null is copied. Throws std::bad_alloc.
+    Linear(const char* matrix, const float* bias, int64_t n, int64_t k, Format format, int threads,
            const Kernels& kernels);
 
     void run(const float* x, int64_t rows, float* y) const;
@@ -19,9 +21,8 @@ private:
     const std::shared_ptr<Pool> pool_;
     const Format format_;
     const int64_t n_, k_;
-    Arena weights_;
-    char* matrix_;
-    float* bias_ = nullptr;
+    const char* const matrix_;
+    std::vector<float> bias_;
 };
 
 }  // namespace s2d

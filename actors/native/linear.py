@@ -10,6 +10,7 @@ import weakref
 import torch
 from torch import Tensor
 
+from actors.native.blocked import Memory, NotPackableError, blocked
 from actors.native.library import FORMAT_CODES, NativeLibrary, WeightFormat, load_library, pointer
 
 
@@ -17,7 +18,7 @@ class NativeLinear:
     """y = x W^T + b over a weight in the core's blocked layout, bfloat16 packed where possible (packed.h).
 
     Args:
-        weight: [N, K], float32 or bfloat16; copied.
+        weight: [N, K], float32 or bfloat16; copied, or shared with other processes (`actors.native.blocked`).
         bias: [N] or None; copied.
         int8: quantise the weight and the inputs (see kernels.h) to int8.
         threads: of a product; None takes as many as torch uses now. Linears of one thread count share a team.
@@ -46,25 +47,28 @@ class NativeLinear:
         self._outputs, self._inputs = weight.shape
         weight = weight.detach().contiguous()
         bias = None if bias is None else bias.detach().float().contiguous()
-        self.format: WeightFormat
+        threads = torch.get_num_threads() if threads is None else threads
         formats = self._library.weight_formats(weight.dtype, int8=int8)
+        self.format: WeightFormat
         for self.format in formats:
-            handle = self._library.c.s2d_linear_create(
-                pointer(weight, weight.dtype),
-                weight.dtype == torch.bfloat16,
-                None if bias is None else pointer(bias, torch.float32),
-                self._outputs,
-                self._inputs,
-                FORMAT_CODES[self.format],
-                torch.get_num_threads() if threads is None else threads,
-                self._library.isa_code,
-            )
-            if handle:
+            try:
+                matrix = blocked(self._library, weight, self.format, threads)
                 break
-        else:
-            raise MemoryError("no memory for a blocked weight, or no thread could be started")
+            except NotPackableError:  # never of the last
+                continue
+        handle = self._library.c.s2d_linear_create(
+            matrix.address,
+            None if bias is None else pointer(bias, torch.float32),
+            self._outputs,
+            self._inputs,
+            FORMAT_CODES[self.format],
+            threads,
+            self._library.isa_code,
+        )
+        if not handle:
+            raise MemoryError("no thread could be started, or no memory for a bias")
         self._handle: int = handle
-        weakref.finalize(self, _destroy, self._library, handle)
+        weakref.finalize(self, _destroy, self._library, handle, matrix)
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [M, K], any float dtype. Returns float32 [M, N]. Raises ValueError for another width."""
@@ -80,5 +84,5 @@ class NativeLinear:
         return out
 
 
-def _destroy(library: NativeLibrary, handle: int) -> None:
+def _destroy(library: NativeLibrary, handle: int, _matrix: Memory) -> None:
     library.c.s2d_linear_destroy(handle)

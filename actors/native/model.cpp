@@ -420,14 +420,21 @@ Status Model::copy_slots(const int64_t* source, const int64_t* target, int64_t c
     return OK;
 }
 
+int64_t Model::weight_bytes() const {
+    int64_t bytes = static_cast<int64_t>(vectors_.used());
+    for (const auto& matrix : matrices_) bytes += matrix.second;
+    return bytes;
+}
+
 float Model::read_weights() {
     std::vector<float> sums(static_cast<size_t>(pool_.threads()));
-    const int64_t lines = static_cast<int64_t>(weights_.used()) / 64;
     pool_.parallel([&](int thread, int threads) {
-        int64_t begin, end;
-        share(lines, thread, threads, begin, end);
-        sums[static_cast<size_t>(thread)] =
-            kernels_.read_stream(reinterpret_cast<const float*>(weights_.data() + begin * 64), (end - begin) * 64);
+        float& sum = sums[static_cast<size_t>(thread)];
+        for (const auto& [matrix, bytes] : matrices_) {
+            int64_t begin, end;
+            share(bytes / 64, thread, threads, begin, end);
+            sum += kernels_.read_stream(reinterpret_cast<const float*>(matrix + begin * 64), (end - begin) * 64);
+        }
     });
     float total = 0.0f;
     for (const float sum : sums) total += sum;

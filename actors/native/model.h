@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "weights.h"
@@ -35,7 +36,7 @@ struct Shape {
 };
 
 struct Layer {
-    char *qkv = nullptr, *o = nullptr, *gate_up = nullptr, *down = nullptr;
+    const char *qkv = nullptr, *o = nullptr, *gate_up = nullptr, *down = nullptr;
     float *input_norm = nullptr, *post_norm = nullptr, *bias = nullptr, *q_norm = nullptr, *k_norm = nullptr;
 };
 
@@ -75,7 +76,7 @@ class Model {
 public:
     Model(const Shape& shape, int threads, const Kernels& kernels);
 
-    void set_matrix(int64_t layer, int64_t which, const void* rows);
+    void set_matrix(int64_t layer, int64_t which, const char* matrix);
     void set_vector(int64_t layer, int64_t which, const float* values);
     void set_table(const void* rows) { table_ = rows; }
 
@@ -87,7 +88,7 @@ public:
     Status draft_chain(float* hidden, int64_t last, const Batch& batch, const Chain& chain);
     Status copy_slots(const int64_t* source, const int64_t* target, int64_t count);
     float read_weights();
-    int64_t weight_bytes() const { return static_cast<int64_t>(weights_.used()); }
+    int64_t weight_bytes() const;
 
 private:
     struct Work {
@@ -115,9 +116,10 @@ private:
     const std::shared_ptr<Pool> team_;
     Pool& pool_;
     const int64_t head_bytes_, block_bytes_;
-    Arena weights_, kv_;
+    Arena vectors_, kv_;
+    std::vector<std::pair<const char*, int64_t>> matrices_;  // and their bytes; owned by the caller
     std::vector<Layer> layers_;
-    char* head_ = nullptr;
+    const char* head_ = nullptr;
     float *final_norm_ = nullptr, *cos_ = nullptr, *sin_ = nullptr;
     const void* table_ = nullptr;  // embedding rows where not tied to the head; owned by the caller
     Work work_;

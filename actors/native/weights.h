@@ -1,4 +1,4 @@
-// Blocked matrices in any format.
+// Blocked matrices in any format: how they are written. Their memory is the caller's.
 #pragma once
 
 #include <atomic>
@@ -26,16 +26,17 @@ inline bool put_group(const void* rows, bool bf16, int64_t n, int64_t k, int64_t
     return true;
 }
 
-// Writes a matrix [n, k] of memory that is zero; `row_of(g)` is the first row of group g. Throws NotPackable.
-template <typename RowOf>
-void put_matrix(Pool& pool, const Kernels& kernels, const void* rows, bool bf16, int64_t n, int64_t k, Format format,
-                char* out, RowOf&& row_of) {
-    std::atomic<bool> fits{format != Format::packed || (bf16 && kernels.packs)};
+// Writes a matrix [n, k] to memory that is zero. `halves`: groups of the first and the second half of the rows in turn,
+// so that one thread holds both halves of what it activates (gate and up). Throws NotPackable.
+inline void put_matrix(Pool& pool, const void* rows, bool bf16, int64_t n, int64_t k, Format format, bool halves,
+                       char* out) {
+    std::atomic<bool> fits{format != Format::packed || bf16};
     pool.parallel([&](int thread, int threads) {
         int64_t begin, end;
         share(groups_of(n), thread, threads, begin, end);
         for (int64_t g = begin; g < end && fits; ++g) {
-            if (!put_group(rows, bf16, n, k, row_of(g), format, out + g * group_bytes(k, format))) fits = false;
+            const int64_t from = halves ? g % 2 * (n / 2 / LANES) + g / 2 : g;
+            if (!put_group(rows, bf16, n, k, from * LANES, format, out + g * group_bytes(k, format))) fits = false;
         }
     });
     if (!fits) throw NotPackable{};

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from actors.cache import cache_dir
 from actors.drafting.local_source import LocalDraftSource
 from actors.drafting.prompt_lookup import PromptLookupDrafter
 from actors.drafting.selector import DrafterPool
@@ -14,7 +15,6 @@ from actors.engine.scheduler import Scheduler, SchedulerLimits
 from actors.engine.speculator import DraftTimeouts, Speculator
 from actors.engine.torch_engine import SpeculationDefaults, TorchEngine
 from actors.kv.block_pool import BlockPool
-from actors.models.cache import cache_dir
 from actors.models.convert import model_folder
 from actors.models.llama_load import load_config
 from actors.models.load import LoadedModel, load_runner

@@ -16,8 +16,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from actors.cache import ENVIRONMENT_VARIABLE, cache_dir
 from actors.models import convert, source
-from actors.models.cache import ENVIRONMENT_VARIABLE, cache_dir
 from actors.models.convert import model_folder
 from actors.models.load import load_runner
 from actors.models.runner import RaggedBatch

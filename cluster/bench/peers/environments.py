@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from actors.models.cache import cache_dir
+from actors.cache import cache_dir
 from cluster.bench.engines.interface import EngineUnavailableError
 
 MARKER = "installed.json"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from actors.cache import cache_dir
 from actors.files import complete_or_absent_folder
-from actors.models.cache import cache_dir
 from actors.models.tokenizer import load_tokenizer
 
 

@@ -15,8 +15,8 @@ from typing import Any, Literal, get_args
 import gguf
 import numpy as np
 
+from actors.cache import cache_dir
 from actors.files import complete_or_absent
-from actors.models.cache import cache_dir
 from actors.models.source import ResolvedSource
 from cluster.bench.engines.interface import EngineUnavailableError
 
