@@ -25,7 +25,7 @@ from torch import Tensor
 
 from actors.models.llama_weights import LlamaWeights
 from actors.models.runner import BLOCK_SIZE, ChainWish, DraftedChain, ModelInfo, RaggedBatch
-from actors.native.blocked import Memory, NotPackableError, blocked, table
+from actors.native.blocked import Memory, NotPackableError, blocked, keep, table
 from actors.native.library import FORMAT_CODES, Batch, Chain, NativeLibrary, Shape, load_library, pointer
 
 _QKV, _O, _GATE_UP, _DOWN, _HEAD = range(5)
@@ -92,9 +92,8 @@ class NativeLlamaRunner:
             raise ValueError(f"threads must be at least 1, not {self.threads}")
         formats = self._library.weight_formats(info.dtype, int8=info.int8)
         for self.weight_format in formats:
-            self._create(weights, tied=self.weight_format in ("float32", "bfloat16"))
             try:
-                self._fill(weights)
+                self._create(weights, tied=self.weight_format in ("float32", "bfloat16"))
                 break
             except NotPackableError:
                 self.close()
@@ -122,20 +121,41 @@ class NativeLlamaRunner:
         self._handle: int | None = model
         self._memories: list[Memory] = []
         self._close = weakref.finalize(self, _destroy, self._library, model, self._memories)
-        if not tied:
-            self._memories.append(embedding := table(weights.embed.detach().contiguous()))
-            self._library.c.s2d_set_table(self._model, embedding.address)
+        self._fill_matrices(weights, tied)
+        self._fill_vectors(weights)
 
-    def _fill(self, weights: LlamaWeights) -> None:
-        positions = self._info.max_model_len
-        for index, layer in enumerate(weights.layers):
+    def _fill_matrices(self, weights: LlamaWeights, tied: bool) -> None:
+        matrices = [
+            (index, which, matrix)
+            for index, layer in enumerate(weights.layers)
             for which, matrix in (
                 (_QKV, layer.qkv),
                 (_O, layer.o),
                 (_GATE_UP, layer.gate_up),
                 (_DOWN, layer.down),
-            ):
-                self._set_matrix(index, which, matrix)
+            )
+        ]
+        matrices.append((0, _HEAD, weights.head))
+        wanted = [
+            blocked(
+                self._library,
+                matrix.detach().contiguous(),
+                self.weight_format,
+                self.threads,
+                halves=which == _GATE_UP,
+            )
+            for _, which, matrix in matrices
+        ]
+        if not tied:
+            wanted.append(table(weights.embed.detach().contiguous()))
+        self._memories += keep(wanted)
+        for (index, which, _), memory in zip(matrices, self._memories, strict=False):
+            _check(self._library.c.s2d_set_matrix(self._model, index, which, memory.address))
+        if not tied:
+            self._library.c.s2d_set_table(self._model, self._memories[-1].address)
+
+    def _fill_vectors(self, weights: LlamaWeights) -> None:
+        for index, layer in enumerate(weights.layers):
             for which, vector in (
                 (_INPUT_NORM, layer.input_norm),
                 (_POST_NORM, layer.post_norm),
@@ -145,22 +165,11 @@ class NativeLlamaRunner:
             ):
                 if vector is not None:
                     self._set_vector(index, which, vector)
-        self._set_matrix(0, _HEAD, weights.head)
         self._set_vector(0, _FINAL_NORM, weights.final_norm)
-        angles = torch.outer(torch.arange(positions, dtype=torch.float32), weights.inv_freq.float())
+        positions = torch.arange(self._info.max_model_len, dtype=torch.float32)
+        angles = torch.outer(positions, weights.inv_freq.float())
         self._set_vector(0, _COS, angles.cos() * weights.attention_scaling)
         self._set_vector(0, _SIN, angles.sin() * weights.attention_scaling)
-
-    def _set_matrix(self, layer: int, which: int, matrix: Tensor) -> None:
-        memory = blocked(
-            self._library,
-            matrix.detach().contiguous(),
-            self.weight_format,
-            self.threads,
-            halves=which == _GATE_UP,
-        )
-        self._memories.append(memory)
-        _check(self._library.c.s2d_set_matrix(self._model, layer, which, memory.address))
 
     def _set_vector(self, layer: int, which: int, vector: Tensor) -> None:
         vector = vector.detach().float().contiguous()

@@ -1,9 +1,13 @@
 """Matrices in the core's blocked layout (actors/native/kernels.h): made here, and shared by processes.
 
-A matrix is stored in a file that is named after what it was made from, and mapped. So replicas of a model,
-models that share a base (a LoRA adapter changes some matrices and leaves the others) and a draft worker that
-uses its target's head have it in memory once, in the system's page cache, and the next start makes nothing
-anew. Where there is no room for files, it lies in memory of this process.
+Matrices are stored in files, which processes map, and found by what they were made from. So replicas of a
+model, models that share a base (a LoRA adapter changes some matrices and leaves the others) and a draft
+worker that uses its target's head have them in memory once, in the system's page cache, and the next start
+makes nothing anew. Where there is no room for files, they lie in memory of this process.
+
+Matrices that are made together go to one file: a large one is mapped in huge pages, where the system has them
+for files, and read a tenth faster than many small ones. Beside it a note by the key of each matrix says where
+it lies.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -28,18 +32,26 @@ import torch
 from torch import Tensor
 
 from actors.cache import cache_dir
+from actors.files import complete_or_absent
 from actors.native.library import FORMAT_CODES, NativeLibrary, WeightFormat, pointer
 
 SHARE_VARIABLE = "S2D_SHARE_WEIGHTS"
 """Environment variable: "0" keeps weights in memory of their process."""
 SMALLEST_BYTES = 128 << 10
-"""Smaller matrices are not worth a file."""
+"""Smaller matrices are not worth a place in a file."""
 UNUSED_DAYS = 30
 """A file that no start has used for so long is removed when another one is written."""
 
+_NOTE = ".at"
+_PAGE = 4096
 _SLAB_BYTES = 64 << 20
 _HUGE_BYTES = 2 << 20
-_POPULATE: int = getattr(mmap, "MAP_POPULATE", 0)
+_WRITTEN_BYTES = 32 << 20
+"""At a time: what is written together lies together in the page cache, in pages as large as that allows."""
+_HUGE_PAGES: int | None = getattr(mmap, "MADV_HUGEPAGE", None)
+"""None on other systems than Linux."""
+_POPULATE_READ = 22
+"""Linux's MADV_POPULATE_READ, which `mmap` does not name."""
 _NO_MEMORY, _NOT_PACKABLE = 8, 9
 _log = logging.getLogger(__name__)
 
@@ -58,18 +70,30 @@ class Memory:
     owner: object = field(repr=False)
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A weight in some layout: `write` fills zeroed memory of `size` bytes at an address."""
+
+    weight: Tensor
+    layout: str
+    size: int
+    write: Callable[[int], object]
+
+    def key(self) -> str:
+        """Equal for what has equal bytes."""
+        digest = hashlib.sha256(f"{self.layout} {self.weight.dtype} {tuple(self.weight.shape)}".encode())
+        digest.update(self.weight.view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+
 def blocked(
     library: NativeLibrary, weight: Tensor, weight_format: WeightFormat, threads: int, *, halves: bool = False
-) -> Memory:
+) -> Wanted:
     """A weight [N, K], contiguous float32 or bfloat16, as a matrix of the core. Formats but int8 are those of
-    one dtype.
+    one dtype. `halves`: groups of outputs of its first and its second half take turns, as the core wants gate
+    and up.
 
-    `halves`: groups of outputs of its first and its second half take turns, as the core wants gate and up.
-
-    Raises:
-        ValueError: the weight is of another dtype or device, or not contiguous.
-        NotPackableError: `weight_format` is "packed", and it cannot be.
-        MemoryError: it does not fit.
+    Raises ValueError for a weight of another dtype or device, or one that is not contiguous.
     """
     n, k = weight.shape
     code = FORMAT_CODES[weight_format]
@@ -79,76 +103,112 @@ def blocked(
     source = pointer(weight, wanted)
 
     def write(address: int) -> None:
-        status = library.c.s2d_put_matrix(
-            source, wanted == torch.bfloat16, n, k, code, halves, threads, address
-        )
+        bf16 = wanted == torch.bfloat16
+        status = library.c.s2d_put_matrix(source, bf16, n, k, code, halves, threads, address)
         if status == _NOT_PACKABLE:
             raise NotPackableError
         if status == _NO_MEMORY:
             raise MemoryError("the native core got no memory")
 
     layout = f"{weight_format}{'-halves' if halves else ''}-v{library.layout_version}"
-    return _kept(weight, layout, int(library.c.s2d_matrix_bytes(n, k, code)), write)
+    return Wanted(weight, layout, int(library.c.s2d_matrix_bytes(n, k, code)), write)
 
 
-def table(weight: Tensor) -> Memory:
+def table(weight: Tensor) -> Wanted:
     """The rows of a weight as they are, contiguous float32 or bfloat16 on the CPU."""
     size = weight.numel() * weight.element_size()
     source = pointer(weight, weight.dtype)
-    return _kept(weight, "rows", size, lambda address: ctypes.memmove(address, source, size))
+    return Wanted(weight, "rows", size, lambda address: ctypes.memmove(address, source, size))
 
 
-def _kept(weight: Tensor, layout: str, size: int, write: Callable[[int], object]) -> Memory:
-    """`write` fills zeroed memory of `size` bytes at an address, unless a file holds the same already."""
-    if size >= SMALLEST_BYTES and os.environ.get(SHARE_VARIABLE) != "0":
-        name = f"{layout} {weight.dtype} {tuple(weight.shape)}"
-        digest = hashlib.sha256(name.encode())
-        digest.update(weight.view(torch.uint8).numpy().data)
-        path = cache_dir() / "blocked" / digest.hexdigest()
+def keep(wanted: Sequence[Wanted]) -> list[Memory]:
+    """Memory of each, found in files or made.
+
+    Raises:
+        NotPackableError: a weight is to be "packed", and cannot be.
+        MemoryError: they do not fit.
+    """
+    found: dict[int, Memory] = {}
+    if os.environ.get(SHARE_VARIABLE) != "0":
+        folder = cache_dir() / "blocked"
+        keys = {place: w.key() for place, w in enumerate(wanted) if w.size >= SMALLEST_BYTES}
+        files = _Files(folder)
         try:
-            return _mapped(path, size) or _stored(path, size, write)
+            found = _found(files, wanted, keys)
+            if missing := [place for place in keys if place not in found]:
+                _store(folder, [(keys[place], wanted[place]) for place in missing])
+                found |= _found(files, wanted, {place: keys[place] for place in missing})
         except OSError as error:
-            _say_not_shared(path.parent, error.strerror or str(error))
-    address, owner = _slabs.take(size)
-    write(address)
-    return Memory(address, size, False, owner)
+            _say_not_shared(folder, error.strerror or str(error))
+    return [found[place] if place in found else _private(w) for place, w in enumerate(wanted)]
 
 
-def _mapped(path: Path, size: int) -> Memory | None:
-    """The file's bytes; None where there is none of this size."""
-    try:
+class _Files:
+    """The store's files, each mapped once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._mapped: dict[str, mmap.mmap] = {}
+
+    def find(self, key: str, size: int) -> Memory | None:
+        """None where no file holds it, or one that was cut short."""
+        note = self._folder / (key + _NOTE)
+        try:
+            name, offset, noted = note.read_text("ascii").split()
+            start = int(offset)
+            pages = self._mapped.get(name) or self._map(name)
+        except (FileNotFoundError, ValueError):
+            return None
+        if int(noted) != size or start + size > len(pages):
+            return None
+        _touch(note)
+        return Memory(_address(pages) + start, size, True, pages)
+
+    def _map(self, name: str) -> mmap.mmap:
+        path = self._folder / name
         with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size != size:
-                return None
-            pages = mmap.mmap(file.fileno(), size, flags=mmap.MAP_SHARED | _POPULATE, prot=mmap.PROT_READ)
-    except FileNotFoundError:
-        return None
-    with suppress(OSError):  # a store that is read only does as well
-        os.utime(path)
-    return Memory(_address(pages), size, True, pages)
+            pages = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+        if _HUGE_PAGES is not None:
+            with suppress(OSError):  # an older kernel: small pages, when they are needed
+                pages.madvise(_HUGE_PAGES)
+                pages.madvise(_POPULATE_READ)
+        _touch(path)
+        self._mapped[name] = pages
+        return pages
 
 
-def _stored(path: Path, size: int, write: Callable[[int], object]) -> Memory:
-    with mmap.mmap(-1, size) as made:
-        write(_address(made))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_unused(path.parent)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.") as file:
-            file.write(made)
-            file.flush()
-            os.fsync(file.fileno())  # before it has its name: a file of the right size is taken to be right
-            _give_name(Path(file.name), path, size)
-    memory = _mapped(path, size)
-    if memory is None:
-        raise FileNotFoundError(f"{path} was removed as soon as it was written")
-    return memory
+def _found(files: _Files, wanted: Sequence[Wanted], keys: dict[int, str]) -> dict[int, Memory]:
+    found = ((place, files.find(key, wanted[place].size)) for place, key in keys.items())
+    return {place: memory for place, memory in found if memory is not None}
 
 
-def _give_name(file: Path, path: Path, size: int) -> None:
-    """Links it to `path`. Of two processes that store the same one is first, and both map what that wrote."""
+def _store(folder: Path, made: Sequence[tuple[str, Wanted]]) -> None:
+    """One file of all, named after their keys, and their notes. Two processes that store the same write the
+    same: the first file with the name stays, and both map that."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove_unused(folder)
+    name = hashlib.sha256(" ".join(key for key, _ in made).encode()).hexdigest()
+    places: dict[str, int] = {}
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{name}.", buffering=_WRITTEN_BYTES) as file:
+        for key, wanted in made:
+            if key in places:
+                continue
+            places[key] = file.tell()
+            with mmap.mmap(-1, -(-wanted.size // _PAGE) * _PAGE) as pages:
+                wanted.write(_address(pages))
+                file.write(pages)
+        file.flush()
+        os.fsync(file.fileno())  # before it has its name: a file that is long enough is taken to be right
+        _give_name(Path(file.name), folder / name)
+    for key, wanted in made:
+        with complete_or_absent(folder / (key + _NOTE)) as partial:
+            partial.write_text(f"{name} {places[key]} {wanted.size}", "ascii")
+
+
+def _give_name(file: Path, path: Path) -> None:
     with suppress(FileNotFoundError):
-        if path.stat().st_size != size:
-            path.unlink()  # not ours: cut short or grown by something else
+        if path.stat().st_size != file.stat().st_size:
+            path.unlink()  # cut short by something else
     with suppress(FileExistsError):
         path.hardlink_to(file)
 
@@ -159,6 +219,17 @@ def _remove_unused(folder: Path) -> None:
         with suppress(FileNotFoundError):  # by another process meanwhile
             if file.stat().st_mtime < oldest:
                 file.unlink()
+
+
+def _touch(path: Path) -> None:
+    with suppress(OSError):  # a store that is read only does as well
+        os.utime(path)
+
+
+def _private(wanted: Wanted) -> Memory:
+    address, owner = _slabs.take(wanted.size)
+    wanted.write(address)
+    return Memory(address, wanted.size, False, owner)
 
 
 @cache
@@ -198,8 +269,8 @@ def _huge_pages(size: int) -> tuple[int, mmap.mmap]:
         pages = mmap.mmap(-1, size + _HUGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise MemoryError(f"no memory for {size} bytes of weights") from error
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        pages.madvise(mmap.MADV_HUGEPAGE)
+    if _HUGE_PAGES is not None:
+        pages.madvise(_HUGE_PAGES)
     return -(-_address(pages) // _HUGE_BYTES) * _HUGE_BYTES, pages
 
 

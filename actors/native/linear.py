@@ -10,7 +10,7 @@ import weakref
 import torch
 from torch import Tensor
 
-from actors.native.blocked import Memory, NotPackableError, blocked
+from actors.native.blocked import Memory, NotPackableError, blocked, keep
 from actors.native.library import FORMAT_CODES, NativeLibrary, WeightFormat, load_library, pointer
 
 
@@ -52,7 +52,7 @@ class NativeLinear:
         self.format: WeightFormat
         for self.format in formats:
             try:
-                matrix = blocked(self._library, weight, self.format, threads)
+                (matrix,) = keep([blocked(self._library, weight, self.format, threads)])
                 break
             except NotPackableError:  # never of the last
                 continue

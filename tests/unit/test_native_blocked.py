@@ -22,8 +22,8 @@ from torch import Tensor
 from actors.models.llama_load import load_llama_weights
 from actors.models.native_llama import NativeLlamaRunner
 from actors.native import blocked as module
-from actors.native.blocked import blocked, table
-from actors.native.library import available, load_library
+from actors.native.blocked import blocked, keep, table
+from actors.native.library import FORMAT_CODES, available, load_library
 from actors.native.linear import NativeLinear
 from tests.unit.test_native import folders, in_chunks, random_ids  # noqa: F401 - a fixture
 
@@ -42,11 +42,13 @@ def weight(seed: int = 0, n: int = 512, k: int = 512) -> Tensor:
 
 
 def make(w: Tensor) -> module.Memory:
-    return blocked(load_library(), w, "float32", 1)
+    (memory,) = keep([blocked(load_library(), w, "float32", 1)])
+    return memory
 
 
 def files(store: Path) -> list[Path]:
-    return sorted(store.iterdir()) if store.is_dir() else []
+    """Those of matrices, without the notes that say where each lies."""
+    return sorted(f for f in store.iterdir() if f.suffix != ".at") if store.is_dir() else []
 
 
 def test_products_are_those_of_private_memory(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,10 +67,10 @@ def test_processes_hold_it_once() -> None:
     here = make(weight())
     script = (
         "import torch\n"
-        "from actors.native.blocked import blocked\n"
+        "from actors.native.blocked import blocked, keep\n"
         "from actors.native.library import load_library\n"
         "w = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))\n"
-        "memory = blocked(load_library(), w, 'float32', 1)\n"
+        "(memory,) = keep([blocked(load_library(), w, 'float32', 1)])\n"
         "entry = open('/proc/self/smaps').read().split('/blocked/')[1]\n"
         "print(memory.shared, next(l.split()[1] for l in entry.splitlines() if l.startswith('Pss:')))\n"
     )
@@ -92,7 +94,10 @@ def test_models_that_differ_in_a_matrix_share_the_others(
     changed = replace(weights.layers[0], qkv=weights.layers[0].qkv * 1.5)
     other = replace(weights, layers=(changed, *weights.layers[1:]))
     tuned = NativeLlamaRunner(other, info, 24, threads=1)
-    assert len(set(files(store)) - set(before)) == 1
+    (added,) = set(files(store)) - set(before)
+    code = FORMAT_CODES[tuned.weight_format]
+    size = load_library().c.s2d_matrix_bytes(*changed.qkv.shape, code)
+    assert size <= added.stat().st_size < size + 4096
     assert base.shared_bytes == tuned.shared_bytes > 0
     monkeypatch.setenv("S2D_SHARE_WEIGHTS", "0")
     ids = random_ids(20)
@@ -136,7 +141,7 @@ def test_without_a_place_for_files_it_is_private_and_said_once(
     monkeypatch.setenv("S2D_CACHE_DIR", str(tmp_path / "file"))
     w = weight()
     assert not make(w).shared
-    assert not table(w).shared
+    assert not keep([table(w)])[0].shared
     assert [r.getMessage() for r in caplog.records if "not shared" in r.getMessage()] == [
         f"weights are not shared with other processes: {tmp_path}/file/blocked: Not a directory"
     ]
