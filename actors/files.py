@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 @contextmanager
 def complete_or_absent(target: Path) -> Iterator[Path]:
     """A name to write to; the file takes the place of `target` when the block has ended well."""
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    partial = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_native_id()}.partial")
     try:
         yield partial
         partial.replace(target)

@@ -49,18 +49,20 @@ void quantize(const float* x, int64_t k, char* row) {
     }
 }
 
-// Adds what the epilogue says to 16 sums (fewer in the last group) and stores them.
+// Adds what the epilogue says to the 16 sums of a whole group and stores them.
+inline void finish_whole(const Product& p, int64_t row, int64_t first, V v) {
+    float* y = p.y + row * p.ldy + first;
+    if (p.bias) v = add(v, load(p.bias + first));
+    if (p.epilogue == Epilogue::add) v = add(load(y), v);
+    if (p.epilogue == Epilogue::scale_add) v = fma(load(y), spread(p.row_scale[row]), v);
+    store(y, v);
+}
+
+// The same for sums in memory; fewer than 16 in the last group.
 inline void finish(const Product& p, int64_t row, int64_t group, const float* sums) {
     const int64_t first = group * LANES, count = p.n - first;
+    if (count >= LANES) return finish_whole(p, row, first, load(sums));
     float* y = p.y + row * p.ldy + first;
-    if (count >= LANES) {
-        V v = load(sums);
-        if (p.bias) v = add(v, load(p.bias + first));
-        if (p.epilogue == Epilogue::add) v = add(load(y), v);
-        if (p.epilogue == Epilogue::scale_add) v = fma(load(y), spread(p.row_scale[row]), v);
-        store(y, v);
-        return;
-    }
     for (int64_t i = 0; i < count; ++i) {
         float x = sums[i];
         if (p.bias) x += p.bias[first + i];

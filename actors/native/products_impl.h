@@ -55,6 +55,14 @@ __attribute__((noinline)) void tile(const Product& p, int64_t row, int64_t group
             for (int r = 0; r < ROWS; ++r) acc[r][g] = fma(broadcast(x + r * ldx + 2 * whole), w0, acc[r][g]);
         }
     }
+    if ((group + GROUPS) * LANES <= p.n) {
+        S2D_UNROLL
+        for (int r = 0; r < ROWS; ++r) {
+            S2D_UNROLL
+            for (int g = 0; g < GROUPS; ++g) finish_whole(p, row + r, (group + g) * LANES, acc[r][g]);
+        }
+        return;
+    }
     alignas(64) float sums[ROWS * GROUPS * LANES];
     S2D_UNROLL
     for (int r = 0; r < ROWS; ++r) {
