@@ -32,8 +32,8 @@ _MIN_GAIN = 1.01
 bounds what that costs. More caution gives away what drafting brings (replayed: docs/methods/router.md)."""
 
 _PROBE_SHARE = 0.5 * SHARE
-"""Share of the time that a batch waits for probes, as all wait for what may help one; or, if that is more
-often, it probes every 4 rounds a request."""
+"""Share of the time that a batch waits for probes, as all wait for what may help one, but not more than once
+in 4 rounds a request, nor less than once in 64."""
 _PATIENCE = 4.0
 """Times the interval that probes keep back while prompts are computed."""
 _FEW_SEEN = 4
@@ -166,7 +166,7 @@ class Controller:
     def _bound_pauses(self, requests: int) -> None:
         """What is left of the pauses of a batch that was larger is too long."""
         self._rounds_to_look = min(self._rounds_to_look, self._look_pause(requests))
-        self._rounds_to_probe = min(self._rounds_to_probe, _FIRST_PROBE * requests)
+        self._rounds_to_probe = min(self._rounds_to_probe, self._probe_pause(requests))
 
     @staticmethod
     def _look_pause(requests: int) -> int:
@@ -195,8 +195,13 @@ class Controller:
         self._reason = self._explain(gain, wait, len(free))
         if pays and not forced and len(free) > 1 and self._drafts_seen < _FEW_SEEN:
             # Nothing but hope speaks for it: one a round is enough to learn, and all wait for as many as ask.
-            lengths = [0] * len(free)
-            due, pays = self._most_overdue(free, _due_at(other_rows) if other_rows else 0.0), False
+            # The same one each time: a drafter reads a prompt when it is first asked, which takes longer than
+            # a draft.
+            lengths, pays = [0] * len(free), False
+            if other_rows:
+                due = self._most_overdue(free, _due_at(other_rows))
+            else:
+                due = min(free, key=lambda entry: entry[1].state.rounds_since_asked)[0]
         elif due is not None:
             self._rounds_to_probe = self._probe_pause(len(candidates))
         probes: set[int] = set()
@@ -318,10 +323,12 @@ class Controller:
         return -max(due)[1] if due else None
 
     def _probe_pause(self, requests: int) -> int:
-        """Rounds until another request of a batch may probe."""
+        """Rounds until another request of a batch may probe. One that is alone waits for nobody else."""
+        if requests == 1:
+            return _FIRST_PROBE
         plain_s = self.costs.seconds(requests) + self._attention_s
         affordable = self._waits.expected(1) / max(_PROBE_SHARE * plain_s, 1e-9)
-        return min(_FIRST_PROBE * requests, math.ceil(affordable))
+        return min(_LAST_PROBE, max(_FIRST_PROBE * requests, math.ceil(affordable)))
 
     def _remember(self, state: ControlState, budget: int, probing: bool) -> None:
         state.probing = probing
