@@ -53,6 +53,7 @@ _HUGE_PAGES: int | None = getattr(mmap, "MADV_HUGEPAGE", None)
 _POPULATE_READ = 22
 """Linux's MADV_POPULATE_READ, which `mmap` does not name."""
 _NO_MEMORY, _NOT_PACKABLE = 8, 9
+_libc = ctypes.CDLL(None)
 _log = logging.getLogger(__name__)
 
 
@@ -155,11 +156,11 @@ class _Files:
         note = self._folder / (key + _NOTE)
         try:
             name, offset, noted = note.read_text("ascii").split()
-            start = int(offset)
+            start, held = int(offset), int(noted)
             pages = self._mapped.get(name) or self._map(name)
         except (FileNotFoundError, ValueError):
             return None
-        if int(noted) != size or start + size > len(pages):
+        if held != size or start + size > len(pages):
             return None
         _touch(note)
         return Memory(_address(pages) + start, size, True, pages)
@@ -169,9 +170,10 @@ class _Files:
         with path.open("rb") as file:
             pages = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
         if _HUGE_PAGES is not None:
-            with suppress(OSError):  # an older kernel: small pages, when they are needed
-                pages.madvise(_HUGE_PAGES)
-                pages.madvise(_POPULATE_READ)
+            # Not by `mmap.madvise`, which keeps the interpreter's lock while the file is read. Where the kernel
+            # knows neither, pages are small and come when they are needed.
+            for advice in (_HUGE_PAGES, _POPULATE_READ):
+                _libc.madvise(ctypes.c_void_p(_address(pages)), ctypes.c_size_t(len(pages)), advice)
         _touch(path)
         self._mapped[name] = pages
         return pages
