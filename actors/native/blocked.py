@@ -170,8 +170,8 @@ class _Files:
         with path.open("rb") as file:
             pages = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
         if _HUGE_PAGES is not None:
-            # Not by `mmap.madvise`, which keeps the interpreter's lock while the file is read. Where the kernel
-            # knows neither, pages are small and come when they are needed.
+            # Not by `mmap.madvise`, which keeps the interpreter's lock while the file is read. A kernel that
+            # knows neither gives small pages, when they are needed.
             for advice in (_HUGE_PAGES, _POPULATE_READ):
                 _libc.madvise(ctypes.c_void_p(_address(pages)), ctypes.c_size_t(len(pages)), advice)
         _touch(path)
