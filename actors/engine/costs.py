@@ -19,6 +19,8 @@ _SHAPE = 0.2
 _SHAPE_STEP = 0.003
 _QUICKER, _SLOWER = math.log(4.0), 2.0 * _NOISE
 """What counts at most of a round that was quicker or slower than expected: disturbances only add."""
+_NEGLIGIBLE = 0.002
+"""Change of own parts from which on predictions are made anew."""
 _FEW = 8
 """Measurements of a row count from which on it is believed whatever larger ones say."""
 
@@ -53,7 +55,10 @@ class CostModel:
         self._rounds: dict[int, int] = {}
         """Measurements of a row count, a profile being the first."""
         self._fitted: list[float] = []
+        """Of the row counts known, at the level of the profile; `_cache` has what was asked for."""
         self._cache: dict[int, float] = {}
+        self._moved = 0.0
+        """How far own parts have moved since."""
         self._read_s = self._attend_s = 0.0
         self._quickest_s: dict[tuple[int, int], float] = {}
         """Of rounds by rows and context, from which these two come."""
@@ -85,10 +90,12 @@ class CostModel:
         covariance[at, at] += _SHAPE_STEP**2
         with_measured = covariance[0] + covariance[at]
         gain = with_measured / (with_measured[0] + with_measured[at] + _NOISE**2)
-        error = math.log(seconds / self._believed_s(rows))
-        self._parts += gain * max(-_QUICKER, min(_SLOWER, error))
-        covariance -= np.outer(gain, with_measured)
-        self._changed()
+        error = max(-_QUICKER, min(_SLOWER, math.log(seconds / self._believed_s(rows))))
+        self._parts += gain * error
+        covariance -= gain[:, None] * with_measured
+        self._moved += abs(float(gain[at]) * error)
+        if self._moved > _NEGLIGIBLE or self._rounds[rows] == _FEW:
+            self._changed()
 
     def _add(self, rows: int, profile_s: float) -> None:
         size = len(self._profile_s)
@@ -102,8 +109,12 @@ class CostModel:
         self._changed()
 
     def _believed_s(self, rows: int) -> float:
+        return self._shape_s(rows) * self._slowdown
+
+    def _shape_s(self, rows: int) -> float:
+        """At the level of the profile."""
         at = self._place[rows]
-        return self._profile_s[at] * math.exp(self._parts[0] + self._parts[at])
+        return self._profile_s[at] * math.exp(self._parts[at])
 
     def profile(self, run: Callable[[int], float], row_counts: Sequence[int], repeats: int = 3) -> None:
         """Measure each row count: the best of `repeats` runs of `run(rows) -> seconds`."""
@@ -121,6 +132,7 @@ class CostModel:
     def _changed(self) -> None:
         self._fitted = []
         self._cache.clear()
+        self._moved = 0.0
 
     def profile_attention(
         self, run: Callable[[int, int], float], rows: int, contexts: tuple[int, int], repeats: int = 3
@@ -145,13 +157,14 @@ class CostModel:
         cached = self._cache.get(rows)
         if cached is None:
             cached = self._cache[rows] = self._predict(rows)
-        return cached
+        return cached * self._slowdown
 
     def _predict(self, rows: int) -> float:
+        """At the level of the profile."""
         if not self._rows:
             return 0.0
         if not self._fitted:
-            values = [self._believed_s(known) for known in self._rows]
+            values = [self._shape_s(known) for known in self._rows]
             for i in range(len(values) - 2, -1, -1):
                 if self._rounds[self._rows[i]] < _FEW:
                     values[i] = min(values[i], values[i + 1])
