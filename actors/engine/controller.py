@@ -54,6 +54,8 @@ class ControlState:
     probe_interval: int = _FIRST_PROBE
     probing: bool = False
     """Whether the drafts now under way were asked for as a probe."""
+    asked: bool = False
+    """Whether it ever asked for drafts."""
 
     @property
     def overdue(self) -> float:
@@ -95,6 +97,8 @@ class Controller:
         self._rounds_to_probe = 0
         self._probes = self._verified = self._drafting_rounds = 0
         self._drafts_seen = 0
+        self._somebody_asked_first = False
+        """Whether a prompt has to be read for the drafts now under way: later ones will not wait for that."""
         self._reason = "nothing decided yet"
         self._decisions = {"asked": 0, "declined": 0, "probes": 0}
 
@@ -106,7 +110,8 @@ class Controller:
     def observe_wait(self, seconds: float, asking: int = 1) -> None:
         """Time the engine stood still for the drafts of `asking` requests in one round."""
         self._last_wait_s = seconds
-        self._waits.observe(seconds, asking)
+        if not self._somebody_asked_first:
+            self._waits.observe(seconds, asking)
 
     @property
     def wait_s(self) -> float:
@@ -135,6 +140,8 @@ class Controller:
             probes = self._plan_free(candidates, budgets, other_rows)
         else:
             self._reason = _IN_DEBT
+        asking = [c.state for c, budget in zip(candidates, budgets, strict=True) if budget]
+        self._somebody_asked_first = not all(state.asked for state in asking)
         for index, (candidate, budget) in enumerate(zip(candidates, budgets, strict=True)):
             self._remember(candidate.state, budget, index in probes)
         return budgets
@@ -189,7 +196,11 @@ class Controller:
         base = len(candidates) + sum(budgets) + other_rows
         curves = [self._expected(candidate) for _, candidate in free]
         wait = 0.0 if forced else self._waits.expected(len(free))
-        lengths, gain = self._admit(curves, [c.context for _, c in free], base, len(candidates), wait)
+        contexts = [c.context for _, c in free]
+        lengths, gain = self._admit(curves, contexts, base, len(candidates), wait)
+        if not any(lengths) and not forced and self._drafts_seen >= _FEW_SEEN:
+            # So many have not asked together yet, and may wait no longer than fewer did: it is tried.
+            lengths, gain = self._admit(curves, contexts, base, len(candidates), self._waits.least(len(free)))
         pays = any(lengths)
         self._rounds_to_look = 0 if pays else self._look_pause(len(candidates))
         self._reason = self._explain(gain, wait, len(free))
@@ -341,6 +352,7 @@ class Controller:
             state.probe_interval = min(_LAST_PROBE, state.probe_interval * 2)
             self._decisions["probes"] += 1
         state.rounds_since_asked = 0
+        state.asked = True
         self._decisions["asked"] += 1
 
     def _explain(self, gain: float, wait_s: float, free: int) -> str:

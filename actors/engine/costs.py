@@ -119,7 +119,11 @@ class CostModel:
     def profile(self, run: Callable[[int], float], row_counts: Sequence[int], repeats: int = 3) -> None:
         """Measure each row count: the best of `repeats` runs of `run(rows) -> seconds`."""
         for rows in row_counts:
-            self.observe(rows, min(run(rows) for _ in range(repeats)))
+            seconds = min(run(rows) for _ in range(repeats))
+            if rows in self._place:
+                self.observe(rows, seconds)
+            else:
+                self._add(rows, seconds / self._slowdown)
 
     def remeasure(self, rows: int, run: Callable[[int], float], repeats: int = 5) -> None:
         """Profile a row count again; only a shorter time counts, since what disturbs it only adds."""

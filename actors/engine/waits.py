@@ -22,8 +22,16 @@ class DraftWaits:
     def observe(self, seconds: float, asking: int) -> None:
         """One round's wait, of `asking` >= 1 requests."""
         seconds = min(seconds, _LONGEST_S)
-        self._by_asking[asking] = _follow(self.expected(asking), seconds)
+        if asking in self._by_asking:
+            self._by_asking[asking] = _follow(self.expected(asking), seconds)
+        else:
+            self._by_asking[asking] = min(seconds, _OUTLIER * max(self.expected(asking), _FIRST_S))
         self._mean_s = _follow(_FIRST_S if self._mean_s is None else self._mean_s, seconds)
+
+    def least(self, asking: int) -> float:
+        """The same for a number that has not asked yet, if drafting for many took no longer than for fewer."""
+        fewer = [n for n in self._by_asking if n <= asking]
+        return self._by_asking[max(fewer)] if fewer else _FIRST_S
 
     def expected(self, asking: int) -> float:
         """Seconds that a round of `asking` requests will stand still."""

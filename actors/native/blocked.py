@@ -81,7 +81,7 @@ class Wanted:
     write: Callable[[int], object]
 
     def key(self) -> str:
-        """Equal for what has equal bytes."""
+        """Equal for equal rows in the same layout."""
         digest = hashlib.sha256(f"{self.layout} {self.weight.dtype} {tuple(self.weight.shape)}".encode())
         digest.update(self.weight.view(torch.uint8).numpy().data)
         return digest.hexdigest()

@@ -148,3 +148,41 @@ def test_pauses_of_a_larger_batch_do_not_outlive_it() -> None:
     controller._rounds_to_look, controller._rounds_to_probe = 15, 64
     last = states[:1]
     assert sum(_round(controller, last, right=False) for _ in range(6)) > 0
+
+
+def _trial(together_ms: float) -> list[int]:
+    """How many of four ask, round by round. Alone each waits 4 ms, together `together_ms`."""
+    controller, states = _controller(row_ms=0.1, wait_ms=4.0), [ControlState(asked=True) for _ in range(4)]
+    controller._drafts_seen = 100
+    for state in states:
+        for _ in range(10):
+            controller.acceptance.proposed(state.acceptance, DRAFT, ("d",))
+            controller.acceptance.emitted(state.acceptance, [1, 9])
+    asked = []
+    for _ in range(6):
+        candidates = _candidates(states)
+        budgets = controller.plan(candidates)
+        asked.append(sum(budget > 0 for budget in budgets))
+        if asked[-1]:
+            controller.observe_wait(together_ms / 1e3, asked[-1])
+    return asked
+
+
+def test_so_many_as_never_asked_together_are_tried_once() -> None:
+    """What four wait is not four times what one waits where they are drafted for together."""
+    assert _trial(together_ms=4.5) == [4] * 6
+    tried, *later = _trial(together_ms=16.0)
+    assert tried == 4
+    assert max(later) <= 1
+
+
+def test_a_first_draft_says_nothing_of_how_long_drafts_take() -> None:
+    """It waits for the prompt to be read, too."""
+    controller, state = _controller(row_ms=0.1), ControlState()
+    candidate = Candidate(state, 4, ("d",))
+    for expected in (1.0, 3.0):
+        while not controller.plan([candidate])[0]:
+            pass
+        controller.observe_wait(3e-3)
+        controller.trim([(candidate, DRAFT, 4)], 1, 1)
+        assert (controller.wait_s > 1.1e-3) == (expected > 1.0)
