@@ -29,7 +29,7 @@ class DraftWaits:
         self._mean_s = _follow(_FIRST_S if self._mean_s is None else self._mean_s, seconds)
 
     def least(self, asking: int) -> float:
-        """The same for a number that has not asked yet, if drafting for many took no longer than for fewer."""
+        """The same for a number that has not asked yet, if many wait no longer than fewer do."""
         fewer = [n for n in self._by_asking if n <= asking]
         return self._by_asking[max(fewer)] if fewer else _FIRST_S
 
