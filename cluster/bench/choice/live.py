@@ -61,7 +61,7 @@ class _LearningEngine(S2DEngine):
     """What the server has learned stays from block to block: a choice is judged once it is made."""
 
     async def reset(self) -> None:
-        """Nothing is forgotten. The prefix cache stays too; the first of a pair pays, in rotating order."""
+        """Nothing is forgotten."""
 
 
 def read_cells(replayed: Path, count: int, settings_a_cell: int) -> list[LiveCell]:
@@ -141,9 +141,12 @@ async def measure_choice(
 
 
 def served(file: Path, source: str, dtype: str) -> ClusterConfig:
-    """The configuration with its first model alone, of this source and dtype, as the trace has it."""
+    """The configuration with its first model alone, of this source and dtype, as the trace has it. Without a
+    prefix cache: whoever comes first in a pair would compute the prompts of all."""
     data = ClusterConfig.from_yaml(file).model_dump(mode="json")
-    data["models"] = [data["models"][0] | {"source": source, "dtype": dtype}]
+    first = data["models"][0]
+    engine = first["engine"] | {"prefix_caching": False}
+    data["models"] = [first | {"source": source, "dtype": dtype, "engine": engine}]
     return ClusterConfig.model_validate(data)
 
 
