@@ -198,9 +198,10 @@ class Controller:
         wait = 0.0 if forced else self._waits.expected(len(free))
         contexts = [c.context for _, c in free]
         lengths, gain = self._admit(curves, contexts, base, len(candidates), wait)
-        if not any(lengths) and not forced and self._drafts_seen >= _FEW_SEEN:
+        least = self._waits.least(len(free))
+        if not any(lengths) and least < wait and self._drafts_seen >= _FEW_SEEN:
             # So many have not asked together yet, and may wait no longer than fewer did: it is tried.
-            lengths, gain = self._admit(curves, contexts, base, len(candidates), self._waits.least(len(free)))
+            lengths, gain = self._admit(curves, contexts, base, len(candidates), least)
         pays = any(lengths)
         self._rounds_to_look = 0 if pays else self._look_pause(len(candidates))
         self._reason = self._explain(gain, wait, len(free))

@@ -26,7 +26,16 @@ from torch import Tensor
 from actors.models.llama_weights import LlamaWeights
 from actors.models.runner import BLOCK_SIZE, ChainWish, DraftedChain, ModelInfo, RaggedBatch
 from actors.native.blocked import Memory, NotPackableError, blocked, keep, table
-from actors.native.library import FORMAT_CODES, Batch, Chain, NativeLibrary, Shape, load_library, pointer
+from actors.native.library import (
+    FORMAT_CODES,
+    NO_MEMORY,
+    Batch,
+    Chain,
+    NativeLibrary,
+    Shape,
+    load_library,
+    pointer,
+)
 
 _QKV, _O, _GATE_UP, _DOWN, _HEAD = range(5)
 _INPUT_NORM, _POST_NORM, _QKV_BIAS, _Q_NORM, _K_NORM, _FINAL_NORM, _COS, _SIN = range(8)
@@ -42,11 +51,10 @@ _ERRORS = {
     7: "the range of layers is outside the model",
     10: "a row of logits is outside the batch",
 }
-_NO_MEMORY = 8
 
 
 def _check(status: int) -> None:
-    if status == _NO_MEMORY:
+    if status == NO_MEMORY:
         raise MemoryError("the native core got no memory")
     if status != 0:
         raise ValueError(_ERRORS[status])

@@ -33,7 +33,14 @@ from torch import Tensor
 
 from actors.cache import cache_dir
 from actors.files import complete_or_absent
-from actors.native.library import FORMAT_CODES, NativeLibrary, WeightFormat, pointer
+from actors.native.library import (
+    FORMAT_CODES,
+    NO_MEMORY,
+    NOT_PACKABLE,
+    NativeLibrary,
+    WeightFormat,
+    pointer,
+)
 
 SHARE_VARIABLE = "S2D_SHARE_WEIGHTS"
 """Environment variable: "0" keeps weights in memory of their process."""
@@ -52,7 +59,6 @@ _HUGE_PAGES: int | None = getattr(mmap, "MADV_HUGEPAGE", None)
 """None on other systems than Linux."""
 _POPULATE_READ = 22
 """Linux's MADV_POPULATE_READ, which `mmap` does not name."""
-_NO_MEMORY, _NOT_PACKABLE = 8, 9
 _libc = ctypes.CDLL(None)
 _log = logging.getLogger(__name__)
 
@@ -98,17 +104,17 @@ def blocked(
     """
     n, k = weight.shape
     code = FORMAT_CODES[weight_format]
-    wanted = {"float32": torch.float32, "int8": weight.dtype}.get(weight_format, torch.bfloat16)
-    if weight.dtype != wanted or wanted not in (torch.float32, torch.bfloat16):
+    dtype = {"float32": torch.float32, "int8": weight.dtype}.get(weight_format, torch.bfloat16)
+    if weight.dtype != dtype or dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"a weight of {weight.dtype} cannot be kept as {weight_format}")
-    source = pointer(weight, wanted)
+    source = pointer(weight, dtype)
 
     def write(address: int) -> None:
-        bf16 = wanted == torch.bfloat16
+        bf16 = dtype == torch.bfloat16
         status = library.c.s2d_put_matrix(source, bf16, n, k, code, halves, threads, address)
-        if status == _NOT_PACKABLE:
+        if status == NOT_PACKABLE:
             raise NotPackableError
-        if status == _NO_MEMORY:
+        if status == NO_MEMORY:
             raise MemoryError("the native core got no memory")
 
     layout = f"{weight_format}{'-halves' if halves else ''}-v{library.layout_version}"

@@ -24,6 +24,8 @@ WeightFormat = Literal["float32", "bfloat16", "int8", "packed"]
 FORMAT_CODES: dict[WeightFormat, int] = {"float32": 0, "bfloat16": 1, "int8": 2, "packed": 3}
 """How weights are kept (`Format` in kernels.h); packed is bfloat16 in fewer bytes."""
 ISA_CODES = {"auto": 0, "plain": 1, "avx2": 2, "avx512": 3, "amx": 4, "avx512_bf16": 5}
+NO_MEMORY, NOT_PACKABLE = 8, 9
+"""Of what functions return (`Status` in model.h)."""
 MAX_TOP = 32
 """Most entries a row that `NativeLibrary.topk` returns."""
 
