@@ -17,6 +17,7 @@ from actors.drafting.tree_acceptance import PendingTree, TreeRecord
 MAX_POSITIONS = 16
 _PRIOR = 0.5
 _GLOBAL_SMOOTHING = 0.02
+_LOCAL_SMOOTHING = 0.2
 _LOCAL_DECAY = 0.95
 _LOCAL_PRIOR_WEIGHT = 3.0
 _MAX_RATE = 0.98
@@ -30,10 +31,8 @@ class _Averages:
     trials: list[int] = field(default_factory=lambda: [0] * MAX_POSITIONS)
 
     def record(self, at: int, hit: bool) -> None:
-        # A plain mean at first, so that the prior fades quickly, then an exponential one.
         self.trials[at] += 1
-        step = max(_GLOBAL_SMOOTHING, 1.0 / (self.trials[at] + 2))
-        self.accept[at] += step * (hit - self.accept[at])
+        self.accept[at] += _step(self.trials[at]) * (hit - self.accept[at])
 
     def evidence(self) -> Evidence:
         used = max((i + 1 for i, n in enumerate(self.trials) if n), default=0)
@@ -41,12 +40,25 @@ class _Averages:
 
 
 @dataclass(slots=True)
-class _Local:
-    """hits: acceptances; expected: what the overall averages would have predicted for the same trials."""
+class _Share:
+    """How often a drafter that was asked had a guess, overall."""
 
+    available: float = _PRIOR
+    trials: int = 0
+
+    def record(self, answered: bool) -> None:
+        self.trials += 1
+        self.available += _step(self.trials) * (answered - self.available)
+
+
+@dataclass(slots=True)
+class _Local:
+    """hits: acceptances; expected: what the overall averages would have predicted for the same trials;
+    available: how often there was a guess, beginning with what it was overall."""
+
+    available: float
     hits: float = 0.0
     expected: float = 0.0
-    available: float = _PRIOR
 
 
 @dataclass(slots=True)
@@ -73,8 +85,10 @@ class AcceptanceModel:
         self._averages: dict[str, _Averages] = {}
         self._exits: dict[int, _Averages] = {}
         self._trees: dict[str, TreeRecord] = {}
+        self._shares: dict[str, _Share] = {}
 
     def reset(self) -> None:
+        self._shares.clear()
         self._averages.clear()
         self._exits.clear()
         self._trees.clear()
@@ -83,20 +97,27 @@ class AcceptanceModel:
         """Start scoring a proposal (None or empty: nobody had a guess)."""
         answered = draft.drafter if draft is not None and draft.token_ids else None
         for name in names:
-            local = request.drafters.setdefault(name, _Local())
-            local.available += 0.2 * ((name == answered) - local.available)
+            self._asked(request, name, name == answered)
         if answered is not None and draft is not None:
-            request.drafters.setdefault(answered, _Local())
+            request.drafters.setdefault(answered, self._local(request, answered))
             request.pending = _Pending(answered, draft.token_ids, draft.exit_depth)
         else:
             request.pending = None
 
     def proposed_tree(self, request: RequestAcceptance, draft: SessionDraft | None, name: str) -> None:
         """The same for a request whose proposals are trees (with their parents), recorded as `name`."""
-        local = request.drafters.setdefault(name, _Local())
         answered = draft is not None and bool(draft.token_ids)
-        local.available += 0.2 * (answered - local.available)
+        self._asked(request, name, answered)
         request.pending = PendingTree(name, draft) if draft is not None and answered else None
+
+    def _local(self, request: RequestAcceptance, name: str) -> _Local:
+        """What is known of a request and a drafter, or would be if it asked."""
+        return request.drafters.get(name) or _Local(self._shares.get(name, _Share()).available)
+
+    def _asked(self, request: RequestAcceptance, name: str, answered: bool) -> None:
+        local = request.drafters.setdefault(name, self._local(request, name))
+        local.available += _LOCAL_SMOOTHING * (answered - local.available)
+        self._shares.setdefault(name, _Share()).record(answered)
 
     def emitted(self, request: RequestAcceptance, token_ids: Iterable[int]) -> None:
         """Score the pending proposal with tokens that the target emitted."""
@@ -146,7 +167,7 @@ class AcceptanceModel:
     def survival(self, request: RequestAcceptance, drafter: str, length: int) -> list[float]:
         """P(the first j + 1 tokens are all accepted) for j < length."""
         averages = self._averages.get(drafter)
-        scale = _scale(request.drafters.get(drafter, _Local()))
+        scale = _scale(self._local(request, drafter))
         product, result = 1.0, []
         for position in range(length):
             overall = averages.accept[min(position, MAX_POSITIONS - 1)] if averages else _PRIOR
@@ -158,7 +179,7 @@ class AcceptanceModel:
         """The same before it is known which drafter will answer, weighted by how often each has a guess."""
         total = [0.0] * length
         for name in names:
-            share = request.drafters.get(name, _Local()).available
+            share = self._local(request, name).available
             for position, value in enumerate(self.survival(request, name, length)):
                 total[position] += share * value
         return [min(1.0, value) for value in total]
@@ -166,13 +187,13 @@ class AcceptanceModel:
     def tree_survival(self, request: RequestAcceptance, draft: SessionDraft, name: str) -> list[float]:
         """P(token j accepted) for the tokens of a tree that came, never rising."""
         record = self._trees.get(name) or TreeRecord()
-        scale = _scale(request.drafters.get(name, _Local()))
+        scale = _scale(self._local(request, name))
         return [min(_MAX_RATE, likely * scale) for likely in record.expected(draft)]
 
     def expected_tree_survival(self, request: RequestAcceptance, name: str, length: int) -> list[float]:
         """The same before a tree came."""
         record = self._trees.get(name) or TreeRecord()
-        local = request.drafters.get(name, _Local())
+        local = self._local(request, name)
         scale = _scale(local)
         return [local.available * min(_MAX_RATE, likely * scale) for likely in record.by_place[:length]]
 
@@ -189,6 +210,11 @@ class AcceptanceModel:
     def exit_evidence(self) -> dict[int, Evidence]:
         """By exit depth of the nested drafter, shadow scoring included."""
         return {depth: averages.evidence() for depth, averages in self._exits.items()}
+
+
+def _step(trials: int) -> float:
+    """A plain mean at first, so that the prior fades quickly, then an exponential one."""
+    return max(_GLOBAL_SMOOTHING, 1.0 / (trials + 2))
 
 
 def _scale(local: _Local) -> float:

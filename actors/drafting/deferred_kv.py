@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from actors.kv.block_pool import BlockPool
 from actors.models.linear import MatrixProduct
 from actors.models.runner import (
     BLOCK_SIZE,
+    ChainStart,
     ChainWish,
     DraftedChain,
     DraftingRunner,
@@ -186,24 +187,18 @@ class DeferredKv:
             seq.lengths[segment] = span.stop
         return hidden[batch.logit_rows]
 
-    def draft(self, seqs: Sequence[DeferredSequence], exit_index: int, wish: ChainWish) -> DraftedChain:
+    def draft(self, seqs: Sequence[DeferredSequence], exit_index: int, wish: ChainWish) -> list[DraftedChain]:
         """Draft for sequences that `runs_through` to an exit, in one call of a `DraftingRunner`. Blocks must
         be reserved for all but the last token of each draft. The caller appends the tokens."""
         assert self._drafting is not None
         spans = [range(seq.lengths[0], len(seq.tokens)) for seq in seqs]
-        batch = self._batch(seqs, spans, [budget - 1 for budget in wish.budgets])
-        hidden = self._embedded(batch, seqs, spans)
-        found = self._drafting.draft_chain(hidden, self._ranges[exit_index][1], batch, wish)
-        run = (found.counts - 1).tolist()
-        if exit_index in self._states:
-            states = [hidden, *(found.hidden[r, :more] for r, more in enumerate(run))]
-            indices = [seq.slot(i) for seq, span in zip(seqs, spans, strict=True) for i in span]
-            for seq, span, more in zip(seqs, spans, run, strict=True):
-                indices += [seq.slot(i) for i in range(span.stop, span.stop + more)]
-            slots = torch.tensor(indices, device=self._device)
-            self._states[exit_index][slots] = torch.cat(states)
-        for seq, more in zip(seqs, run, strict=True):
-            seq.lengths[: exit_index + 1] = [len(seq.tokens) + more] * (exit_index + 1)
+        more = [budget - 1 for budget in wish.budgets]
+        start = self._start(seqs, spans, more, *self._added(seqs, spans))
+        states = self._states.get(exit_index)
+        found = self._drafting.draft_chain(self._ranges[exit_index][1], start, wish, states)
+        for seq, chain in zip(seqs, found, strict=True):
+            run = len(seq.tokens) + len(chain.token_ids) - 1
+            seq.lengths[: exit_index + 1] = [run] * (exit_index + 1)
         return found
 
     def runs_through(self, seq: DeferredSequence, exit_index: int) -> bool:
@@ -218,23 +213,33 @@ class DeferredKv:
         self, batch: RaggedBatch, seqs: Sequence[DeferredSequence], spans: Sequence[range]
     ) -> Tensor:
         hidden = self._runner.embed(batch.token_ids)
-        if self._state_in is None or not any(seq.states for seq in seqs):
-            return hidden
-        read = [seq.states.get(i) for seq, span in zip(seqs, spans, strict=True) for i in span]
-        rows = [row for row, state in enumerate(read) if state is not None]
-        if rows:
-            # Here and not when they come: of a session that is seldom asked for, most are never read.
-            added = self._state_in(normalised(torch.stack([state for state in read if state is not None])))
+        rows, added = self._added(seqs, spans)
+        if added is not None:
             hidden.index_add_(0, torch.tensor(rows, device=hidden.device), added)
         return hidden
 
-    def _batch(
-        self, seqs: Sequence[DeferredSequence], spans: Sequence[range], more: Sequence[int] = ()
-    ) -> RaggedBatch:
+    def _added(
+        self, seqs: Sequence[DeferredSequence], spans: Sequence[range]
+    ) -> tuple[list[int], Tensor | None]:
+        """Tokens of a pass whose target states are known, and what they add to the embeddings."""
+        if self._state_in is None or not any(seq.states for seq in seqs):
+            return [], None
+        read = [seq.states.get(i) for seq, span in zip(seqs, spans, strict=True) for i in span]
+        rows = [row for row, state in enumerate(read) if state is not None]
+        if not rows:
+            return [], None
+        # Here and not when they come: of a session that is seldom asked for, most are never read.
+        return rows, self._state_in(normalised(torch.stack([state for state in read if state is not None])))
+
+    @staticmethod
+    def _start(
+        seqs: Sequence[DeferredSequence],
+        spans: Sequence[range],
+        more: Sequence[int] = (),
+        added_rows: Sequence[int] = (),
+        added: Tensor | None = None,
+    ) -> ChainStart:
         """`more`: tokens for which the block tables have room beyond those of the pass, a sequence each."""
-        starts = [0]
-        for span in spans:
-            starts.append(starts[-1] + len(span))
         lengths = [span.stop - seq.first for seq, span in zip(seqs, spans, strict=True)]
         filled = [length + extra for length, extra in zip(lengths, more or [0] * len(lengths), strict=True)]
         width = max(-(-length // BLOCK_SIZE) for length in filled)
@@ -242,16 +247,29 @@ class DeferredKv:
         for seq, length in zip(seqs, filled, strict=True):
             used = seq.blocks[: -(-length // BLOCK_SIZE)]
             tables.append(used + [0] * (width - len(used)))
+        return ChainStart(
+            token_ids=[
+                t for seq, span in zip(seqs, spans, strict=True) for t in seq.tokens[span.start : span.stop]
+            ],
+            positions=[i for span in spans for i in span],
+            query_start=[*accumulate((len(span) for span in spans), initial=0)],
+            context_lens=lengths,
+            block_tables=tables,
+            added_rows=added_rows,
+            added=added,
+        )
+
+    def _batch(self, seqs: Sequence[DeferredSequence], spans: Sequence[range]) -> RaggedBatch:
+        start = self._start(seqs, spans)
 
         def int64(values: Sequence[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.int64, device=self._device)
 
-        pairs = list(zip(seqs, spans, strict=True))
         return RaggedBatch(
-            token_ids=int64([t for seq, span in pairs for t in seq.tokens[span.start : span.stop]]),
-            positions=int64([i for span in spans for i in span]),
-            query_start=int64(starts),
-            context_lens=int64(lengths),
-            block_tables=torch.tensor(tables, dtype=torch.int32, device=self._device),
-            logit_rows=int64([start - 1 for start in starts[1:]]),
+            token_ids=int64(start.token_ids),
+            positions=int64(start.positions),
+            query_start=int64(start.query_start),
+            context_lens=int64(start.context_lens),
+            block_tables=torch.tensor(start.block_tables, dtype=torch.int32, device=self._device),
+            logit_rows=int64([end - 1 for end in start.query_start[1:]]),
         )

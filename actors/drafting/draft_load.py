@@ -24,14 +24,7 @@ from actors.models.load import (
     load_runner,
     native_unavailable_reason,
 )
-from actors.models.runner import (
-    ChainWish,
-    DraftedChain,
-    DraftingRunner,
-    LayeredRunner,
-    ModelInfo,
-    RaggedBatch,
-)
+from actors.models.runner import DraftingRunner, LayeredRunner, ModelInfo, RaggedBatch
 from actors.models.source import resolve_source
 from actors.models.threads import physical_cores
 from actors.text.tokenizer import TextTokenizer
@@ -103,23 +96,6 @@ class BorrowedEmbedding:
         self._inner.copy_slots(source, target)
 
 
-class BorrowedDraftingEmbedding(BorrowedEmbedding):
-    """The same over a `DraftingRunner`, which it then is itself."""
-
-    def __init__(self, inner: DraftingRunner, embed: Tensor) -> None:
-        super().__init__(inner, embed)
-        self._drafting = inner
-
-    def draft_chain(self, hidden: Tensor, last: int, batch: RaggedBatch, wish: ChainWish) -> DraftedChain:
-        return self._drafting.draft_chain(hidden, last, batch, wish)
-
-
-def _borrowing(inner: LayeredRunner, embed: Tensor) -> BorrowedEmbedding:
-    if isinstance(inner, DraftingRunner):
-        return BorrowedDraftingEmbedding(inner, embed)
-    return BorrowedEmbedding(inner, embed)
-
-
 def load_draft(
     source: str,
     artifact: str | None = None,
@@ -175,9 +151,9 @@ def _load_trained(
         eps=base.rms_norm_eps,
     )
     state_in = None if draft.state_in is None else draft.state_in.float().to(device)
-    return LoadedDraft(
-        _borrowing(runner, base.embed), card.exits, heads, card.vocab_size, tokenizer, card, state_in
-    )
+    if not isinstance(runner, DraftingRunner):  # which has the base's rows already
+        runner = BorrowedEmbedding(runner, base.embed)
+    return LoadedDraft(runner, card.exits, heads, card.vocab_size, tokenizer, card, state_in)
 
 
 def check_base(

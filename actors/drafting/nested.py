@@ -404,11 +404,8 @@ class NestedDrafter:
             curve=self._curves[block] if self._curves else None,
         )
         found = self._kv.draft([p.session.seq for p in active], block, wish)
-        tokens = found.rows if wish.ids is None else wish.ids[found.rows]
-        for proposal, count, ids, shares in zip(
-            active, found.counts.tolist(), tokens.tolist(), found.probabilities.tolist(), strict=True
-        ):
-            for token, share in zip(ids[:count], shares[:count], strict=True):
+        for proposal, chain in zip(active, found, strict=True):
+            for token, share in zip(chain.token_ids, chain.probabilities, strict=True):
                 others = tuple(zip(token[1:], share[1:], strict=True))
                 self._take(proposal, Draw(token[0], share[0], others=others), block)
 

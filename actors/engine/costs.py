@@ -21,6 +21,9 @@ _QUICKER, _SLOWER = math.log(4.0), 2.0 * _NOISE
 """What counts at most of a round that was quicker or slower than expected: disturbances only add."""
 _NEGLIGIBLE = 0.002
 """Change of own parts from which on predictions are made anew."""
+_SETTLED, _REWEIGHED = 32, 8
+"""Measurements of a row count from which on the weights of its rounds are made anew only every so many: they
+hardly change any more, and making them takes longer than the rest."""
 _FEW = 8
 """Measurements of a row count from which on it is believed whatever larger ones say."""
 
@@ -49,9 +52,11 @@ class CostModel:
         self._place: dict[int, int] = {}
         """Of a row count in the three that follow; the level comes first in the last two."""
         self._profile_s: list[float] = [1.0]
-        self._parts = np.zeros(1)
+        self._parts = [0.0]
         self._covariance = np.ones((1, 1))
         """To begin with nothing is known of the level: a profile is taken while nothing else is done."""
+        self._gains: dict[int, list[float]] = {}
+        """What of a round's error counts, for all parts, by row count."""
         self._rounds: dict[int, int] = {}
         """Measurements of a row count, a profile being the first."""
         self._fitted: list[float] = []
@@ -84,24 +89,33 @@ class CostModel:
                 return
             self._add(rows, self.seconds(rows) / self._slowdown)
         at = self._place[rows]
-        self._rounds[rows] += 1
+        self._rounds[rows] = measured = self._rounds[rows] + 1
+        gain = self._gains.get(rows)
+        if gain is None or measured < _SETTLED or measured % _REWEIGHED == 0:
+            gain = self._gains[rows] = self._weigh(at)
+        error = max(-_QUICKER, min(_SLOWER, math.log(seconds / self._believed_s(rows))))
+        self._parts = [part + share * error for part, share in zip(self._parts, gain, strict=True)]
+        self._moved += abs(gain[at] * error)
+        if self._moved > _NEGLIGIBLE or measured == _FEW:
+            self._changed()
+
+    def _weigh(self, at: int) -> list[float]:
+        """A measurement of the row count at this place: how far each part follows its error."""
         covariance = self._covariance
         covariance[0, 0] += _LEVEL_STEP**2
         covariance[at, at] += _SHAPE_STEP**2
         with_measured = covariance[0] + covariance[at]
         gain = with_measured / (with_measured[0] + with_measured[at] + _NOISE**2)
-        error = max(-_QUICKER, min(_SLOWER, math.log(seconds / self._believed_s(rows))))
-        self._parts += gain * error
         covariance -= gain[:, None] * with_measured
-        self._moved += abs(float(gain[at]) * error)
-        if self._moved > _NEGLIGIBLE or self._rounds[rows] == _FEW:
-            self._changed()
+        gains: list[float] = gain.tolist()
+        return gains
 
     def _add(self, rows: int, profile_s: float) -> None:
         size = len(self._profile_s)
-        self._parts = np.append(self._parts, 0.0)
+        self._parts = [*self._parts, 0.0]
         self._covariance = np.pad(self._covariance, (0, 1))
         self._covariance[size, size] = _SHAPE**2
+        self._gains.clear()
         self._profile_s.append(profile_s)
         self._rounds[rows] = 1
         self._place[rows] = size  # before `_rows`, for `measured` in another thread

@@ -19,12 +19,14 @@ import ctypes
 import os
 import time
 import weakref
+from array import array
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from actors.models.llama_weights import LlamaWeights
-from actors.models.runner import BLOCK_SIZE, ChainWish, DraftedChain, ModelInfo, RaggedBatch
+from actors.models.runner import BLOCK_SIZE, ChainStart, ChainWish, DraftedChain, ModelInfo, RaggedBatch
 from actors.native.blocked import Memory, NotPackableError, blocked, keep, table
 from actors.native.library import (
     FORMAT_CODES,
@@ -160,7 +162,7 @@ class NativeLlamaRunner:
         for (index, which, _), memory in zip(matrices, self._memories, strict=False):
             _check(self._library.c.s2d_set_matrix(self._model, index, which, memory.address))
         if not tied:
-            self._library.c.s2d_set_table(self._model, self._memories[-1].address)
+            self._library.c.s2d_set_table(self._model, self._memories[-1].address, weights.embed.shape[0])
 
     def _fill_vectors(self, weights: LlamaWeights) -> None:
         for index, layer in enumerate(weights.layers):
@@ -249,18 +251,15 @@ class NativeLlamaRunner:
         return self._run(hidden.clone(memory_format=torch.contiguous_format), first, last, batch)
 
     def _run(self, hidden: Tensor, first: int, last: int, batch: RaggedBatch) -> Tensor:
-        packed, _held = self._pack_with(hidden, batch)
+        if hidden.shape != (batch.num_tokens, self._info.hidden_size):
+            raise ValueError(f"hidden is {tuple(hidden.shape)} for {batch.num_tokens} tokens")
+        packed, _held = self._pack(batch)
         _check(
             self._library.c.s2d_run_layers(
                 self._model, pointer(hidden, torch.float32), first, last, ctypes.byref(packed)
             )
         )
         return hidden
-
-    def _pack_with(self, hidden: Tensor, batch: RaggedBatch) -> tuple[Batch, list[Tensor]]:
-        if hidden.shape != (batch.num_tokens, self._info.hidden_size):
-            raise ValueError(f"hidden is {tuple(hidden.shape)} for {batch.num_tokens} tokens")
-        return self._pack(batch)
 
     @staticmethod
     def _pack(batch: RaggedBatch) -> tuple[Batch, list[Tensor]]:
@@ -292,45 +291,63 @@ class NativeLlamaRunner:
         )
         return out
 
-    def draft_chain(self, hidden: Tensor, last: int, batch: RaggedBatch, wish: ChainWish) -> DraftedChain:
-        """See `DraftingRunner`. Raises ValueError as `run_layers` does, and for more than `MAX_TOP` rows a
+    def draft_chain(
+        self, last: int, start: ChainStart, wish: ChainWish, states: Tensor | None = None
+    ) -> list[DraftedChain]:
+        """See `DraftingRunner`. Raises ValueError as `run_layers` does, and for more than `MAX_TOP` tokens a
         place."""
-        seqs, most, best = batch.num_seqs, max(wish.budgets), wish.best
+        # No tensors but those that are there: after a pass of the target, making one takes 10 microseconds.
+        seqs, most, best = len(start.context_lens), max(wish.budgets), wish.best
         if len(wish.budgets) != seqs or len(wish.floors) != seqs or min(wish.budgets) < 1:
             raise ValueError("one budget of at least 1 and one floor a sequence")
-        packed, _held = self._pack_with(hidden, batch)
-        budgets = torch.tensor(wish.budgets, dtype=torch.int64)
-        floors = torch.tensor(wish.floors, dtype=torch.float64)
-        found = DraftedChain(
-            rows=torch.zeros(seqs, most, best, dtype=torch.int64),
-            probabilities=torch.zeros(seqs, most, best),
-            counts=torch.zeros(seqs, dtype=torch.int64),
-            hidden=torch.zeros(seqs, most - 1, self._info.hidden_size),
-        )
+        tokens, width = len(start.token_ids), len(start.block_tables[0])
+        whole = (start.token_ids, start.positions, start.query_start, start.context_lens, wish.budgets)
+        lengths = [len(part) for part in (*whole, start.added_rows)]
+        added, rows = start.added, lengths[-1]
+        if lengths[1:4] != [tokens, seqs + 1, seqs] or {len(table) for table in start.block_tables} != {
+            width
+        }:
+            raise ValueError("token_ids, positions, query_start, context_lens and block_tables do not fit")
+        if (0 if added is None else added.shape[0]) != rows:
+            raise ValueError("as many added_rows as rows of added")
+        if states is not None and states.shape != (self._num_blocks * BLOCK_SIZE, self._info.hidden_size):
+            raise ValueError(f"states is {tuple(states.shape)}")
+        numbers = array("q", [n for part in (*whole, start.added_rows) for n in part])
+        at = [numbers.buffer_info()[0] + 8 * n for n in accumulate(lengths[:-1], initial=0)]
+        tables = array("i", [block for table in start.block_tables for block in table])
+        floors = array("d", wish.floors)
+        room = seqs * most * best
+        drafted, shares = array("q", bytes(8 * room)), array("f", bytes(4 * room))
+        counts = array("q", bytes(8 * seqs))
         curve = wish.curve
+        knots = 0 if curve is None else curve.shape[1]
+        confidence = None if curve is None else pointer(curve, torch.float64)
+        batch = Batch(tokens, seqs, width, at[1], at[2], at[3], tables.buffer_info()[0], None)
         chain = Chain(
+            at[0],
+            at[5],
+            None if added is None else pointer(added, torch.float32),
+            rows,
             None if wish.ids is None else pointer(wish.ids, torch.int64),
             most,
             best,
-            pointer(budgets, torch.int64),
-            pointer(floors, torch.float64),
-            0 if curve is None else curve.shape[1],
-            None if curve is None else pointer(curve[0], torch.float64),
-            None if curve is None else pointer(curve[1], torch.float64),
-            found.rows.data_ptr(),
-            found.probabilities.data_ptr(),
-            found.counts.data_ptr(),
-            found.hidden.data_ptr(),
+            at[4],
+            floors.buffer_info()[0],
+            knots,
+            confidence,
+            None if confidence is None else confidence + 8 * knots,
+            drafted.buffer_info()[0],
+            shares.buffer_info()[0],
+            counts.buffer_info()[0],
+            None if states is None else pointer(states, torch.float32),
         )
-        _check(
-            self._library.c.s2d_draft_chain(
-                self._model,
-                pointer(hidden, torch.float32),
-                last,
-                ctypes.byref(packed),
-                ctypes.byref(chain),
+        _check(self._library.c.s2d_draft_chain(self._model, last, ctypes.byref(batch), ctypes.byref(chain)))
+        found = []
+        for row, count in enumerate(counts):
+            places = [slice(n, n + best) for n in range(row * most * best, (row * most + count) * best, best)]
+            found.append(
+                DraftedChain([drafted[p].tolist() for p in places], [shares[p].tolist() for p in places])
             )
-        )
         return found
 
     def copy_slots(self, source: Tensor, target: Tensor) -> None:

@@ -151,11 +151,30 @@ class LayeredRunner(ModelRunner, Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class ChainStart:
+    """What drafts of R sequences begin with: T tokens that wait for every layer, those of a sequence one
+    after the other, as in `RaggedBatch`. Lists: for the few numbers of a draft they are quicker than tensors.
+
+    token_ids, positions: T. query_start: R + 1. context_lens: R, the waiting tokens included.
+    block_tables: R rows of one width, with room for all tokens of the drafts but the last.
+    added_rows, added: N tokens of these and float32 [N, H], contiguous: what is added to their embeddings.
+    """
+
+    token_ids: Sequence[int]
+    positions: Sequence[int]
+    query_start: Sequence[int]
+    context_lens: Sequence[int]
+    block_tables: Sequence[Sequence[int]]
+    added_rows: Sequence[int] = ()
+    added: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ChainWish:
     """How drafts of R sequences are made and when they end.
 
     budgets: R longest lengths, at least 1. floors: R probabilities; a draft ends with the token that brings
-    the probability that all of it is accepted below. best: rows of the head reported a place.
+    the probability that all of it is accepted below. best: tokens reported a place.
     ids: int64 [D], the token that each row of the head stands for; None: rows are tokens.
     curve: float64 [2, knots], contiguous: a token's probability, ascending, and that of its acceptance,
     linear between and constant outside; None: they are equal.
@@ -170,26 +189,23 @@ class ChainWish:
 
 @dataclass(frozen=True, slots=True)
 class DraftedChain:
-    """R drafts of K tokens at most. counts: int64 [R], tokens drafted; what lies beyond is zero.
+    """A draft: at each place the `best` likeliest tokens, best first, equal ones by lower row of the head,
+    and their probabilities. The first of a place is the drafted one."""
 
-    rows, probabilities: int64 and float32 [R, K, best], rows of the head, best first, equal ones by lower
-    row.
-    hidden: float32 [R, K - 1, H], after the layers, of the drafted tokens that were run: all but the last.
-    """
-
-    rows: Tensor
-    probabilities: Tensor
-    counts: Tensor
-    hidden: Tensor
+    token_ids: Sequence[Sequence[int]]
+    probabilities: Sequence[Sequence[float]]
 
 
 @runtime_checkable
 class DraftingRunner(LayeredRunner, Protocol):
     """A `LayeredRunner` that drafts greedily in one call."""
 
-    def draft_chain(self, hidden: Tensor, last: int, batch: RaggedBatch, wish: ChainWish) -> DraftedChain:
-        """Layers 0..last-1 over hidden float32 [T, H], changed in place, norm and head for the last token of
-        each sequence, then again for the likeliest token, until drafts end. Block tables must have room."""
+    def draft_chain(
+        self, last: int, start: ChainStart, wish: ChainWish, states: Tensor | None = None
+    ) -> list[DraftedChain]:
+        """Layers 0..last-1 over the waiting tokens, norm and head for the last one of each sequence, then
+        again for the likeliest token, until drafts end. `states`: float32 [slots, H], takes what comes out of
+        the layers for all tokens that were run, each at its KV slot."""
         ...
 
 

@@ -64,7 +64,7 @@ int32_t guarded(Body&& body) {
 }  // namespace
 
 // Raised whenever a signature below changes.
-S2D_API int32_t s2d_abi_version() { return 7; }
+S2D_API int32_t s2d_abi_version() { return 8; }
 
 // Raised whenever a blocked matrix (kernels.h, packed.h) of the same rows has other bytes: they are kept in files.
 S2D_API int32_t s2d_layout_version() { return 1; }
@@ -114,7 +114,9 @@ S2D_API int32_t s2d_set_vector(void* model, int64_t layer, int64_t which, const 
     return guarded([&] { return static_cast<Model*>(model)->set_vector(layer, which, values), OK; });
 }
 
-S2D_API void s2d_set_table(void* model, const void* rows) { static_cast<Model*>(model)->set_table(rows); }
+S2D_API void s2d_set_table(void* model, const void* rows, int64_t count) {
+    static_cast<Model*>(model)->set_table(rows, count);
+}
 
 S2D_API int32_t s2d_forward(void* model, const int64_t* ids, const Batch* batch, const int64_t* rows, int64_t count,
                             float* states, float* out) {
@@ -133,8 +135,8 @@ S2D_API int32_t s2d_logits(void* model, const float* hidden, int64_t rows, float
     return guarded([&] { return static_cast<Model*>(model)->logits(hidden, rows, out); });
 }
 
-S2D_API int32_t s2d_draft_chain(void* model, float* hidden, int64_t last, const Batch* batch, const Chain* chain) {
-    return guarded([&] { return static_cast<Model*>(model)->draft_chain(hidden, last, *batch, *chain); });
+S2D_API int32_t s2d_draft_chain(void* model, int64_t last, const Batch* batch, const Chain* chain) {
+    return guarded([&] { return static_cast<Model*>(model)->draft_chain(last, *batch, *chain); });
 }
 
 S2D_API int32_t s2d_copy_slots(void* model, const int64_t* source, const int64_t* target, int64_t count) {

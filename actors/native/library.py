@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 ISA_VARIABLE = "S2D_NATIVE_ISA"
 WeightFormat = Literal["float32", "bfloat16", "int8", "packed"]
 FORMAT_CODES: dict[WeightFormat, int] = {"float32": 0, "bfloat16": 1, "int8": 2, "packed": 3}
@@ -78,6 +78,10 @@ class Chain(ctypes.Structure):
     """Greedy drafts, as `struct Chain` of model.h has them."""
 
     _fields_ = (
+        ("tokens", c_void_p),
+        ("added_rows", c_void_p),
+        ("added", c_void_p),
+        ("added_count", c_int64),
         ("ids", c_void_p),
         ("most", c_int64),
         ("best", c_int64),
@@ -86,10 +90,10 @@ class Chain(ctypes.Structure):
         ("knots", c_int64),
         ("confidence", c_void_p),
         ("acceptance", c_void_p),
-        ("index", c_void_p),
+        ("drafted", c_void_p),
         ("probability", c_void_p),
         ("counts", c_void_p),
-        ("hidden", c_void_p),
+        ("states", c_void_p),
     )
 
 
@@ -107,7 +111,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     ),
     "s2d_set_matrix": (c_int32, (c_void_p, c_int64, c_int64, c_void_p)),
     "s2d_set_vector": (c_int32, (c_void_p, c_int64, c_int64, c_void_p)),
-    "s2d_set_table": (None, (c_void_p, c_void_p)),
+    "s2d_set_table": (None, (c_void_p, c_void_p, c_int64)),
     "s2d_forward": (
         c_int32,
         (c_void_p, c_void_p, POINTER(Batch), c_void_p, c_int64, c_void_p, c_void_p),
@@ -115,7 +119,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "s2d_embed": (c_int32, (c_void_p, c_void_p, c_int64, c_void_p)),
     "s2d_run_layers": (c_int32, (c_void_p, c_void_p, c_int64, c_int64, POINTER(Batch))),
     "s2d_logits": (c_int32, (c_void_p, c_void_p, c_int64, c_void_p)),
-    "s2d_draft_chain": (c_int32, (c_void_p, c_void_p, c_int64, POINTER(Batch), POINTER(Chain))),
+    "s2d_draft_chain": (c_int32, (c_void_p, c_int64, POINTER(Batch), POINTER(Chain))),
     "s2d_copy_slots": (c_int32, (c_void_p, c_void_p, c_void_p, c_int64)),
     "s2d_weight_bytes": (c_int64, (c_void_p,)),
     "s2d_read_weights": (c_float, (c_void_p,)),

@@ -54,7 +54,7 @@ void Model::embed_rows(const int64_t* ids, int64_t begin, int64_t end, float* ou
 
 Status Model::embed(const int64_t* ids, int64_t count, float* out) {
     for (int64_t i = 0; i < count; ++i) {
-        if (ids[i] < 0 || ids[i] >= shape_.vocab) return BAD_TOKEN;
+        if (ids[i] < 0 || ids[i] >= embeddable_) return BAD_TOKEN;
     }
     const auto rows = [&](int64_t begin, int64_t end) {
         if (shape_.bf16) embed_rows<uint16_t>(ids, begin, end, out);
@@ -139,9 +139,25 @@ double Chain::accepted(double share) const {
     return acceptance[place - 1] + along * (acceptance[place] - acceptance[place - 1]);
 }
 
-Status Model::draft_chain(float* hidden, int64_t last, const Batch& batch, const Chain& c) {
+// Of each token its row, at its slot. The batch has passed run_layers.
+void Model::keep_states(const float* hidden, const Batch& batch, float* states) const {
+    for (int64_t t = 0; t < batch.tokens; ++t, hidden += shape_.hidden) {
+        const Token& token = tokens_[static_cast<size_t>(t)];
+        const int64_t slot = token.table[token.index / BLOCK] * BLOCK + token.index % BLOCK;
+        std::copy_n(hidden, shape_.hidden, states + slot * shape_.hidden);
+    }
+}
+
+Status Model::draft_chain(int64_t last, const Batch& batch, const Chain& c) {
     const Shape& s = shape_;
     if (c.best < 1 || c.best > std::min(MAX_TOP, s.vocab) || c.most < 1) return BAD_RANGE;
+    float* hidden = work_.hidden.reserve(batch.tokens * s.hidden);
+    if (const Status status = embed(c.tokens, batch.tokens, hidden); status != OK) return status;
+    for (int64_t i = 0; i < c.added_count; ++i) {
+        if (c.added_rows[i] < 0 || c.added_rows[i] >= batch.tokens) return BAD_ROW;
+        float* row = hidden + c.added_rows[i] * s.hidden;
+        for (int64_t j = 0; j < s.hidden; ++j) row[j] += c.added[i * s.hidden + j];
+    }
     const auto count = static_cast<size_t>(batch.seqs);
     std::vector<int64_t> going(count), index(count * static_cast<size_t>(c.best)), positions, starts, lengths;
     std::vector<float> share(index.size());
@@ -151,21 +167,21 @@ Status Model::draft_chain(float* hidden, int64_t last, const Batch& batch, const
     Batch now = batch;
     for (int64_t place = 0; !going.empty(); ++place) {
         if (const Status status = draft_step(hidden, last, now, c.best, index.data(), share.data()); status != OK) return status;
+        if (c.states) keep_states(hidden, now, c.states);
         std::vector<int64_t> left, next_positions, next_lengths;
         std::vector<int32_t> next_tables;
         float* next = work_.drafted[place % 2].reserve(batch.seqs * s.hidden);
         for (size_t i = 0; i < going.size(); ++i) {
             const int64_t r = going[i], at = (r * c.most + place) * c.best, row = static_cast<int64_t>(i);
-            std::copy_n(index.data() + row * c.best, c.best, c.index + at);
-            std::copy_n(share.data() + row * c.best, c.best, c.probability + at);
-            if (place > 0 && c.hidden) {
-                std::copy_n(hidden + row * s.hidden, s.hidden, c.hidden + (r * (c.most - 1) + place - 1) * s.hidden);
+            for (int64_t j = 0; j < c.best; ++j) {
+                const int64_t found = index[static_cast<size_t>(row * c.best + j)];
+                c.drafted[at + j] = c.ids && found >= 0 ? c.ids[found] : found;
             }
+            std::copy_n(share.data() + row * c.best, c.best, c.probability + at);
             c.counts[r] = place + 1;
             survival[static_cast<size_t>(r)] *= c.accepted(share[i * static_cast<size_t>(c.best)]);
-            const int64_t best = index[i * static_cast<size_t>(c.best)];
-            if (place + 1 >= c.budgets[r] || survival[static_cast<size_t>(r)] < c.floors[r] || best < 0) continue;
-            const int64_t id = c.ids ? c.ids[best] : best;
+            const int64_t id = c.drafted[at];
+            if (place + 1 >= c.budgets[r] || survival[static_cast<size_t>(r)] < c.floors[r] || id < 0) continue;
             float* to = next + static_cast<int64_t>(left.size()) * s.hidden;
             if (s.bf16) embed_rows<uint16_t>(&id, 0, 1, to);
             else embed_rows<float>(&id, 0, 1, to);

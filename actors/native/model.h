@@ -48,18 +48,22 @@ struct Batch {
     const int64_t* parents;  // null for chains
 };
 
-// Greedy drafts of a batch's sequences, a token after the other: how they end, and where they go.
+// Greedy drafts of a batch's sequences, a token after the other: what they begin with, how they end, where they go.
 struct Chain {
+    const int64_t* tokens;      // of the batch
+    const int64_t* added_rows;  // to the embeddings of these of them
+    const float* added;         // [added_count][hidden] is added
+    int64_t added_count;
     const int64_t* ids;  // the token that a row of the head stands for; null: the row itself
     int64_t most, best;  // the longest draft, and rows wanted a place
     const int64_t* budgets;  // [seqs], 1..most
     const double* floors;    // [seqs]: a draft ends below this probability that all of it is accepted
     int64_t knots;           // of the curve from a token's probability to that of its acceptance; 0: they are equal
     const double *confidence, *acceptance;
-    int64_t* index;      // [seqs][most][best]
+    int64_t* drafted;    // [seqs][most][best], tokens
     float* probability;  // [seqs][most][best]
     int64_t* counts;     // [seqs], tokens drafted
-    float* hidden;       // [seqs][most - 1][hidden], after the layers, of the drafted tokens but the last; or null
+    float* states;       // [blocks * BLOCK][hidden], by slot, after the layers, of all tokens run; or null
 
     double accepted(double share) const;
 };
@@ -78,14 +82,14 @@ public:
 
     void set_matrix(int64_t layer, int64_t which, const char* matrix);
     void set_vector(int64_t layer, int64_t which, const float* values);
-    void set_table(const void* rows) { table_ = rows; }
+    void set_table(const void* rows, int64_t count) { table_ = rows, embeddable_ = count; }
 
     // All of a pass: states [count][hidden] after the layers of tokens `rows`, and their logits [count][vocab].
     Status forward(const int64_t* ids, const Batch& batch, const int64_t* rows, int64_t count, float* states, float* out);
     Status embed(const int64_t* ids, int64_t count, float* out);
     Status run_layers(float* hidden, int64_t first, int64_t last, const Batch& batch);
     Status logits(const float* hidden, int64_t rows, float* out);
-    Status draft_chain(float* hidden, int64_t last, const Batch& batch, const Chain& chain);
+    Status draft_chain(int64_t last, const Batch& batch, const Chain& chain);
     Status copy_slots(const int64_t* source, const int64_t* target, int64_t count);
     float read_weights();
     int64_t weight_bytes() const;
@@ -96,6 +100,7 @@ private:
     };
 
     Status prepare(const Batch& batch);
+    void keep_states(const float* hidden, const Batch& batch, float* states) const;
     Status draft_step(float* hidden, int64_t last, const Batch& batch, int64_t best, int64_t* index, float* share);
     void run_chunk(float* hidden, int64_t first, int64_t last, int64_t at, int64_t rows, const Batch& batch);
     void write_kv(int64_t layer, int64_t row, int64_t head, const Token& token);
@@ -122,6 +127,7 @@ private:
     const char* head_ = nullptr;
     float *final_norm_ = nullptr, *cos_ = nullptr, *sin_ = nullptr;
     const void* table_ = nullptr;  // embedding rows where not tied to the head; owned by the caller
+    int64_t embeddable_;           // tokens that have an embedding
     Work work_;
     std::vector<Token> tokens_;
     std::vector<std::vector<int64_t>> paths_;  // a thread's list of the entries of this pass a token sees

@@ -24,6 +24,7 @@ Model::Model(const Shape& shape, int threads, const Kernels& kernels)
       vectors_(static_cast<size_t>(vector_room(shape))),
       kv_(static_cast<size_t>(shape.layers * shape.blocks * block_bytes_)),
       layers_(static_cast<size_t>(shape.layers)),
+      embeddable_(shape.vocab),
       paths_(static_cast<size_t>(pool_.threads())),
       tails_(static_cast<size_t>(pool_.threads())),
       own_normed_(static_cast<size_t>(pool_.threads())),

@@ -17,7 +17,7 @@ from actors.drafting.early_stop import EarlyStop
 from actors.drafting.interface import DraftQuery, DraftSampling, SessionDraft, SessionOpen
 from actors.drafting.nested import NestedDrafter
 from actors.models.load import DTypeName
-from actors.models.runner import ChainWish, DraftingRunner, RaggedBatch
+from actors.models.runner import BLOCK_SIZE, ChainStart, ChainWish, DraftingRunner, RaggedBatch
 from actors.native import library
 from tests.toy_draft import STATE_WIDTH, TOY_VOCAB, toy_base, toy_draft
 
@@ -72,7 +72,7 @@ def test_one_call_drafts_what_single_passes_do(
     calls: list[DeferredKv] = []
     step = DeferredKv.draft
 
-    def counted(kv: DeferredKv, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def counted(kv: DeferredKv, *rest: Any) -> Any:
         calls.append(kv)
         return step(kv, *rest)
 
@@ -136,30 +136,56 @@ def test_a_native_chain_is_layers_norm_and_head_again_and_again(base: Path, tmp_
             context_lens=torch.tensor(lengths), block_tables=tables[rows], logit_rows=starts[1:] - 1,
         )  # fmt: skip
 
-    first = batch_of([0, 1], sequences)
-    hidden = runner.embed(first.token_ids)
+    start = ChainStart(
+        token_ids=[token for text in sequences for token in text],
+        positions=[place for text in sequences for place in range(len(text))],
+        query_start=[0, 2, 5],
+        context_lens=[2, 3],
+        block_tables=tables.tolist(),
+        added_rows=[4],
+        added=torch.linspace(-1.0, 1.0, runner.info.hidden_size)[None],
+    )
     wish = ChainWish(budgets=(4, 6), floors=(0.0, 0.05), best=3, ids=ids, curve=curve)
-    found = runner.draft_chain(hidden, 2, first, wish)
-    expected_hidden = runner.run_layers(runner.embed(first.token_ids), 0, 2, first)
-    torch.testing.assert_close(hidden, expected_hidden)
+    states = torch.zeros(runner.num_blocks * BLOCK_SIZE, runner.info.hidden_size)
+    found = runner.draft_chain(2, start, wish, states)
     ends = []
     for row, text in enumerate(sequences):
-        survival = 1.0
-        for place in range(int(found.counts[row])):
+        survival, places = 1.0, len(found[row].token_ids)
+        for place in range(places):
             whole = batch_of([row], [text])
-            after = runner.run_layers(runner.embed(whole.token_ids), 0, 2, whole)
-            if place > 0:
-                torch.testing.assert_close(found.hidden[row, place - 1], after[-1], rtol=1e-4, atol=1e-5)
+            embedded = runner.embed(whole.token_ids)
+            if row == 1:
+                embedded[2] += start.added[0]
+            after = runner.run_layers(embedded, 0, 2, whole)
+            torch.testing.assert_close(states[row * BLOCK_SIZE :][: len(text)], after, rtol=1e-4, atol=1e-5)
             top = runner.logits(after[-1:]).softmax(-1).topk(3, dim=-1)
-            assert torch.equal(found.rows[row, place], top.indices[0])
-            torch.testing.assert_close(found.probabilities[row, place], top.values[0], rtol=1e-4, atol=1e-7)
+            assert found[row].token_ids[place] == ids[top.indices[0]].tolist()
+            assert found[row].probabilities[place] == pytest.approx(
+                top.values[0].tolist(), rel=1e-4, abs=1e-7
+            )
             assert survival >= wish.floors[row]
             survival *= float(np.interp(float(top.values[0, 0]), curve[0].numpy(), curve[1].numpy()))
             text = [*text, int(ids[top.indices[0, 0]])]
-        ends.append((int(found.counts[row]), survival))
+        # What came last was not run, nor was what the other sequence left alone.
+        used = len(sequences[row]) + places - 1
+        assert states[row * BLOCK_SIZE + used : (row + 1) * BLOCK_SIZE].abs().max() == 0.0
+        ends.append((places, survival))
     assert ends[0][0] == 4
     assert 1 < ends[1][0] < 6
     assert ends[1][1] < 0.05
-    for changes in ({"best": 0}, {"best": 33}, {"budgets": (0, 1)}, {"floors": (0.0,)}):
+    wishes: tuple[dict[str, Any], ...] = ({"best": 0}, {"best": 33}, {"budgets": (0, 1)}, {"floors": (0.0,)})
+    for changes in wishes:
         with pytest.raises(ValueError, match=r"range|at least 1"):
-            runner.draft_chain(runner.embed(first.token_ids), 2, first, replace(wish, **changes))
+            runner.draft_chain(2, start, replace(wish, **changes))
+    starts: tuple[dict[str, Any], ...] = (
+        {"token_ids": [5, TOY_VOCAB, 7, 8, 9]},
+        {"positions": [0]},
+        {"block_tables": [[0], [1, 2]]},
+        {"added_rows": [5]},
+        {"added_rows": []},
+    )
+    for changes in starts:
+        with pytest.raises(ValueError, match=r"vocabulary|fit|added|outside"):
+            runner.draft_chain(2, replace(start, **changes), wish)
+    with pytest.raises(ValueError, match="states"):
+        runner.draft_chain(2, start, wish, states[1:])
