@@ -272,7 +272,9 @@ class DrafterPool:
                 i: u
                 for i, u in waiting.items()
                 if self._eligible(drafter, u)
-                and self._worth.wants(drafter.name, u.session_id, u.budget, held.get(i), together)
+                and self._worth.wants(
+                    drafter.name, u.session_id, u.budget, held.get(i), together, len(waiting)
+                )
             }
             if not asked:
                 continue
@@ -297,16 +299,19 @@ class DrafterPool:
         held: dict[int, list[SessionDraft]] = {i: [] for i in waiting}
         going_on = {i: self._continuations(u) for i, u in waiting.items()}
         for drafter in self._drafters:
+            eligible = {i: u for i, u in waiting.items() if self._eligible(drafter, u)}
+            pinned = {i for i, u in eligible.items() if u.drafter is not None}
+            covered = {
+                u.session_id: self._covered(drafter, u.session_id, held[i], going_on[i])
+                for i, u in eligible.items()
+                if i not in pinned
+            }
+            worth_it = self._worth.adding(drafter.name, covered, together) if covered else ()
+            chosen = [i for i, u in eligible.items() if i in pinned or u.session_id in worth_it]
             asked: dict[int, DraftQuery] = {}
-            for i, u in waiting.items():
-                if not self._eligible(drafter, u):
-                    continue
-                if u.drafter is None:
-                    covered = self._covered(drafter, u.session_id, held[i], going_on[i])
-                    if not self._worth.adds(drafter.name, u.session_id, covered, together):
-                        continue
-                least = self._worth.least_survival(drafter.name, bool(going_on[i]), together)
-                asked[i] = replace(self._query(drafter, u), tree=True, min_survival=least)
+            for i in chosen:
+                least = self._worth.least_survival(drafter.name, bool(going_on[i]), together, len(chosen))
+                asked[i] = replace(self._query(drafter, waiting[i]), tree=True, min_survival=least)
             if not asked:
                 continue
             started = self._clock()

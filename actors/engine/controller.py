@@ -38,6 +38,8 @@ _PATIENCE = 4.0
 """Times the interval that probes keep back while prompts are computed."""
 _FEW_SEEN = 4
 """Drafts until which those of a batch ask one after the other."""
+_SELDOM = 8
+"""Rounds without asking after which a request's drafter has more to read than a draft takes."""
 _VERIFIED_IN_BATCH = 4
 """One in so many probes of a batch is verified: all wait for its rows, and rounds differ in rows anyway."""
 _FURTHER_INTERVAL = 32
@@ -56,6 +58,11 @@ class ControlState:
     """Whether the drafts now under way were asked for as a probe."""
     asked: bool = False
     """Whether it ever asked for drafts."""
+
+    @property
+    def catches_up(self) -> bool:
+        """Whether a drafter has much to read before it can draft: what came since it was asked, or all."""
+        return not self.asked or self.rounds_since_asked > _SELDOM
 
     @property
     def overdue(self) -> float:
@@ -97,8 +104,8 @@ class Controller:
         self._rounds_to_probe = 0
         self._probes = self._verified = self._drafting_rounds = 0
         self._drafts_seen = 0
-        self._somebody_asked_first = False
-        """Whether a prompt has to be read for the drafts now under way: later ones will not wait for that."""
+        self._catching_up = False
+        """Whether somebody's drafter has to, for the drafts now under way."""
         self._reason = "nothing decided yet"
         self._decisions = {"asked": 0, "declined": 0, "probes": 0}
 
@@ -110,8 +117,7 @@ class Controller:
     def observe_wait(self, seconds: float, asking: int = 1) -> None:
         """Time the engine stood still for the drafts of `asking` requests in one round."""
         self._last_wait_s = seconds
-        if not self._somebody_asked_first:
-            self._waits.observe(seconds, asking)
+        self._waits.observe(seconds, asking, catching_up=self._catching_up)
 
     @property
     def wait_s(self) -> float:
@@ -141,7 +147,7 @@ class Controller:
         else:
             self._reason = _IN_DEBT
         asking = [c.state for c, budget in zip(candidates, budgets, strict=True) if budget]
-        self._somebody_asked_first = not all(state.asked for state in asking)
+        self._catching_up = any(state.catches_up for state in asking)
         for index, (candidate, budget) in enumerate(zip(candidates, budgets, strict=True)):
             self._remember(candidate.state, budget, index in probes)
         return budgets
@@ -222,9 +228,18 @@ class Controller:
             soon = (pays or forced) and candidate.state.overdue >= 0.5
             if length == 0 and (soon or index == due):
                 probes.add(index)
-            if length > 0 or index in probes:
+            if index in probes:
                 budgets[index] = candidate.limit
+            elif length > 0:
+                budgets[index] = self._asked_for(candidate, length, alone=len(candidates) == 1)
         return probes
+
+    @staticmethod
+    def _asked_for(candidate: Candidate, length: int, *, alone: bool) -> int:
+        """Tokens to ask for where `length` are expected to pay. A request that is alone asks for all it may
+        get, and `trim` decides; of a batch all would wait for the longest draft. A tree's tokens stand side
+        by side."""
+        return candidate.limit if alone or candidate.tree else length
 
     def _expected(self, candidate: Candidate) -> list[float]:
         """P(accepted) by place of what a candidate would be given."""
@@ -309,22 +324,19 @@ class Controller:
         attention_s = self._attention_s
         baseline = emitting / max(self.costs.seconds(base_rows) + attention_s, 1e-9)
         positions = sorted(
-            (
-                (value, index, place)
-                for index, curve in enumerate(curves)
-                for place, value in enumerate(curve)
-            ),
-            key=lambda item: (-item[0], item[2], item[1]),
+            (-value, place, index) for index, curve in enumerate(curves) for place, value in enumerate(curve)
         )
+        row_attention_s = [self.costs.drafted_attention_s(context) for context in contexts]
         expected, best, admitted = float(emitting), baseline * _MIN_GAIN, 0
-        for count, (value, index, _) in enumerate(positions, start=1):
-            expected += value
-            attention_s += self.costs.drafted_attention_s(contexts[index])
-            rate = expected / max(self.costs.seconds(base_rows + count) + attention_s + wait_s, 1e-9)
+        seconds_of = self.costs.seconds
+        for count, (minus_value, _, index) in enumerate(positions, start=1):
+            expected -= minus_value
+            attention_s += row_attention_s[index]
+            rate = expected / (seconds_of(base_rows + count) + attention_s + wait_s or 1e-9)
             if rate > best:
                 best, admitted = rate, count
         lengths = [0] * len(curves)
-        for _, index, _ in positions[:admitted]:
+        for _, _, index in positions[:admitted]:
             lengths[index] += 1
         return lengths, best / baseline - 1.0 if admitted else 0.0
 
@@ -339,7 +351,7 @@ class Controller:
         if requests == 1:
             return _FIRST_PROBE
         plain_s = self.costs.seconds(requests) + self._attention_s
-        affordable = self._waits.expected(1) / max(_PROBE_SHARE * plain_s, 1e-9)
+        affordable = self._waits.seldom / max(_PROBE_SHARE * plain_s, 1e-9)
         return min(_LAST_PROBE, max(_FIRST_PROBE * requests, math.ceil(affordable)))
 
     def _remember(self, state: ControlState, budget: int, probing: bool) -> None:

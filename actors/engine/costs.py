@@ -21,9 +21,8 @@ _QUICKER, _SLOWER = math.log(4.0), 2.0 * _NOISE
 """What counts at most of a round that was quicker or slower than expected: disturbances only add."""
 _NEGLIGIBLE = 0.002
 """Change of own parts from which on predictions are made anew."""
-_SETTLED, _REWEIGHED = 32, 8
-"""Measurements of a row count from which on the weights of its rounds are made anew only every so many: they
-hardly change any more, and making them takes longer than the rest."""
+_SETTLED, _SAMPLED = 16, 4
+"""Measurements of a row count from which on one in so many of its rounds is observed."""
 _FEW = 8
 """Measurements of a row count from which on it is believed whatever larger ones say."""
 
@@ -53,12 +52,13 @@ class CostModel:
         """Of a row count in the three that follow; the level comes first in the last two."""
         self._profile_s: list[float] = [1.0]
         self._parts = [0.0]
+        self._slowdown = 1.0
+        """What the level stands for: how much slower the machine is than when the profile was taken."""
         self._covariance = np.ones((1, 1))
         """To begin with nothing is known of the level: a profile is taken while nothing else is done."""
-        self._gains: dict[int, list[float]] = {}
-        """What of a round's error counts, for all parts, by row count."""
         self._rounds: dict[int, int] = {}
         """Measurements of a row count, a profile being the first."""
+        self._passed: dict[int, int] = {}
         self._fitted: list[float] = []
         """Of the row counts known, at the level of the profile; `_cache` has what was asked for."""
         self._cache: dict[int, float] = {}
@@ -76,9 +76,13 @@ class CostModel:
         """What one more row of the sequence adds."""
         return context * self._attend_s * self._slowdown
 
-    @property
-    def _slowdown(self) -> float:
-        return math.exp(self._parts[0])
+    def due(self, rows: int) -> bool:
+        """Whether to observe the round of so many rows that has just ended. Of rows that are often met one
+        round in `_SAMPLED` tells enough: observing takes a good part of what choosing tokens does."""
+        if self._rounds.get(rows, 0) < _SETTLED:
+            return True
+        self._passed[rows] = passed = self._passed.get(rows, 0) + 1
+        return passed % _SAMPLED == 0
 
     def observe(self, rows: int, seconds: float, attention_s: float = 0.0) -> None:
         """Add a round, `attention_s` of which was expected for attention."""
@@ -89,33 +93,31 @@ class CostModel:
                 return
             self._add(rows, self.seconds(rows) / self._slowdown)
         at = self._place[rows]
-        self._rounds[rows] = measured = self._rounds[rows] + 1
-        gain = self._gains.get(rows)
-        if gain is None or measured < _SETTLED or measured % _REWEIGHED == 0:
-            gain = self._gains[rows] = self._weigh(at)
-        error = max(-_QUICKER, min(_SLOWER, math.log(seconds / self._believed_s(rows))))
-        self._parts = [part + share * error for part, share in zip(self._parts, gain, strict=True)]
-        self._moved += abs(gain[at] * error)
-        if self._moved > _NEGLIGIBLE or measured == _FEW:
-            self._changed()
-
-    def _weigh(self, at: int) -> list[float]:
-        """A measurement of the row count at this place: how far each part follows its error."""
-        covariance = self._covariance
+        self._rounds[rows] += 1
+        covariance = self._known_covariance()
         covariance[0, 0] += _LEVEL_STEP**2
         covariance[at, at] += _SHAPE_STEP**2
         with_measured = covariance[0] + covariance[at]
         gain = with_measured / (with_measured[0] + with_measured[at] + _NOISE**2)
+        error = max(-_QUICKER, min(_SLOWER, math.log(seconds / self._believed_s(rows))))
+        self._parts = [part + share * error for part, share in zip(self._parts, gain.tolist(), strict=True)]
+        self._slowdown = math.exp(self._parts[0])
         covariance -= gain[:, None] * with_measured
-        gains: list[float] = gain.tolist()
-        return gains
+        self._moved += abs(float(gain[at]) * error)
+        if self._moved > _NEGLIGIBLE or self._rounds[rows] == _FEW:
+            self._changed()
+
+    def _known_covariance(self) -> np.ndarray:
+        """Of the level and all parts. A part that is new is independent of what was known before."""
+        known, size = len(self._covariance), len(self._parts)
+        if known < size:
+            self._covariance = np.pad(self._covariance, (0, size - known))
+            self._covariance[range(known, size), range(known, size)] = _SHAPE**2
+        return self._covariance
 
     def _add(self, rows: int, profile_s: float) -> None:
         size = len(self._profile_s)
-        self._parts = [*self._parts, 0.0]
-        self._covariance = np.pad(self._covariance, (0, 1))
-        self._covariance[size, size] = _SHAPE**2
-        self._gains.clear()
+        self._parts.append(0.0)
         self._profile_s.append(profile_s)
         self._rounds[rows] = 1
         self._place[rows] = size  # before `_rows`, for `measured` in another thread

@@ -169,8 +169,8 @@ class TorchEngine:
         seconds = clock.lap("forward")
         verdicts = self._judge(works, spans, logits)
         seconds += clock.lap("judge")
-        if all(work.seq.decoding for work in works):
-            costs = self._speculator.controller.costs
+        costs = self._speculator.controller.costs
+        if all(work.seq.decoding for work in works) and costs.due(batch.num_tokens):
             attention_s = sum(costs.attention_s(work.seq.num_computed, work.num_rows) for work in works)
             costs.observe(batch.num_tokens, seconds, attention_s)
         self._collect_candidates(works, spans, logits)

@@ -13,20 +13,33 @@ _FIRST_S = 1e-3
 
 class DraftWaits:
     """Averages in seconds. A number of requests that has not asked yet is judged by the nearest one that has:
-    more are taken to wait longer in proportion, which drafting for each of them costs at most."""
+    more are taken to wait longer in proportion, which drafting for each of them costs at most. What drafters
+    read first, of requests that have not asked for a while, is kept apart: who goes on asking will not wait
+    for that."""
 
     def __init__(self) -> None:
         self._by_asking: dict[int, float] = {}
         self._mean_s: float | None = None
+        self._catching_up_s: float | None = None
 
-    def observe(self, seconds: float, asking: int) -> None:
-        """One round's wait, of `asking` >= 1 requests."""
+    def observe(self, seconds: float, asking: int, *, catching_up: bool = False) -> None:
+        """One round's wait, of `asking` >= 1 requests. `catching_up`: one has not asked for a while."""
         seconds = min(seconds, _LONGEST_S)
+        if catching_up:
+            if asking == 1:
+                before = self._catching_up_s
+                self._catching_up_s = seconds if before is None else _follow(before, seconds)
+            return
         if asking in self._by_asking:
             self._by_asking[asking] = _follow(self.expected(asking), seconds)
         else:
             self._by_asking[asking] = min(seconds, _OUTLIER * max(self.expected(asking), _FIRST_S))
         self._mean_s = _follow(_FIRST_S if self._mean_s is None else self._mean_s, seconds)
+
+    @property
+    def seldom(self) -> float:
+        """Seconds that a round stands still for one request that has not asked for a while."""
+        return self.expected(1) if self._catching_up_s is None else self._catching_up_s
 
     def least(self, asking: int) -> float:
         """The same for a number that has not asked yet, if many wait no longer than fewer do."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -186,3 +187,56 @@ def test_a_first_draft_says_nothing_of_how_long_drafts_take() -> None:
         controller.observe_wait(3e-3)
         controller.trim([(candidate, DRAFT, 4)], 1, 1)
         assert (controller.wait_s > 1.1e-3) == (expected > 1.0)
+
+
+def test_what_a_drafter_reads_first_is_not_what_drafts_take() -> None:
+    """Who has not asked for long waits until the drafter has read what came since. That is the price of a
+    probe, not of going on."""
+    controller = _controller(row_ms=0.1)
+    states = [ControlState(asked=True) for _ in range(4)]
+    candidates = _candidates(states)
+    controller._drafts_seen = 100
+    for state in states:
+        state.rounds_since_asked = 50
+        for _ in range(10):
+            _score(controller, state, right=True)
+    assert all(controller.plan(candidates)), "so many have not asked together yet: it is tried"
+    controller.observe_wait(20e-3, 4)
+    assert all(controller.plan(candidates))
+    controller.observe_wait(1.5e-3, 4)
+    assert controller.table(())["wait_ms_by_requests"] == {"1": 1.0, "4": 1.5}
+
+
+def test_probes_are_as_seldom_as_what_they_read_is_long() -> None:
+    pauses = []
+    for read_ms in (2.0, 12.0):
+        controller, states = _taught(4)
+        asked: list[int] = []
+        for number in range(600):
+            budgets = controller.plan(_candidates(states))
+            if any(budgets):
+                asked.append(number)
+                controller.observe_wait(read_ms / 1e3, 1)
+                drafts = [(c, DRAFT, 4) for c, b in zip(_candidates(states), budgets, strict=True) if b]
+                controller.trim(drafts, 4, 4)
+        pauses.append(asked[-1] - asked[-2])
+    assert pauses[1] > 1.4 * pauses[0], pauses
+
+
+@pytest.mark.parametrize(("requests", "asked"), [(1, 4), (2, 1)])
+def test_a_batch_asks_for_what_pays_and_who_is_alone_for_all(requests: int, asked: int) -> None:
+    """Only the first of four tokens is ever right."""
+    controller = _controller(row_ms=0.5)
+    states = [ControlState(asked=True) for _ in range(requests)]
+    controller._drafts_seen = 100
+    for state in states:
+        for _ in range(40):
+            controller.acceptance.proposed(state.acceptance, DRAFT, ("d",))
+            controller.acceptance.emitted(state.acceptance, [1, 9])
+    assert controller.plan(_candidates(states)) == [asked] * requests
+    trees = [Candidate(state, 4, ("d",), tree=True) for state in states]
+    for state in states:
+        for _ in range(40):
+            controller.acceptance.proposed_tree(state.acceptance, replace(DRAFT, parents=(-1, 0, 1, 2)), "d")
+            controller.acceptance.emitted(state.acceptance, [1, 9])
+    assert controller.plan(trees) == [4] * requests, "tokens of a tree stand side by side"

@@ -64,6 +64,20 @@ def test_a_drafter_that_never_answers_is_not_waited_for() -> None:
     assert 0 < sum(asked) < 12, "only probes, and ever fewer of them"
 
 
+def test_a_new_request_begins_with_how_often_there_was_a_guess() -> None:
+    """Of a batch each request is seldom asked for: it would end before it had shown that drafters answer."""
+    controller = _controller()
+    for _ in range(30):
+        _teach(controller, ControlState(), accepted=1, times=2)
+    fresh = controller.acceptance.expected_survival(ControlState().acceptance, ("d",), 1)
+    assert fresh[0] == pytest.approx(0.95, abs=0.05)
+    for _ in range(400):
+        controller.acceptance.proposed(ControlState().acceptance, None, ("d",))
+    assert controller.acceptance.expected_survival(ControlState().acceptance, ("d",), 1)[0] < 0.2
+    controller.acceptance.reset()
+    assert controller.acceptance.expected_survival(ControlState().acceptance, ("d",), 1) == [0.25]
+
+
 def test_shadow_scoring_brings_a_drafter_back() -> None:
     controller, state = _controller(), ControlState()
     candidate = Candidate(state, 4, ("d",))

@@ -119,3 +119,17 @@ def test_what_context_costs_is_the_difference_of_the_quickest_rounds() -> None:
     assert costs.attention_s(1000) == pytest.approx(1e-3)
     costs.profile_attention(disturbed, 9, (64, 1024))
     assert costs.attention_s(1000, 3) == pytest.approx(2e-3)
+
+
+def test_of_rows_that_are_often_met_few_rounds_are_observed() -> None:
+    costs = CostModel()
+    costs.profile(lambda rows: 0.01 + rows / 1e3, (1, 5))
+    observed = 0
+    for _ in range(400):
+        if costs.due(1):
+            costs.observe(1, 0.02)
+            observed += 1
+    assert 100 < observed < 130
+    assert costs.seconds(1) == pytest.approx(0.02, rel=0.02), "which is enough"
+    assert costs.due(5)
+    assert costs.due(3), "what was never met is"

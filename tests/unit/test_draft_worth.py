@@ -76,6 +76,54 @@ def test_all_who_wait_count() -> None:
     assert among == pytest.approx(min(0.95, 2 * alone))
 
 
+def draft_for(session: int, tokens: int = 1) -> SessionDraft:
+    return SessionDraft(session, 1, tuple(range(tokens)), drafter="n", parents=tuple(range(-1, tokens - 1)))
+
+
+def several(sessions: int, seconds: dict[int, float]) -> tuple[DraftWorth, Clock]:
+    """Sessions that get a token every 10 ms, and a drafter that takes `seconds` by how many it drafts for."""
+    clock = Clock()
+    worth = DraftWorth(clock)
+    for sid in range(sessions):
+        worth.opened(sid)
+    for _ in range(100):
+        for count, took in seconds.items():
+            worth.guessed("n", [draft_for(sid) for sid in range(count)], took)
+        clock.now += 0.01
+        for sid in range(sessions):
+            worth.committed(sid, (9,))
+    return worth, clock
+
+
+def test_a_drafter_is_asked_for_those_that_are_worth_it_together() -> None:
+    """Eight wait. Drafting for one costs as much as for all: alone no session would be worth it."""
+    worth, _ = several(8, {1: 0.004, 8: 0.0045})
+    nothing: dict[int, dict[int, float]] = {sid: {} for sid in range(8)}
+    for _ in range(70):
+        alone = worth.adding("n", {0: {}}, together=8)
+        assert sorted(worth.adding("n", nothing, together=8)) == list(range(8))
+    assert not alone
+    known = {sid: ({5: 1.0} if sid < 6 else {}) for sid in range(8)}
+    assert not worth.adding("n", known, together=8), "two for which nobody else guesses are too few"
+    dear, _ = several(8, {count: 0.004 * count for count in (1, 2, 4, 8)})
+    assert len(dear.adding("n", nothing, together=8)) <= 1, "each costs as much as alone"
+
+
+def test_what_was_read_first_does_not_make_drafts_dear() -> None:
+    """A session that the drafter has not seen for long costs more, once."""
+    worth, clock = several(1, {1: 0.001})
+    before = worth.least_survival("n", continued=False)
+    for _ in range(30):
+        for _ in range(20):
+            clock.now += 0.01
+            worth.committed(0, (9,))
+        worth.guessed("n", [draft_for(0)], 0.008)
+    assert worth.least_survival("n", continued=False) == pytest.approx(before, rel=0.1)
+    for _ in range(60):
+        worth.guessed("n", [draft_for(0)], 0.002)
+    assert worth.least_survival("n", continued=False) > 1.5 * before
+
+
 def test_what_drafting_takes_is_known_beyond_a_reset() -> None:
     worth, _ = worth_with(2, token_s=0.001)
     before = worth.least_survival("n", False)
