@@ -12,8 +12,9 @@ and after the drafts came (the wait is spent; which positions are worth verifyin
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 from actors.drafting.acceptance_model import AcceptanceModel, RequestAcceptance
 from actors.drafting.interface import SessionDraft
@@ -104,8 +105,10 @@ class Controller:
         self._rounds_to_probe = 0
         self._probes = self._verified = self._drafting_rounds = 0
         self._drafts_seen = 0
+        self._longest = 1
+        """Tokens that the longest of the drafts now under way may have."""
         self._catching_up = False
-        """Whether somebody's drafter has to, for the drafts now under way."""
+        """Whether somebody's drafter has to, for these drafts."""
         self._reason = "nothing decided yet"
         self._decisions = {"asked": 0, "declined": 0, "probes": 0}
 
@@ -117,7 +120,7 @@ class Controller:
     def observe_wait(self, seconds: float, asking: int = 1) -> None:
         """Time the engine stood still for the drafts of `asking` requests in one round."""
         self._last_wait_s = seconds
-        self._waits.observe(seconds, asking, catching_up=self._catching_up)
+        self._waits.observe(seconds, asking, self._longest, catching_up=self._catching_up)
 
     @property
     def wait_s(self) -> float:
@@ -148,6 +151,7 @@ class Controller:
             self._reason = _IN_DEBT
         asking = [c.state for c, budget in zip(candidates, budgets, strict=True) if budget]
         self._catching_up = any(state.catches_up for state in asking)
+        self._longest = max(budgets)
         for index, (candidate, budget) in enumerate(zip(candidates, budgets, strict=True)):
             self._remember(candidate.state, budget, index in probes)
         return budgets
@@ -200,14 +204,7 @@ class Controller:
             self._rounds_to_look -= 1
             return set()
         base = len(candidates) + sum(budgets) + other_rows
-        curves = [self._expected(candidate) for _, candidate in free]
-        wait = 0.0 if forced else self._waits.expected(len(free))
-        contexts = [c.context for _, c in free]
-        lengths, gain = self._admit(curves, contexts, base, len(candidates), wait)
-        least = self._waits.least(len(free))
-        if not any(lengths) and least < wait and self._drafts_seen >= _FEW_SEEN:
-            # So many have not asked together yet, and may wait no longer than fewer did: it is tried.
-            lengths, gain = self._admit(curves, contexts, base, len(candidates), least)
+        lengths, gain, wait = self._worth_asking([c for _, c in free], base, len(candidates), forced)
         pays = any(lengths)
         self._rounds_to_look = 0 if pays else self._look_pause(len(candidates))
         self._reason = self._explain(gain, wait, len(free))
@@ -228,11 +225,36 @@ class Controller:
             soon = (pays or forced) and candidate.state.overdue >= 0.5
             if length == 0 and (soon or index == due):
                 probes.add(index)
-            if index in probes:
+            if index in probes and not pays:
                 budgets[index] = candidate.limit
-            elif length > 0:
+            elif length > 0 or index in probes:
+                length = length or max(lengths)
                 budgets[index] = self._asked_for(candidate, length, alone=len(candidates) == 1)
         return probes
+
+    def _worth_asking(
+        self, free: Sequence[Candidate], base: int, requests: int, forced: bool
+    ) -> tuple[list[int], float, float]:
+        """Lengths that pay, the gain that they promise and the wait that this takes into account."""
+        curves, contexts = [self._expected(c) for c in free], [c.context for c in free]
+
+        def admitted(most: int, wait_of: Callable[[int, int], float]) -> tuple[list[int], float, float]:
+            wait = 0.0 if forced else wait_of(len(free), most)
+            cut = [curve[:most] for curve in curves]
+            return (*self._admit(cut, contexts, base, requests, wait), wait)
+
+        most = max(c.limit for c in free)
+        found = admitted(most, self._waits.expected)
+        if requests > 1 and not any(c.tree for c in free):
+            # All wait for the longest draft: shorter ones may bring more.
+            for shorter in range(max(found[0]) - 1 or 1, 0, -1):
+                found = max(found, admitted(shorter, self._waits.expected), key=itemgetter(1))
+        if not any(found[0]) and self._drafts_seen >= _FEW_SEEN:
+            most = 1 if requests > 1 and not any(c.tree for c in free) else most
+            if self._waits.least(len(free), most) < self._waits.expected(len(free), most):
+                # So many have not asked together yet, and may wait no longer than fewer did: it is tried.
+                found = admitted(most, self._waits.least)
+        return found
 
     @staticmethod
     def _asked_for(candidate: Candidate, length: int, *, alone: bool) -> int:

@@ -1,4 +1,4 @@
-"""How long rounds stand still for drafts, by how many requests ask for them."""
+"""How long rounds stand still for drafts, by how many requests ask and for how many tokens at most."""
 
 from __future__ import annotations
 
@@ -12,28 +12,33 @@ _FIRST_S = 1e-3
 
 
 class DraftWaits:
-    """Averages in seconds. A number of requests that has not asked yet is judged by the nearest one that has:
-    more are taken to wait longer in proportion, which drafting for each of them costs at most. What drafters
-    read first, of requests that have not asked for a while, is kept apart: who goes on asking will not wait
-    for that."""
+    """Averages in seconds, by (requests that ask, tokens that the longest draft may have).
+
+    What has not been asked for yet is judged by the nearest that has: of as many requests, or else of the
+    nearest number. More requests are taken to wait longer in proportion, which drafting for each of them
+    costs at most; longer drafts as long as shorter ones, until they have been tried. What drafters read
+    first, of requests that have not asked for a while, is kept apart: who goes on asking will not wait for
+    that."""
 
     def __init__(self) -> None:
-        self._by_asking: dict[int, float] = {}
+        self._known: dict[int, dict[int, float]] = {}
         self._mean_s: float | None = None
         self._catching_up_s: float | None = None
 
-    def observe(self, seconds: float, asking: int, *, catching_up: bool = False) -> None:
-        """One round's wait, of `asking` >= 1 requests. `catching_up`: one has not asked for a while."""
+    def observe(self, seconds: float, asking: int, longest: int = 1, *, catching_up: bool = False) -> None:
+        """One round's wait. `catching_up`: one of the requests has not asked for a while."""
         seconds = min(seconds, _LONGEST_S)
         if catching_up:
             if asking == 1:
                 before = self._catching_up_s
                 self._catching_up_s = seconds if before is None else _follow(before, seconds)
             return
-        if asking in self._by_asking:
-            self._by_asking[asking] = _follow(self.expected(asking), seconds)
+        before = self.expected(asking, longest)
+        by_length = self._known.setdefault(asking, {})
+        if longest in by_length:
+            by_length[longest] = _follow(before, seconds)
         else:
-            self._by_asking[asking] = min(seconds, _OUTLIER * max(self.expected(asking), _FIRST_S))
+            by_length[longest] = min(seconds, _OUTLIER * max(before, _FIRST_S))
         self._mean_s = _follow(_FIRST_S if self._mean_s is None else self._mean_s, seconds)
 
     @property
@@ -41,28 +46,34 @@ class DraftWaits:
         """Seconds that a round stands still for one request that has not asked for a while."""
         return self.expected(1) if self._catching_up_s is None else self._catching_up_s
 
-    def least(self, asking: int) -> float:
-        """The same for a number that has not asked yet, if many wait no longer than fewer do."""
-        fewer = [n for n in self._by_asking if n <= asking]
-        return self._by_asking[max(fewer)] if fewer else _FIRST_S
+    def least(self, asking: int, longest: int = 1) -> float:
+        """As `expected`, for a number of requests that has not asked yet, if many wait no longer than fewer
+        do."""
+        fewer = [n for n in self._known if n <= asking]
+        return _nearest(self._known[max(fewer)], longest) if fewer else _FIRST_S
 
-    def expected(self, asking: int) -> float:
-        """Seconds that a round of `asking` requests will stand still."""
-        if asking in self._by_asking:
-            return self._by_asking[asking]
-        nearest = min(self._by_asking, key=lambda n: abs(n - asking), default=None)
-        if nearest is None:
+    def expected(self, asking: int, longest: int = 1) -> float:
+        """Seconds that a round will stand still."""
+        if not self._known:
             return _FIRST_S * asking
-        return self._by_asking[nearest] * max(1.0, asking / nearest)
+        nearest = min(self._known, key=lambda n: abs(n - asking))
+        return _nearest(self._known[nearest], longest) * max(1.0, asking / nearest)
 
     @property
     def mean_s(self) -> float:
         """Whoever asked; 0 before the first."""
         return self._mean_s or 0.0
 
-    def table(self) -> dict[str, float]:
-        """Milliseconds by number of requests, for people."""
-        return {str(asking): round(self._by_asking[asking] * 1e3, 3) for asking in sorted(self._by_asking)}
+    def table(self) -> dict[str, dict[str, float]]:
+        """Milliseconds by number of requests and length, for people. Safe from any thread."""
+        return {
+            str(asking): {str(n): round(seconds * 1e3, 3) for n, seconds in sorted(by_length.copy().items())}
+            for asking, by_length in sorted(self._known.copy().items())
+        }
+
+
+def _nearest(by_length: dict[int, float], longest: int) -> float:
+    return by_length[min(by_length, key=lambda n: abs(n - longest))]
 
 
 def _follow(average: float, seconds: float) -> float:

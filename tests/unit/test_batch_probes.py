@@ -204,7 +204,7 @@ def test_what_a_drafter_reads_first_is_not_what_drafts_take() -> None:
     controller.observe_wait(20e-3, 4)
     assert all(controller.plan(candidates))
     controller.observe_wait(1.5e-3, 4)
-    assert controller.table(())["wait_ms_by_requests"] == {"1": 1.0, "4": 1.5}
+    assert controller.table(())["wait_ms_by_requests"] == {"1": {"1": 1.0}, "4": {"4": 1.5}}
 
 
 def test_probes_are_as_seldom_as_what_they_read_is_long() -> None:
