@@ -61,11 +61,6 @@ class ControlState:
     """Whether it ever asked for drafts."""
 
     @property
-    def catches_up(self) -> bool:
-        """Whether a drafter has much to read before it can draft: what came since it was asked, or all."""
-        return not self.asked or self.rounds_since_asked > _SELDOM
-
-    @property
     def overdue(self) -> float:
         """Time since drafts were asked for, in intervals between probes."""
         return self.rounds_since_asked / self.probe_interval
@@ -90,10 +85,15 @@ class Candidate:
 
 
 class Controller:
-    """Chooses draft lengths. `plan` before asking, `trim` once drafts are there."""
+    """Chooses draft lengths. `plan` before asking, `trim` once drafts are there.
 
-    def __init__(self, costs: CostModel) -> None:
+    `reads_in_rounds`: whether drafts are made by a model in this process, which reads what came since it was
+    asked while the round waits (a draft worker does so in between).
+    """
+
+    def __init__(self, costs: CostModel, *, reads_in_rounds: bool = False) -> None:
         self.costs = costs
+        self.reads_in_rounds = reads_in_rounds
         self.acceptance = AcceptanceModel()
         self.account = DraftAccount()
         self._waits = DraftWaits()
@@ -150,11 +150,15 @@ class Controller:
         else:
             self._reason = _IN_DEBT
         asking = [c.state for c, budget in zip(candidates, budgets, strict=True) if budget]
-        self._catching_up = any(state.catches_up for state in asking)
+        self._catching_up = any(self._catches_up(state) for state in asking)
         self._longest = max(budgets)
         for index, (candidate, budget) in enumerate(zip(candidates, budgets, strict=True)):
             self._remember(candidate.state, budget, index in probes)
         return budgets
+
+    def _catches_up(self, state: ControlState) -> bool:
+        """Whether the round waits longer for this request's draft than when it asks again and again."""
+        return not state.asked or (self.reads_in_rounds and state.rounds_since_asked > _SELDOM)
 
     def rests(self, states: Sequence[ControlState], other_rows: int = 0) -> int:
         """Coming rounds of some requests, none of which is forced, in which nothing is to be decided: nobody

@@ -77,6 +77,7 @@ class Speculator:
     ) -> None:
         self.source = source
         self.controller = controller
+        controller.reads_in_rounds = NESTED in source.own_drafters
         self._timeouts = timeouts
         self._clock = clock
         self._max_model_len = max_model_len

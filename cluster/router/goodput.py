@@ -91,10 +91,11 @@ def choices(
     for cap in range(1, len(expected)):
         logs = load = price = 0.0
         for running in requests:
-            job_s = cap * step.seconds(running)
-            gain, round_s = _best(running, cap, expected, verify, latency_s + queue.wait_s + job_s)
+            step_s = step.seconds(running)
+            gain, round_s, asked = _best(running, cap, expected, verify, latency_s + queue.wait_s, step_s)
             logs += math.log(gain) / len(requests)
             if round_s > 0.0:
+                job_s = asked * step_s
                 used = activity * queue.load_scale * job_s / round_s / len(requests)
                 load += used
                 price += queue.price(used, job_s)
@@ -103,13 +104,15 @@ def choices(
 
 
 def _best(
-    running: int, cap: int, expected: Sequence[float], verify: CostModel, before_s: float
-) -> tuple[float, float]:
-    """(gain, seconds of the round) of what the controller would do with `running` requests when drafts are
-    there after `before_s`; (1, 0) where it would not draft."""
+    running: int, cap: int, expected: Sequence[float], verify: CostModel, wait_s: float, step_s: float
+) -> tuple[float, float, int]:
+    """(gain, seconds of the round, tokens asked for) of what the controller would do with `running` requests
+    that wait so long before they are drafted for; (1, 0, 0) where it would not draft. A request that is alone
+    asks for all it may have, those of a batch for what they verify."""
     plain = verify.seconds(running)
-    gain, seconds = max(
-        (expected[k] * plain / (total := before_s + verify.seconds(running * (1 + k))), total)
+    gain, seconds, asked = max(
+        (expected[k] * plain / (total := wait_s + n * step_s + verify.seconds(running * (1 + k))), total, n)
         for k in range(1, cap + 1)
+        for n in (cap if running == 1 else k,)
     )
-    return (gain, seconds) if gain > 1.0 else (1.0, 0.0)
+    return (gain, seconds, asked) if gain > 1.0 else (1.0, 0.0, 0)

@@ -119,7 +119,9 @@ class Router:
             predicted += report.draft_tokens_per_s / requests * step_s
             pressure += report.weight * report.rounds_per_s
             if report.draft_wait_s > 0.0:
-                alone = report.latency_s.get(worker.worker_id, NO_LATENCY) + target.length * step_s
+                asked = report.draft_tokens_per_s / max(report.rounds_per_s * requests, 1e-9)
+                length = target.length if requests == 1 else min(target.length, max(1.0, asked))
+                alone = report.latency_s.get(worker.worker_id, NO_LATENCY) + length * step_s
                 waited += report.rounds_per_s * max(0.0, report.draft_wait_s - alone)
                 rounds += report.rounds_per_s
         s = self.settings

@@ -193,6 +193,7 @@ def test_what_a_drafter_reads_first_is_not_what_drafts_take() -> None:
     """Who has not asked for long waits until the drafter has read what came since. That is the price of a
     probe, not of going on."""
     controller = _controller(row_ms=0.1)
+    controller.reads_in_rounds = True
     states = [ControlState(asked=True) for _ in range(4)]
     candidates = _candidates(states)
     controller._drafts_seen = 100
@@ -211,6 +212,7 @@ def test_probes_are_as_seldom_as_what_they_read_is_long() -> None:
     pauses = []
     for read_ms in (2.0, 12.0):
         controller, states = _taught(4)
+        controller.reads_in_rounds = True
         asked: list[int] = []
         for number in range(600):
             budgets = controller.plan(_candidates(states))
