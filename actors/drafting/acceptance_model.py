@@ -16,8 +16,9 @@ from actors.drafting.tree_acceptance import PendingTree, TreeRecord
 
 MAX_POSITIONS = 16
 _PRIOR = 0.5
-_GLOBAL_SMOOTHING = 0.005
-"""Averages over fewer drafts fall by chance below what pays, and are then renewed by probes alone: seldom."""
+_GLOBAL_SMOOTHING = 0.0025
+"""Averages over fewer drafts fall by chance below what pays, and are then renewed by probes alone: seldom. A
+request that fares otherwise is known by its own record."""
 _LOCAL_SMOOTHING = 0.2
 _LOCAL_DECAY = 0.95
 _LOCAL_PRIOR_WEIGHT = 3.0

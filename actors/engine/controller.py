@@ -251,7 +251,7 @@ class Controller:
         found = admitted(most, self._waits.expected)
         if requests > 1 and not any(c.tree for c in free):
             # All wait for the longest draft: shorter ones may bring more.
-            for shorter in range(max(found[0]) - 1 or 1, 0, -1):
+            for shorter in range(max(1, max(found[0]) - 1), 0, -1):
                 found = max(found, admitted(shorter, self._waits.expected), key=itemgetter(1))
         if not any(found[0]) and self._drafts_seen >= _FEW_SEEN:
             most = 1 if requests > 1 and not any(c.tree for c in free) else most
