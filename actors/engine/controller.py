@@ -41,6 +41,8 @@ _FEW_SEEN = 4
 """Drafts until which those of a batch ask one after the other."""
 _SELDOM = 8
 """Rounds without asking after which a request's drafter has more to read than a draft takes."""
+_PAID_OFF_IN = 16
+"""Rounds in which drafting must make up for what has to be read before it."""
 _VERIFIED_IN_BATCH = 4
 """One in so many probes of a batch is verified: all wait for its rows, and rounds differ in rows anyway."""
 _FURTHER_INTERVAL = 32
@@ -105,6 +107,8 @@ class Controller:
         self._rounds_to_probe = 0
         self._probes = self._verified = self._drafting_rounds = 0
         self._drafts_seen = 0
+        self._hoping = False
+        """Whether drafts are asked for to learn whether they are right at all."""
         self._longest = 1
         """Tokens that the longest of the drafts now under way may have."""
         self._catching_up = False
@@ -142,7 +146,8 @@ class Controller:
             return []
         budgets = [c.limit if c.forced else 0 for c in candidates]
         probes: set[int] = set()
-        self._attention_s = sum(self.costs.attention_s(c.context) for c in candidates)
+        sequences = len(candidates)
+        self._attention_s = sum(self.costs.attention_s(c.context, 1, sequences) for c in candidates)
         plain_s = self.costs.seconds(len(candidates) + other_rows) + self._attention_s
         self.account.round(plain_s, len(candidates))
         if self.account.solvent:
@@ -212,7 +217,8 @@ class Controller:
         pays = any(lengths)
         self._rounds_to_look = 0 if pays else self._look_pause(len(candidates))
         self._reason = self._explain(gain, wait, len(free))
-        if pays and not forced and len(free) > 1 and self._drafts_seen < _FEW_SEEN:
+        self._hoping = pays and not forced and len(free) > 1 and self._drafts_seen < _FEW_SEEN
+        if self._hoping:
             # Nothing but hope speaks for it: one a round is enough to learn, and all wait for as many as ask.
             # The same one each time: a drafter reads a prompt when it is first asked, which takes longer than
             # a draft.
@@ -241,9 +247,11 @@ class Controller:
     ) -> tuple[list[int], float, float]:
         """Lengths that pay, the gain that they promise and the wait that this takes into account."""
         curves, contexts = [self._expected(c) for c in free], [c.context for c in free]
+        to_read = sum(self._catches_up(c.state) for c in free) if self.reads_in_rounds and requests > 1 else 0
+        reading_s = to_read * self._waits.seldom / _PAID_OFF_IN
 
         def admitted(most: int, wait_of: Callable[[int, int], float]) -> tuple[list[int], float, float]:
-            wait = 0.0 if forced else wait_of(len(free), most)
+            wait = 0.0 if forced else wait_of(len(free), most) + reading_s
             cut = [curve[:most] for curve in curves]
             return (*self._admit(cut, contexts, base, requests, wait), wait)
 
@@ -292,6 +300,8 @@ class Controller:
         self._drafts_seen += len(free)
         curves = [self._survival(*entry) for _, entry in free]
         contexts = [candidate.context for _, (candidate, _, _) in free]
+        if self._hoping:  # verified or not, they are scored
+            curves = [[] for _ in free]
         chosen, _ = self._admit(curves, contexts, base_rows + sum(lengths), emitting, 0.0)
         probed = any(chosen)
         for (index, (candidate, _, _)), curve, length in zip(free, curves, chosen, strict=True):

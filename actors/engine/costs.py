@@ -65,12 +65,18 @@ class CostModel:
         self._moved = 0.0
         """How far own parts have moved since."""
         self._read_s = self._attend_s = 0.0
-        self._quickest_s: dict[tuple[int, int], float] = {}
-        """Of rounds by rows and context, from which these two come."""
+        self._read_together_s: float | None = None
+        self._quickest_s: dict[tuple[str, int, int], float] = {}
+        """Of rounds by kind, rows and context, from which these three come."""
 
-    def attention_s(self, context: int, rows: int = 1) -> float:
-        """Seconds that attention over `context` KV entries adds for `rows` rows of one sequence."""
-        return context * (self._read_s + self._attend_s * (rows - 1)) * self._slowdown
+    def attention_s(self, context: int, rows: int = 1, sequences: int = 1) -> float:
+        """Seconds that attention over `context` KV entries adds for `rows` rows of one of `sequences`."""
+        read_s = self._read_s if sequences == 1 else self._read_together
+        return context * (read_s + self._attend_s * (rows - 1)) * self._slowdown
+
+    @property
+    def _read_together(self) -> float:
+        return self._read_s if self._read_together_s is None else self._read_together_s
 
     def drafted_attention_s(self, context: int) -> float:
         """What one more row of the sequence adds."""
@@ -157,19 +163,39 @@ class CostModel:
     def profile_attention(
         self, run: Callable[[int, int], float], rows: int, contexts: tuple[int, int], repeats: int = 3
     ) -> None:
-        """Measure what context costs, from `run(rows, context) -> seconds` with one row and with `rows`, at a
-        short and a long context. Measured again, the quickest of all counts: a difference of two times has
-        the noise of both."""
-        short, long = contexts
-        for case in [(count, context) for count in (1, rows) for context in (long, short)]:
-            seconds = min(run(*case) for _ in range(repeats))
-            self._quickest_s[case] = min(seconds, self._quickest_s.get(case, seconds))
-        added = {count: self._quickest_s[count, long] - self._quickest_s[count, short] for count in (1, rows)}
-        self._read_s = max(0.0, added[1] / (long - short))
+        """Measure what context costs, from `run(rows, context) -> seconds` with one row and with `rows` of
+        one sequence, at a short and a long context."""
+        added = {count: self._added_s("rows", run, count, contexts, repeats) for count in (1, rows)}
+        self._read_s = max(0.0, added[1])
         # The first row also fetches what the others find in a cache: where they seem dearer, the machine
         # was busy.
-        further = (added[rows] - added[1]) / ((rows - 1) * (long - short))
-        self._attend_s = min(self._read_s, max(0.0, further))
+        self._attend_s = min(self._read_s, max(0.0, (added[rows] - added[1]) / (rows - 1)))
+
+    def profile_together(
+        self, run: Callable[[int, int], float], sequences: int, contexts: tuple[int, int], repeats: int = 3
+    ) -> None:
+        """The same for one row each of several sequences, from `run(sequences, context) -> seconds`: they
+        share threads better than the heads of one row do."""
+        added = self._added_s("sequences", run, sequences, contexts, repeats) / sequences
+        self._read_together_s = min(self._read_s, max(0.0, added))
+
+    def _added_s(
+        self,
+        kind: str,
+        run: Callable[[int, int], float],
+        count: int,
+        contexts: tuple[int, int],
+        repeats: int,
+    ) -> float:
+        """Seconds an entry of context. Measured again, the quickest of all counts: a difference of two times
+        has the noise of both."""
+        for context in reversed(contexts):
+            seconds = min(run(count, context) for _ in range(repeats))
+            case = (kind, count, context)
+            self._quickest_s[case] = min(seconds, self._quickest_s.get(case, seconds))
+        short, long = contexts
+        added = self._quickest_s[kind, count, long] - self._quickest_s[kind, count, short]
+        return added / (long - short)
 
     def seconds(self, rows: int) -> float:
         """Predicted seconds of a round over `rows` rows without attention over context; 0.0 while nothing has
@@ -211,5 +237,7 @@ class CostModel:
         return {str(rows): round(seconds * 1e3, 3) for rows, seconds in self.measured().items()}
 
     def attention_table(self) -> dict[str, float]:
-        """Microseconds a KV entry, for people: of a sequence's first row, and of each further one."""
-        return {"first_row": round(self._read_s * 1e6, 4), "further_row": round(self._attend_s * 1e6, 4)}
+        """Microseconds a KV entry, for people: of the first row of a sequence that is alone, or one of
+        several, and of each further row."""
+        read = {"first_row": self._read_s, "first_row_of_several": self._read_together}
+        return {name: round(s * 1e6, 4) for name, s in {**read, "further_row": self._attend_s}.items()}

@@ -39,6 +39,7 @@ _PROFILED_ROWS = (1, 2, 3, 5, 9, 17, 33)
 _PROFILE_CONTEXT = 64
 _LONG_CONTEXT = 1024
 _ATTENDING_ROWS = 9
+_ATTENDING_SEQUENCES, _TOGETHER_CONTEXT = 4, 512
 _REMEASURED = 3
 """Times that every row count is measured again in idle moments after the start."""
 
@@ -171,7 +172,9 @@ class TorchEngine:
         seconds += clock.lap("judge")
         costs = self._speculator.controller.costs
         if all(work.seq.decoding for work in works) and costs.due(batch.num_tokens):
-            attention_s = sum(costs.attention_s(work.seq.num_computed, work.num_rows) for work in works)
+            attention_s = sum(
+                costs.attention_s(work.seq.num_computed, work.num_rows, len(works)) for work in works
+            )
             costs.observe(batch.num_tokens, seconds, attention_s)
         self._collect_candidates(works, spans, logits)
         clock.lap("learn")
@@ -396,7 +399,9 @@ class TorchEngine:
             return False
         job = self._idle_jobs.popleft()
         pool = self._scheduler.pool
-        if pool.num_free - pool.num_cached >= pool.blocks_for(_LONG_CONTEXT + _ATTENDING_ROWS):
+        together = _ATTENDING_SEQUENCES * pool.blocks_for(_TOGETHER_CONTEXT + 1)
+        needed = max(together, pool.blocks_for(_LONG_CONTEXT + _ATTENDING_ROWS))
+        if pool.num_free - pool.num_cached >= needed:
             job()
         return True
 
@@ -408,21 +413,45 @@ class TorchEngine:
         return [rows for rows in _PROFILED_ROWS if rows <= usable - _PROFILE_CONTEXT]
 
     def _profile_attention(self) -> None:
+        costs = self._speculator.controller.costs
         usable = self._scheduler.pool.num_blocks * BLOCK_SIZE
-        long = min(_LONG_CONTEXT, usable - _ATTENDING_ROWS, self._max_model_len - _ATTENDING_ROWS)
-        if long >= 4 * _PROFILE_CONTEXT:
-            costs = self._speculator.controller.costs
-            costs.profile_attention(self._time_round, _ATTENDING_ROWS, (_PROFILE_CONTEXT, long))
+        long = min(_LONG_CONTEXT, min(usable, self._max_model_len) - _ATTENDING_ROWS)
+        if long < 4 * _PROFILE_CONTEXT:
+            return
+        costs.profile_attention(self._time_round, _ATTENDING_ROWS, (_PROFILE_CONTEXT, long))
+        long = min(_TOGETHER_CONTEXT, long)
+        if _ATTENDING_SEQUENCES * (long + BLOCK_SIZE) <= usable:
+            costs.profile_together(self._time_together, _ATTENDING_SEQUENCES, (_PROFILE_CONTEXT, long))
 
     def _time_short_round(self, rows: int) -> float:
         return self._time_round(rows, _PROFILE_CONTEXT)
 
-    @torch.inference_mode()
     def _time_round(self, rows: int, context: int) -> float:
-        device, pool = self._runner.info.device, self._scheduler.pool
-        batch = RaggedBatch.chain(torch.zeros(rows, dtype=torch.int64, device=device), context)
-        blocks = pool.allocate(batch.block_tables.numel())
-        batch.block_tables = torch.tensor([blocks], dtype=torch.int32, device=device)
+        """Seconds of a round of so many rows of one sequence, in blocks that nobody holds."""
+        ids = torch.zeros(rows, dtype=torch.int64, device=self._runner.info.device)
+        return self._time(RaggedBatch.chain(ids, context))
+
+    def _time_together(self, sequences: int, context: int) -> float:
+        """The same of one row each of several sequences."""
+        device = self._runner.info.device
+        one = RaggedBatch.chain(torch.zeros(1, dtype=torch.int64, device=device), context)
+        return self._time(
+            RaggedBatch(
+                token_ids=one.token_ids.repeat(sequences),
+                positions=one.positions.repeat(sequences),
+                query_start=torch.arange(sequences + 1, device=device),
+                context_lens=one.context_lens.repeat(sequences),
+                block_tables=one.block_tables.repeat(sequences, 1),
+                logit_rows=torch.arange(sequences, device=device),
+            )
+        )
+
+    @torch.inference_mode()
+    def _time(self, batch: RaggedBatch) -> float:
+        """Of a pass, in blocks of its own."""
+        pool, tables = self._scheduler.pool, batch.block_tables
+        blocks = pool.allocate(tables.numel())
+        batch.block_tables = torch.tensor(blocks, dtype=torch.int32, device=tables.device).view(tables.shape)
         try:
             started = time.perf_counter()
             best_ids(self._runner.forward(batch))

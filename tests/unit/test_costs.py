@@ -49,6 +49,12 @@ def test_what_context_costs_is_measured_and_kept_apart() -> None:
     assert costs.attention_s(1000) == pytest.approx(1e-3)
     assert costs.attention_s(1000, 3) == pytest.approx(2e-3)
     assert costs.drafted_attention_s(1000) == pytest.approx(0.5e-3)
+    assert costs.attention_s(1000, 3, sequences=4) == pytest.approx(2e-3), "not measured yet"
+    costs.profile_together(
+        lambda sequences, context: (5.0 + sequences * context * 0.0007) / 1e3, 4, (64, 512)
+    )
+    assert costs.attention_s(1000, 3, sequences=4) == pytest.approx(1.7e-3)
+    assert costs.attention_s(1000, 3) == pytest.approx(2e-3)
     costs.observe(3, run(3, 2000), costs.attention_s(2000, 3))
     assert costs.seconds(3) == pytest.approx(4.6e-3), "what is left is the cost of the rows"
 
