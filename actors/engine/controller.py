@@ -87,15 +87,13 @@ class Candidate:
 
 
 class Controller:
-    """Chooses draft lengths. `plan` before asking, `trim` once drafts are there.
+    """Chooses draft lengths. `plan` before asking, `trim` once drafts are there."""
 
-    `reads_in_rounds`: whether drafts are made by a model in this process, which reads what came since it was
-    asked while the round waits (a draft worker does so in between).
-    """
-
-    def __init__(self, costs: CostModel, *, reads_in_rounds: bool = False) -> None:
+    def __init__(self, costs: CostModel) -> None:
         self.costs = costs
-        self.reads_in_rounds = reads_in_rounds
+        self.reads_in_rounds = False
+        """Whether a model in this process drafts: it reads what came since it was asked while the round
+        waits. A draft worker does so in between."""
         self.acceptance = AcceptanceModel()
         self.account = DraftAccount()
         self._waits = DraftWaits()
@@ -247,8 +245,10 @@ class Controller:
     ) -> tuple[list[int], float, float]:
         """Lengths that pay, the gain that they promise and the wait that this takes into account."""
         curves, contexts = [self._expected(c) for c in free], [c.context for c in free]
-        to_read = sum(self._catches_up(c.state) for c in free) if self.reads_in_rounds and requests > 1 else 0
-        reading_s = to_read * self._waits.seldom / _PAID_OFF_IN
+        reading_s = 0.0
+        if self.reads_in_rounds and requests > 1:
+            to_read = sum(self._catches_up(c.state) for c in free)
+            reading_s = to_read * self._waits.seldom / _PAID_OFF_IN
 
         def admitted(most: int, wait_of: Callable[[int, int], float]) -> tuple[list[int], float, float]:
             wait = 0.0 if forced else wait_of(len(free), most) + reading_s
@@ -257,12 +257,13 @@ class Controller:
 
         most = max(c.limit for c in free)
         found = admitted(most, self._waits.expected)
-        if requests > 1 and not any(c.tree for c in free):
+        chains_of_a_batch = requests > 1 and not any(c.tree for c in free)
+        if chains_of_a_batch:
             # All wait for the longest draft: shorter ones may bring more.
             for shorter in range(max(1, max(found[0]) - 1), 0, -1):
                 found = max(found, admitted(shorter, self._waits.expected), key=itemgetter(1))
         if not any(found[0]) and self._drafts_seen >= _FEW_SEEN:
-            most = 1 if requests > 1 and not any(c.tree for c in free) else most
+            most = 1 if chains_of_a_batch else most
             if self._waits.least(len(free), most) < self._waits.expected(len(free), most):
                 # So many have not asked together yet, and may wait no longer than fewer did: it is tried.
                 found = admitted(most, self._waits.least)

@@ -304,11 +304,10 @@ class NativeLlamaRunner:
         whole = (start.token_ids, start.positions, start.query_start, start.context_lens, wish.budgets)
         lengths = [len(part) for part in (*whole, start.added_rows)]
         added, rows = start.added, lengths[-1]
-        if lengths[1:4] != [tokens, seqs + 1, seqs] or {len(table) for table in start.block_tables} != {
-            width
-        }:
+        widths = {len(table) for table in start.block_tables}
+        if lengths[1:4] != [tokens, seqs + 1, seqs] or widths != {width}:
             raise ValueError("token_ids, positions, query_start, context_lens and block_tables do not fit")
-        if (0 if added is None else added.shape[0]) != rows:
+        if not (rows == 0 if added is None else added.shape == (rows, self._info.hidden_size)):
             raise ValueError("as many added_rows as rows of added")
         if states is not None and states.shape != (self._num_blocks * BLOCK_SIZE, self._info.hidden_size):
             raise ValueError(f"states is {tuple(states.shape)}")
