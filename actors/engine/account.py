@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-SHARE = 0.01
-"""Share of plain decoding time that may be spent on drafts that do not pay: probes and wrong estimates."""
+SHARE, BATCH_SHARE = 0.01, 0.005
+"""Share of plain decoding time that may be spent on drafts that do not pay: probes and wrong estimates. Of a
+batch all wait for what may help one, and all learn from it."""
 LIMIT_ROUNDS = 3.0
 """Most that can be saved up, in plain rounds."""
 
@@ -34,7 +35,7 @@ class DraftAccount:
         first = self._limit_s == 0.0
         self._limit_s = LIMIT_ROUNDS * plain_s
         self.balance_s = self._limit_s / requests if first else self.balance_s
-        self._add(rounds * SHARE * plain_s)
+        self._add(rounds * (SHARE if requests == 1 else BATCH_SHARE) * plain_s)
 
     def spend(self, seconds: float) -> None:
         self._add(-seconds)

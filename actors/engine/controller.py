@@ -18,7 +18,7 @@ from operator import itemgetter
 
 from actors.drafting.acceptance_model import AcceptanceModel, RequestAcceptance
 from actors.drafting.interface import SessionDraft
-from actors.engine.account import SHARE, DraftAccount
+from actors.engine.account import BATCH_SHARE, DraftAccount
 from actors.engine.costs import CostModel
 from actors.engine.waits import DraftWaits
 
@@ -32,7 +32,7 @@ _MIN_GAIN = 1.01
 """Drafting must promise this much over not drafting. Estimates may promise what is not there; the account
 bounds what that costs. More caution gives away what drafting brings (replayed: docs/methods/router.md)."""
 
-_PROBE_SHARE = 0.5 * SHARE
+_PROBE_SHARE = BATCH_SHARE
 """Share of the time that a batch waits for probes, as all wait for what may help one, but not more than once
 in 4 rounds a request, nor less than once in 64."""
 _PATIENCE = 4.0

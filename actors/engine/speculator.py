@@ -29,6 +29,9 @@ from actors.sampling.params import MAX_DRAFT_TOKENS
 
 _STATES_KEPT = 8
 """Rounds without asking after which a sequence's states are not kept; the draft then goes on without them."""
+_LEARN_INTERVAL = 4
+"""Of a batch without drafts, drafters learn from a round of one sequence each so many times that it is looked
+at, which is seldom itself."""
 _HELD_BACK = 16
 """Tokens after which a sequence that wants no draft tells its source of them all the same."""
 
@@ -236,7 +239,8 @@ class Speculator:
         if self._rested:
             self.controller.rested([seq.control for seq in self._batch], self._rested)
         self._turn += 1
-        self._learner = decoding[self._turn % len(decoding)] if decoding else None
+        turn, waits = divmod(self._turn, _LEARN_INTERVAL if len(decoding) > 1 else 1)
+        self._learner = decoding[turn % len(decoding)] if decoding and not waits else None
         rounds = self._rests(decoding, prompt_rows)
         self._batch, self._resting, self._rested = decoding, max(0, rounds - 1), min(1, rounds)
         if rounds:
