@@ -32,7 +32,7 @@ _STATES_KEPT = 8
 _LEARN_INTERVAL = 4
 """Of a batch without drafts, drafters learn from a round of one sequence each so many times that it is looked
 at, which is seldom itself."""
-_HELD_BACK = 16
+_HELD_BACK = 64
 """Tokens after which a sequence that wants no draft tells its source of them all the same."""
 
 
