@@ -221,12 +221,9 @@ def test_the_router_keeps_order_capacity_and_calm(runs: dict[str, RunResult]) ->
 
 
 def test_drafting_ahead_spares_the_pool_time_and_slows_nobody_down(runs: dict[str, RunResult]) -> None:
-    """What it gains here is less than what single runs differ by (3 %): verification takes most of a round.
-    So the speed is that of two seeds."""
+    """What it gains here is within what single runs differ by: verification takes most of a round."""
     ahead, router = runs["router, draft-ahead"], runs["router"]
-    costs, again = CostProfile.from_file(), SMALL.model_copy(update={"seed": 11})
-    other_ahead, other = (simulate(costs, again, RouterPolicy(draft_ahead=on)) for on in (True, False))
-    assert ahead.speed * other_ahead.speed > (0.98 * router.speed) * (0.98 * other.speed)
+    assert ahead.speed > 0.97 * router.speed
     assert ahead.utilisation < 0.9 * router.utilisation
     assert 0.0 < ahead.foreseen < 1.0
     assert router.foreseen == router.partly == 0.0
