@@ -248,18 +248,16 @@ class NativeLlamaRunner:
 
         Raises ValueError when batch, positions, block tables or layers do not fit together.
         """
-        return self._run(hidden.clone(memory_format=torch.contiguous_format), first, last, batch)
-
-    def _run(self, hidden: Tensor, first: int, last: int, batch: RaggedBatch) -> Tensor:
         if hidden.shape != (batch.num_tokens, self._info.hidden_size):
             raise ValueError(f"hidden is {tuple(hidden.shape)} for {batch.num_tokens} tokens")
+        out = hidden.clone(memory_format=torch.contiguous_format)
         packed, _held = self._pack(batch)
         _check(
             self._library.c.s2d_run_layers(
-                self._model, pointer(hidden, torch.float32), first, last, ctypes.byref(packed)
+                self._model, pointer(out, torch.float32), first, last, ctypes.byref(packed)
             )
         )
-        return hidden
+        return out
 
     @staticmethod
     def _pack(batch: RaggedBatch) -> tuple[Batch, list[Tensor]]:
