@@ -19,8 +19,8 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
+from actors.drafting.state_input import StateInput
 from actors.kv.block_pool import BlockPool
-from actors.models.linear import MatrixProduct
 from actors.models.runner import (
     BLOCK_SIZE,
     ChainStart,
@@ -29,7 +29,7 @@ from actors.models.runner import (
     DraftingRunner,
     LayeredRunner,
     RaggedBatch,
-    normalised,
+    StateRow,
 )
 
 
@@ -38,14 +38,14 @@ class DeferredSequence:
     """`lengths[s]` tokens have KV in segment s; the states of tokens lengths[s] .. lengths[feeds[s]] wait for
     it, and for segment 0 (fed by -1, the tokens) those of lengths[0] .. len(tokens). Of the tokens before
     `first`, a multiple of BLOCK_SIZE, no KV is kept (`DeferredKv.slide`); `blocks` begin there. `states`
-    holds, by index, the target's last hidden state [S] where it emitted the token."""
+    holds, by index, the target's last hidden state where it emitted the token."""
 
     tokens: list[int]
     lengths: list[int]
     feeds: tuple[int, ...]
     blocks: list[int] = field(default_factory=list)
     first: int = 0
-    states: dict[int, Tensor] = field(default_factory=dict)
+    states: dict[int, StateRow] = field(default_factory=dict)
 
     def slot(self, index: int) -> int:
         """KV slot of the token at an index."""
@@ -69,8 +69,8 @@ class DeferredKv:
         runner: the draft model with its KV pool.
         exits: depths in layers, ascending; the last may be the model's depth.
         own_layers: the runner's last len(exits) layers belong to one exit each, in order.
-        state_in: from the target's normalised states, float32 [N, S], to what is added to the embeddings of
-            the tokens that it emitted there, [N, H]; None for a draft that reads no states.
+        state_in: float32 [H, S], from the target's normalised states to what is added to the embeddings
+            of the tokens that it emitted there; None for a draft that reads no states.
     """
 
     def __init__(
@@ -79,12 +79,13 @@ class DeferredKv:
         exits: Sequence[int],
         *,
         own_layers: bool = False,
-        state_in: MatrixProduct | None = None,
+        state_in: Tensor | None = None,
     ) -> None:
         depth = runner.info.num_layers - (len(exits) if own_layers else 0)
         if not exits or list(exits) != sorted(set(exits)) or exits[0] < 1 or exits[-1] > depth:
             raise ValueError(f"exits must ascend strictly within 1..{depth}, got {tuple(exits)}")
-        self._runner, self._state_in = runner, state_in
+        self._runner = runner
+        self._state_in = None if state_in is None else StateInput(state_in)
         count = len(exits)
         ranges = [*pairwise((0, *exits))]
         feeds = [-1, *range(count - 1)]
@@ -229,7 +230,7 @@ class DeferredKv:
         if not rows:
             return [], None
         # Here and not when they come: of a session that is seldom asked for, most are never read.
-        return rows, self._state_in(normalised(torch.stack([state for state in read if state is not None])))
+        return rows, self._state_in([state for state in read if state is not None])
 
     @staticmethod
     def _start(

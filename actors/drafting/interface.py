@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from actors.models.cores import Cores
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from actors.drafting.coupling import Coupling
     from actors.drafting.foreign import ForeignTarget
+    from actors.models.runner import StateRow
     from actors.text.tokenizer_file import TokenizerFile
 
 NESTED = "nested"
@@ -28,7 +27,7 @@ MAX_HELD_CANDIDATES = 256
 """Verified rows of a session that a source keeps for learning drafters until it tells them; older ones are
 dropped."""
 MAX_HELD_STATES = 64
-"""Updates whose states a source keeps until it tells them; drafters that read states take the last ones."""
+"""Tokens whose states a source keeps until it tells them; drafters that read states take the last ones."""
 
 SCOPE_SHIFT = 64
 """Ids of sessions in a draft worker have their stream's number above so many bits."""
@@ -96,8 +95,8 @@ class SessionUpdate:
         drafters; empty unless the source asked for them.
     budget: draft tokens wanted next, 0 for none. drafter, exit_depth: pinned, or None.
     nested: what a router wants of the nested drafter, None for nothing.
-    states: float32 [n, S], the target's last hidden state, before its final norm, where it emitted each of
-        the last n new tokens, for drafters in this process that read them; else None. They cross no wire.
+    states: the target's last hidden states, before its final norm, where it emitted each of the last new
+        tokens, for drafters in this process that read them. They cross no wire.
     """
 
     session_id: int
@@ -110,7 +109,7 @@ class SessionUpdate:
     drafter: str | None = None
     exit_depth: int | None = None
     nested: NestedWish | None = None
-    states: Tensor | None = field(default=None, compare=False, repr=False)
+    states: Sequence[StateRow] = field(default=(), compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,6 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from torch import Tensor
-
 from actors.drafting.errors import DrafterError
 from actors.drafting.interface import (
     MAX_HELD_CANDIDATES,
@@ -18,7 +16,7 @@ from actors.drafting.interface import (
     SessionUpdate,
 )
 from actors.drafting.selector import DrafterPool
-from actors.models.runner import joined_states
+from actors.models.runner import StateRow
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +29,7 @@ class _Session:
     epoch: int = 0
     tokens: list[int] = field(default_factory=list)
     candidates: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
-    states: list[Tensor] = field(default_factory=list)
+    states: list[StateRow] = field(default_factory=list)
     wish: SessionUpdate | None = None
     error: DrafterError | None = None
 
@@ -79,11 +77,10 @@ class LocalDraftSource:
             session.tokens.extend(update.new_tokens)
             session.candidates.extend(update.candidates)
             del session.candidates[:-MAX_HELD_CANDIDATES]
-            if update.new_tokens and (update.states is None or len(update.states) < len(update.new_tokens)):
+            if len(update.states) < len(update.new_tokens):
                 session.states.clear()  # what is handed on are the states of the last tokens
-            if update.states is not None:
-                session.states.append(update.states)
-                del session.states[:-MAX_HELD_STATES]
+            session.states.extend(update.states)
+            del session.states[:-MAX_HELD_STATES]
             session.wish = update
 
     def collect(self, wanted: Mapping[int, int], timeout_s: float) -> dict[int, SessionDraft]:
@@ -124,7 +121,7 @@ class LocalDraftSource:
             epoch=session.epoch,
             new_tokens=tuple(session.tokens),
             candidates=tuple(session.candidates),
-            states=joined_states(session.states),
+            states=tuple(session.states),
         )
         session.tokens.clear()
         session.candidates.clear()

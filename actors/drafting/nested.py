@@ -19,9 +19,7 @@ from actors.drafting.interface import NESTED, SCOPE_SHIFT, DraftQuery, SessionDr
 from actors.drafting.nested_session import Proposal, Session
 from actors.drafting.step_times import StepTimes
 from actors.drafting.tree import ROOT
-from actors.models.linear import MatrixProduct, pack
-from actors.models.runner import ChainWish, LayeredRunner
-from actors.native.library import available
+from actors.models.runner import ChainWish, LayeredRunner, StateRow
 from actors.sampling.params import GREEDY_TEMPERATURE
 
 WINDOWS_KEPT = 2
@@ -93,8 +91,7 @@ class NestedDrafter:
         early_stop: EarlyStop | None = None,
     ) -> None:
         self._runner, self._heads = runner, heads or ExitHeads()
-        product = None if state_in is None else _product(state_in)
-        self._kv = DeferredKv(runner, exits, own_layers=self._heads.own_layers, state_in=product)
+        self._kv = DeferredKv(runner, exits, own_layers=self._heads.own_layers, state_in=state_in)
         ids = self._heads.token_ids
         self._vocabulary = None if ids is None else CutVocabulary(ids, self._heads.vocab_size)
         self.exits = tuple(exits)
@@ -170,8 +167,8 @@ class NestedDrafter:
         session.commit(new_tokens)
         self._slide(session)
 
-    def note_states(self, session_id: int, states: Tensor) -> None:
-        """States [n, S] of the target for the last n committed tokens, as it emitted them."""
+    def note_states(self, session_id: int, states: Sequence[StateRow]) -> None:
+        """States [S] of the target for the last committed tokens, as it emitted them."""
         if not self.reads_states:
             return
         session = self._get(session_id)
@@ -500,8 +497,3 @@ class NestedDrafter:
             exit_depth=self.exits[proposal.deepest],
             confidence=tuple(confidence),
         )
-
-
-def _product(weight: Tensor) -> MatrixProduct:
-    """On the compiled core where it is: torch would wake threads of its own for a few rows."""
-    return pack(weight, None, "native" if weight.device.type == "cpu" and available() else "plain")

@@ -120,10 +120,10 @@ class PlacedDraftSource:
         self._local.submit(updates, timeout_s)
 
     def _served_by_both(self, update: SessionUpdate) -> bool:
-        if not self._adaptive or update.exit_depth is not None or not self._remote.connected:
+        if not self._adaptive or not self._remote.connected:
             return False
-        if update.drafter is not None:
-            return update.drafter in self._local.drafters
+        if update.drafter is not None or update.exit_depth is not None:
+            return (update.drafter or NESTED) in self._local.drafters
         wanted = set(self._remote.drafters)
         if update.nested is not None and update.nested.cap == 0:  # passed over: the others decide
             wanted.discard(NESTED)
@@ -131,9 +131,9 @@ class PlacedDraftSource:
 
     def _for_remote(self, update: SessionUpdate) -> SessionUpdate:
         budget = 0 if update.session_id in self._here else update.budget
-        if budget == update.budget and update.states is None:
+        if budget == update.budget and not update.states:
             return update
-        return replace(update, budget=budget, states=None)
+        return replace(update, budget=budget, states=())
 
     def collect(self, wanted: Mapping[int, int], timeout_s: float) -> dict[int, SessionDraft]:
         """A remote that is merely late costs its round: a local draft would come later still."""

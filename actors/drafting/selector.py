@@ -10,8 +10,6 @@ from functools import partial
 from itertools import chain
 from typing import Protocol, TypeVar, runtime_checkable
 
-from torch import Tensor
-
 from actors.drafting.draft_ahead import AheadCounts
 from actors.drafting.errors import DrafterError
 from actors.drafting.interface import (
@@ -25,6 +23,7 @@ from actors.drafting.interface import (
 )
 from actors.drafting.tree import Continuation, first_tokens, grow
 from actors.drafting.worth import DraftWorth
+from actors.models.runner import StateRow
 from actors.sampling.params import MAX_DRAFT_TOKENS
 
 logger = logging.getLogger(__name__)
@@ -94,8 +93,8 @@ class StateReader(Drafter, Protocol):
     @property
     def reads_states(self) -> bool: ...
 
-    def note_states(self, session_id: int, states: Tensor) -> None:
-        """States [n, S] of the last n committed tokens."""
+    def note_states(self, session_id: int, states: Sequence[StateRow]) -> None:
+        """Of the last committed tokens, in order."""
         ...
 
 
@@ -235,7 +234,7 @@ class DrafterPool:
 
     def _tell(self, drafter: Drafter, update: SessionUpdate) -> None:
         drafter.commit(update.session_id, update.new_tokens, update.candidates)
-        if drafter is self._reader and update.states is not None:
+        if drafter is self._reader and update.states:
             self._reader.note_states(update.session_id, update.states)
 
     def prepared(self, update: SessionUpdate) -> bool:

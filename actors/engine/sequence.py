@@ -7,28 +7,15 @@ import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
 from actors.drafting.interface import SessionDraft
 from actors.engine.controller import ControlState
 from actors.engine.messages import EngineRequest, FinishReason, TokenLogprobs
 from actors.kv.block_pool import ROOT_KEY, BlockKey, block_key
+from actors.models.runner import StateRow
 from actors.sampling.pipeline import SequenceSampler
 from actors.verification.rule import VerificationRule
 
 _session_ids = itertools.count(1)
-
-
-@dataclass(frozen=True, slots=True)
-class StateRows:
-    """Some rows of a round's last hidden states [N, H], read when they are needed: most never are."""
-
-    states: Tensor
-    rows: list[int]
-
-    def read(self) -> Tensor:
-        """[len(rows), H]"""
-        return self.states[self.rows]
 
 
 @dataclass(eq=False, slots=True)
@@ -68,7 +55,7 @@ class Sequence:
     control: ControlState = field(default_factory=ControlState)
     unsent_tokens: list[int] = field(default_factory=list)
     unsent_candidates: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
-    unsent_states: list[StateRows] = field(default_factory=list)
+    unsent_states: list[StateRow] = field(default_factory=list)
     """Of `unsent_tokens`, one entry a verdict, where a drafter reads them."""
     unsent_drafted: int = 0
     unsent_accepted: int = 0

@@ -21,9 +21,9 @@ from actors.drafting.tree import best_chain, cut, depths, parents_of
 from actors.engine.controller import Candidate, Controller
 from actors.engine.messages import DrafterStats, DraftingMeasurements
 from actors.engine.sequence import Sequence as EngineSequence
-from actors.engine.sequence import StateRows, Work
+from actors.engine.sequence import Work
 from actors.engine.shadow import ShadowScorer
-from actors.models.runner import joined_states
+from actors.models.runner import StateRow
 from actors.sampling.grammar import GrammarError
 from actors.sampling.params import MAX_DRAFT_TOKENS
 
@@ -197,10 +197,10 @@ class Speculator:
         draft: SessionDraft | None,
         drafted: int,
         accepted: Sequence[int],
-        states: StateRows | None = None,
+        states: Sequence[StateRow] = (),
     ) -> None:
         """Record a verdict, to be sent with the next `submit`. accepted: indices of the draft's tokens that
-        were, out of the first `drafted`. states: one row a token of `emitted`."""
+        were, out of the first `drafted`. states: one a token of `emitted`, or none."""
         if draft is not None:
             self._count(draft, drafted, accepted)
             if not seq.forced:
@@ -209,10 +209,9 @@ class Speculator:
             return
         self.controller.acceptance.emitted(seq.control.acceptance, emitted)
         seq.unsent_tokens.extend(emitted)
-        if states is None:
+        if not states:
             seq.unsent_states.clear()  # those of tokens that others follow without are of no use
-        else:
-            seq.unsent_states.append(states)
+        seq.unsent_states.extend(states)
         seq.unsent_drafted += drafted
         seq.unsent_accepted += len(accepted)
 
@@ -289,7 +288,7 @@ class Speculator:
             drafter=speculation.drafter,
             exit_depth=speculation.exit_depth,
             nested=nested,
-            states=joined_states([rows.read() for rows in seq.unsent_states]),
+            states=tuple(seq.unsent_states),
         )
         seq.unsent_tokens.clear()
         seq.unsent_states.clear()

@@ -22,9 +22,9 @@ from actors.engine.messages import EngineRequest, EngineStats, RequestOutput, Ro
 from actors.engine.phases import PhaseClock
 from actors.engine.scheduler import Scheduler
 from actors.engine.sequence import Sequence as EngineSequence
-from actors.engine.sequence import StateRows, Work
+from actors.engine.sequence import Work
 from actors.engine.speculator import Speculator
-from actors.models.runner import BLOCK_SIZE, LayeredRunner, ModelRunner, RaggedBatch
+from actors.models.runner import BLOCK_SIZE, LayeredRunner, ModelRunner, RaggedBatch, StateRow
 from actors.sampling.grammar import GrammarError, GrammarMatcher
 from actors.sampling.logprobs import token_logprobs
 from actors.sampling.noise import derive_key
@@ -307,10 +307,10 @@ class TorchEngine:
                 seq.error = str(error)
                 return self._fail(seq)
         self._scheduler.commit(seq, max(seq.num_computed, len(seq.token_ids) - 1))
-        read = None
+        read: Sequence[StateRow] = ()
         if states is not None and self._speculator.wants_states(seq):
             deciding = span.last - span.decisions
-            read = StateRows(states, [deciding + row for row in rows])
+            read = [(states, deciding + row) for row in rows]
         self._speculator.committed(seq, emitted, work.proposal, len(work.drafts), accepted, read)
         if seq.finish_reason is not None:
             self._remove(seq)

@@ -209,13 +209,16 @@ class DraftingRunner(LayeredRunner, Protocol):
         ...
 
 
-def joined_states(states: Sequence[Tensor]) -> Tensor | None:
-    """States of several rounds, [n_i, H] each, as those of one; None without any."""
-    if not states:
-        return None
-    return states[0] if len(states) == 1 else torch.cat(list(states))
+StateRow = tuple[Tensor, int]
+"""A row of a pass's last hidden states [N, H], looked at when a draft reads it, which most never are."""
+STATE_EPS = 1e-6
+
+
+def state_rows(states: Tensor) -> list[StateRow]:
+    """All rows of [N, H]."""
+    return [(states, row) for row in range(states.shape[0])]
 
 
 def normalised(states: Tensor) -> Tensor:
     """float32 [N, H], every row divided by its root mean square: what drafts read of a target's states."""
-    return states.float() * torch.rsqrt(states.float().square().mean(-1, keepdim=True) + 1e-6)
+    return states.float() * torch.rsqrt(states.float().square().mean(-1, keepdim=True) + STATE_EPS)

@@ -64,7 +64,7 @@ int32_t guarded(Body&& body) {
 }  // namespace
 
 // Raised whenever a signature below changes.
-S2D_API int32_t s2d_abi_version() { return 8; }
+S2D_API int32_t s2d_abi_version() { return 9; }
 
 // Raised whenever a blocked matrix (kernels.h, packed.h) of the same rows has other bytes: they are kept in files.
 S2D_API int32_t s2d_layout_version() { return 1; }
@@ -165,6 +165,11 @@ S2D_API void s2d_linear_destroy(void* linear) { delete static_cast<Linear*>(line
 // y [rows, n] = x [rows, k] w^T + bias.
 S2D_API int32_t s2d_linear_run(void* linear, const float* x, int64_t rows, float* y) {
     return guarded([&] { return static_cast<Linear*>(linear)->run(x, rows, y), OK; });
+}
+
+// The same for rows x[0] .. x[rows - 1] of [k], each divided by the root of its mean square and `eps` first.
+S2D_API int32_t s2d_linear_run_normalised(void* linear, const float* const* x, int64_t rows, float eps, float* y) {
+    return guarded([&] { return static_cast<Linear*>(linear)->run_normalised(x, rows, eps, y), OK; });
 }
 
 // Gumbel noise -log(-log1p(-w)), w = min((x + 1/2) 2^-32, 1 - 2^-24), x the uint32 of Philox4x32-10 with counter

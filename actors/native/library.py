@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-ABI_VERSION = 8
+ABI_VERSION = 9
 ISA_VARIABLE = "S2D_NATIVE_ISA"
 WeightFormat = Literal["float32", "bfloat16", "int8", "packed"]
 FORMAT_CODES: dict[WeightFormat, int] = {"float32": 0, "bfloat16": 1, "int8": 2, "packed": 3}
@@ -129,6 +129,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     ),
     "s2d_linear_destroy": (None, (c_void_p,)),
     "s2d_linear_run": (c_int32, (c_void_p, c_void_p, c_int64, c_void_p)),
+    "s2d_linear_run_normalised": (c_int32, (c_void_p, c_void_p, c_int64, c_float, c_void_p)),
     "s2d_gumbel": (c_int32, (c_int32, c_uint64, c_int64, c_uint32, c_void_p, c_int64, c_void_p)),
     "s2d_topk": (c_int32, (c_int32, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p)),
     "s2d_argmax": (c_int32, (c_int32, c_void_p, c_int64, c_int64, c_void_p)),

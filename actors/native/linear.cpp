@@ -1,5 +1,7 @@
 #include "linear.h"
 
+#include <cmath>
+
 namespace s2d {
 
 Linear::Linear(const char* matrix, const float* bias, int64_t n, int64_t k, Format format, int threads,
@@ -31,6 +33,17 @@ void Linear::run(const float* x, int64_t rows, float* y) const {
                               Epilogue::store, {converted, bytes}, again});
         });
     });
+}
+
+void Linear::run_normalised(const float* const* x, int64_t rows, float eps, float* y) const {
+    std::vector<float> normed(static_cast<size_t>(rows * k_));
+    for (int64_t r = 0; r < rows; ++r) {
+        double squares = 0;
+        for (int64_t i = 0; i < k_; ++i) squares += static_cast<double>(x[r][i]) * x[r][i];
+        const float factor = 1.0f / std::sqrt(static_cast<float>(squares / static_cast<double>(k_)) + eps);
+        for (int64_t i = 0; i < k_; ++i) normed[static_cast<size_t>(r * k_ + i)] = x[r][i] * factor;
+    }
+    run(normed.data(), rows, y);
 }
 
 }  // namespace s2d

@@ -15,6 +15,8 @@ public:
            const Kernels& kernels);
 
     void run(const float* x, int64_t rows, float* y) const;
+    // The same for rows that lie apart, each divided by the root of its mean square and `eps` first.
+    void run_normalised(const float* const* x, int64_t rows, float eps, float* y) const;
 
 private:
     const Kernels& kernels_;

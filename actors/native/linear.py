@@ -6,6 +6,8 @@ Row-invariant in every format: each output has one fixed order of summation (act
 from __future__ import annotations
 
 import weakref
+from array import array
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -79,9 +81,29 @@ class NativeLinear:
         status = self._library.c.s2d_linear_run(
             self._handle, pointer(x, torch.float32), x.shape[0], out.data_ptr()
         )
-        if status != 0:
-            raise MemoryError("no memory for converted inputs")
+        _check(status)
         return out
+
+    def of_normalised(self, rows: Sequence[tuple[Tensor, int]], eps: float) -> Tensor:
+        """As a call with row i of x for each (x, i), divided by the root of its mean square and `eps`; the x
+        are float32 [N, K]. Raises ValueError for another width or a row that is not there."""
+        addresses = array("q")
+        for x, row in rows:
+            if x.dim() != 2 or x.size(1) != self._inputs or not 0 <= row < x.size(0):
+                raise ValueError(f"no row {row} of {self._inputs} in {tuple(x.shape)}")
+            addresses.append(pointer(x, torch.float32) + 4 * row * self._inputs)
+        out = torch.empty(len(rows), self._outputs)
+        _check(
+            self._library.c.s2d_linear_run_normalised(
+                self._handle, addresses.buffer_info()[0], len(rows), eps, out.data_ptr()
+            )
+        )
+        return out
+
+
+def _check(status: int) -> None:
+    if status != 0:
+        raise MemoryError("no memory for converted inputs")
 
 
 def _destroy(library: NativeLibrary, handle: int, _matrix: Memory) -> None:

@@ -91,7 +91,7 @@ def _walk_together(
             answer = answers[sid]
             drafter.commit(sid, [answer.labels[label - 1]])
             if answer.states is not None:
-                drafter.note_states(sid, torch.from_numpy(answer.states[label - 1 : label]))
+                drafter.note_states(sid, [(torch.from_numpy(answer.states), label - 1)])
         queries = [DraftQuery(sid, label, length, depth) for sid in going]
         for draft in drafter.propose(queries):
             if draft.error is not None:

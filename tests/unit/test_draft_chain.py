@@ -17,7 +17,7 @@ from actors.drafting.early_stop import EarlyStop
 from actors.drafting.interface import DraftQuery, DraftSampling, SessionDraft, SessionOpen
 from actors.drafting.nested import NestedDrafter
 from actors.models.load import DTypeName
-from actors.models.runner import BLOCK_SIZE, ChainStart, ChainWish, DraftingRunner, RaggedBatch
+from actors.models.runner import BLOCK_SIZE, ChainStart, ChainWish, DraftingRunner, RaggedBatch, state_rows
 from actors.native import library
 from tests.toy_draft import STATE_WIDTH, TOY_VOCAB, toy_base, toy_draft
 
@@ -102,7 +102,7 @@ def test_one_call_drafts_what_single_passes_do(
             for drafter in both:
                 drafter.commit(ours.session_id, new)
                 if reads_states:
-                    drafter.note_states(ours.session_id, states)
+                    drafter.note_states(ours.session_id, state_rows(states))
                 if number % 17 == 16:
                     drafter.rewind(ours.session_id, lengths[ours.session_id])
         for drafter in both:

@@ -417,3 +417,16 @@ def test_what_only_the_worker_has_comes_from_the_worker(
     source = PlacedDraftSource(remote, local, adaptive=adaptive)
     source.open(session(0, [1, 2, 3]))
     assert set(_where(source, remote, 40, **pinned)) == {"worker"}
+
+
+@pytest.mark.parametrize(
+    "pinned", [{"drafter": "nested"}, {"exit_depth": 2}, {"drafter": "nested", "exit_depth": 4}]
+)
+def test_a_pinned_exit_is_drafted_where_free_drafts_are(pinned: dict[str, object]) -> None:
+    """A copy in the target may read its states, so that its drafts are better ones."""
+    remote = Slow(2e-3, ("prompt_lookup", "nested"))
+    local = LocalDraftSource(DrafterPool([PromptLookupDrafter(), Fixed("nested", 5, exits=(2, 4))]))
+    source = PlacedDraftSource(remote, local)
+    source.open(session(0, [1, 2, 3]))
+    _where(source, remote, 16, **pinned)
+    assert _where(source, remote, 100, **pinned).count("target") >= 95

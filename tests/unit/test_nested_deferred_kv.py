@@ -16,7 +16,7 @@ from actors.drafting.errors import DrafterError
 from actors.drafting.interface import SCOPE_SHIFT, DraftQuery, DraftSampling, SessionDraft, SessionOpen
 from actors.drafting.nested import ABSORB_FROM, SELDOM, NestedDrafter
 from actors.models.llama_weights import LlamaLayerWeights, LlamaWeights
-from actors.models.runner import BLOCK_SIZE, ModelInfo, RaggedBatch
+from actors.models.runner import BLOCK_SIZE, ModelInfo, RaggedBatch, state_rows
 from actors.models.torch_llama import TorchLlamaRunner
 from actors.sampling.noise import gumbel
 
@@ -175,7 +175,7 @@ def test_drafting_logits_equal_a_fresh_pass(prompts, history, thresholds, blocks
             truth[sid].extend(new)
             if reads and (told := min(len(new), do["states"])):
                 states = torch.randn(told, STATES, generator=generator)
-                drafter.note_states(sid, states)
+                drafter.note_states(sid, state_rows(states))
                 drafter.states[sid].update(
                     zip(range(len(truth[sid]) - told, len(truth[sid])), states, strict=True)
                 )
@@ -297,7 +297,7 @@ def test_a_session_that_nobody_asks_for_holds_no_more_than_its_context(reads_sta
     assert len(propose(drafter, 0, 2).token_ids) == 2
     for token in range(3 * BLOCK_SIZE):
         drafter.commit(0, [token % VOCAB])
-        drafter.note_states(0, torch.zeros(1, STATES))
+        drafter.note_states(0, state_rows(torch.zeros(1, STATES)))
     assert drafter.kv_blocks_used <= 2
     assert len(drafter._sessions[0].seq.states) <= 2 * BLOCK_SIZE
 
@@ -323,7 +323,7 @@ def test_states_of_forgotten_tokens_are_forgotten() -> None:
     open_session(drafter, 0, [1, 2, 3])
     drafter.commit(0, [4, 5, 6])
     states = torch.randn(3, STATES, generator=torch.Generator().manual_seed(8))
-    drafter.note_states(0, states)
+    drafter.note_states(0, state_rows(states))
     drafter.rewind(0, 4)
     drafter.states = {0: {3: states[0]}}
     assert len(propose(drafter, 0, 3).token_ids) == 3
@@ -331,7 +331,7 @@ def test_states_of_forgotten_tokens_are_forgotten() -> None:
     assert len(propose(drafter, 0, 3, LAYERS).token_ids) == 3
     assert drafter.checked == 6
     with pytest.raises(ValueError, match="7 states for 6 committed tokens"):
-        drafter.note_states(0, torch.randn(7, STATES))
+        drafter.note_states(0, state_rows(torch.randn(7, STATES)))
 
 
 def test_thresholds_choose_the_exit() -> None:

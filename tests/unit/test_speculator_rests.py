@@ -14,8 +14,9 @@ from actors.drafting.token_recycling import TokenRecyclingDrafter
 from actors.engine.controller import Controller
 from actors.engine.costs import CostModel
 from actors.engine.messages import EngineRequest
-from actors.engine.sequence import Sequence, StateRows, Work
+from actors.engine.sequence import Sequence, Work
 from actors.engine.speculator import DraftTimeouts, Speculator
+from actors.models.runner import StateRow
 from actors.sampling.params import SamplingParams, SpeculationParams
 from actors.verification.registry import get_rule
 
@@ -108,24 +109,18 @@ def test_a_batch_that_does_not_draft_teaches_one_row_now_and_then_a_single_reque
         assert speculator.learns_from(Work(alone[0], 1))
 
 
-def test_rows_of_states_are_those_that_were_named() -> None:
-    states = torch.arange(12.0).reshape(6, 2)
-    assert torch.equal(StateRows(states, [4, 1]).read(), torch.tensor([[8.0, 9.0], [2.0, 3.0]]))
-
-
 def test_states_of_tokens_that_others_followed_without_are_dropped() -> None:
-    seen: list[torch.Tensor | None] = []
+    seen: list[tuple[StateRow, ...]] = []
 
     class Watching(DrafterPool):
         def apply(self, update: SessionUpdate) -> None:
-            seen.append(update.states)
+            seen.append(tuple(update.states))
 
     source = LocalDraftSource(Watching([PromptLookupDrafter()]))
     source.open(SessionOpen(0, (1, 2), 2, DraftSampling(1)))
-    source.submit([SessionUpdate(0, 1, (3,), 2, states=torch.ones(1, 2))])
+    states = torch.zeros(3, 2)
+    source.submit([SessionUpdate(0, 1, (3,), 2, states=[(states, 0)])])
     source.submit([SessionUpdate(0, 2, (4, 5), 2)])
-    source.submit([SessionUpdate(0, 3, (6,), 2, states=torch.full((1, 2), 2.0))])
+    source.submit([SessionUpdate(0, 3, (6,), 2, states=[(states, 2)])])
     source.collect({0: 3}, 0.0)
-    (states,) = seen
-    assert states is not None
-    assert torch.equal(states, torch.full((1, 2), 2.0))
+    assert seen == [((states, 2),)]

@@ -1,0 +1,30 @@
+"""What a draft reads of its target's hidden states: a linear map of them is added to its embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from actors.models.linear import PlainProduct
+from actors.models.runner import STATE_EPS, StateRow, normalised
+from actors.native.library import available
+from actors.native.linear import NativeLinear
+
+
+class StateInput:
+    """Args:
+    weight: float32 [H, S].
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self._plain = PlainProduct(weight)
+        # torch would wake threads of its own for a few rows, and make a tensor of each step on the way.
+        self._native = NativeLinear(weight) if weight.device.type == "cpu" and available() else None
+
+    def __call__(self, rows: Sequence[StateRow]) -> Tensor:
+        """float32 [len(rows), H]: the map of each row of states [S], normalised."""
+        if self._native is not None and all(states.dtype == torch.float32 for states, _ in rows):
+            return self._native.of_normalised(rows, STATE_EPS)
+        return self._plain(normalised(torch.stack([states[row] for states, row in rows])))
