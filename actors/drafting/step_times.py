@@ -25,8 +25,8 @@ class StepTimes:
 
     def observe(self, exit_index: int | None, sessions: int, seconds: float) -> None:
         """Add a step; None, a step without a fixed exit, is ignored."""
-        if exit_index is not None and self._costs[exit_index].due(sessions):
-            self._costs[exit_index].observe(sessions, seconds)
+        if exit_index is not None:
+            self._costs[exit_index].ended(sessions, seconds)
 
     def seconds(self) -> Mapping[int, Mapping[int, float]]:
         """By exit depth and number of sessions; exits that were never timed are missing. Any thread."""

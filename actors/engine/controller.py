@@ -20,7 +20,7 @@ from actors.drafting.acceptance_model import AcceptanceModel, RequestAcceptance
 from actors.drafting.interface import SessionDraft
 from actors.engine.account import BATCH_SHARE, DraftAccount
 from actors.engine.costs import CostModel
-from actors.engine.waits import DraftWaits
+from actors.engine.waits import DraftWaits, RoundOverhead
 
 _FIRST_PROBE, _LAST_PROBE = 4, 64
 _PROBE_LENGTHS = (2, 4, 8)
@@ -97,6 +97,7 @@ class Controller:
         self.acceptance = AcceptanceModel()
         self.account = DraftAccount()
         self._waits = DraftWaits()
+        self._overhead = RoundOverhead()
         self._last_wait_s = 0.0
         self._plain_s = 0.0
         self._attention_s = 0.0
@@ -121,8 +122,13 @@ class Controller:
 
     def observe_wait(self, seconds: float, asking: int = 1) -> None:
         """Time the engine stood still for the drafts of `asking` requests in one round."""
-        self._last_wait_s = seconds
+        self._last_wait_s = seconds + asking * self._overhead.asking_s
         self._waits.observe(seconds, asking, self._longest, catching_up=self._catching_up)
+
+    def observe_overhead(self, seconds: float, requests: int, asking: int) -> None:
+        """What a round of so many requests, `asking` of which asked for drafts, took beside drafts and the
+        target's pass."""
+        self._overhead.observe(seconds, requests, asking)
 
     @property
     def wait_s(self) -> float:
@@ -245,13 +251,13 @@ class Controller:
     ) -> tuple[list[int], float, float]:
         """Lengths that pay, the gain that they promise and the wait that this takes into account."""
         curves, contexts = [self._expected(c) for c in free], [c.context for c in free]
-        reading_s = 0.0
+        beside_s = len(free) * self._overhead.asking_s
         if self.reads_in_rounds and requests > 1:
             to_read = sum(self._catches_up(c.state) for c in free)
-            reading_s = to_read * self._waits.seldom / _PAID_OFF_IN
+            beside_s += to_read * self._waits.seldom / _PAID_OFF_IN
 
         def admitted(most: int, wait_of: Callable[[int, int], float]) -> tuple[list[int], float, float]:
-            wait = 0.0 if forced else wait_of(len(free), most) + reading_s
+            wait = 0.0 if forced else wait_of(len(free), most) + beside_s
             cut = [curve[:most] for curve in curves]
             return (*self._admit(cut, contexts, base, requests, wait), wait)
 
@@ -388,7 +394,7 @@ class Controller:
         if requests == 1:
             return _FIRST_PROBE
         plain_s = self.costs.seconds(requests) + self._attention_s
-        affordable = self._waits.seldom / max(_PROBE_SHARE * plain_s, 1e-9)
+        affordable = (self._waits.seldom + self._overhead.asking_s) / max(_PROBE_SHARE * plain_s, 1e-9)
         return min(_LAST_PROBE, max(_FIRST_PROBE * requests, math.ceil(affordable)))
 
     def _remember(self, state: ControlState, budget: int, probing: bool) -> None:
@@ -421,6 +427,7 @@ class Controller:
             "balance_ms": round(self.account.balance_s * 1e3, 3),
             "wait_ms": round(self._waits.mean_s * 1e3, 3),
             "wait_ms_by_requests": self._waits.table(),
+            "overhead_ms_by_request": round(self._overhead.asking_s * 1e3, 3),
             "acceptance": {name: known.get(name, []) for name in drafters},
             "decisions": dict(self._decisions),
         }

@@ -82,13 +82,16 @@ class CostModel:
         """What one more row of the sequence adds."""
         return context * self._attend_s * self._slowdown
 
-    def due(self, rows: int) -> bool:
-        """Whether to observe the round of so many rows that has just ended. Of rows that are often met one
-        round in `_SAMPLED` tells enough: observing takes a good part of what choosing tokens does."""
-        if self._rounds.get(rows, 0) < _SETTLED:
-            return True
-        self._passed[rows] = passed = self._passed.get(rows, 0) + 1
-        return passed % _SAMPLED == 0
+    def ended(self, rows: int, seconds: float, attention_s: Callable[[], float] = float) -> bool:
+        """Observe a round, or pass it over: of row counts that are often met one round in `_SAMPLED` tells
+        enough, as observing takes a good part of what choosing tokens does. `attention_s` gives what was
+        expected for attention. Returns whether it was observed."""
+        if self._rounds.get(rows, 0) >= _SETTLED:
+            self._passed[rows] = passed = self._passed.get(rows, 0) + 1
+            if passed % _SAMPLED:
+                return False
+        self.observe(rows, seconds, attention_s())
+        return True
 
     def observe(self, rows: int, seconds: float, attention_s: float = 0.0) -> None:
         """Add a round, `attention_s` of which was expected for attention."""

@@ -88,6 +88,8 @@ class Speculator:
         self._assigned = UNRESTRICTED
         self._nested_wish: NestedWish | None = None
         self._asked_tokens = 0
+        self._asking, self._waited_s = 0, 0.0
+        """Of the round: who asked for drafts, and the wait for them."""
         self._counts: dict[str, _Counts] = {}
         self._closed_since_submit = False
         self._turn = 0
@@ -134,11 +136,13 @@ class Speculator:
     ) -> dict[EngineSequence, tuple[SessionDraft, int]]:
         """Drafts for the coming round and the lengths to verify; waits until the round's deadline at most."""
         asked = [seq for seq in decoding if seq.asked]
+        self._asking, self._waited_s = len(asked), 0.0
         if not asked:
             return {}
         started = self._clock()
         drafts = self.source.collect({seq.session_id: seq.epoch for seq in asked}, self._timeout(asked))
-        self.controller.observe_wait(self._clock() - started, len(asked))
+        self._waited_s = self._clock() - started
+        self.controller.observe_wait(self._waited_s, len(asked))
         usable: list[tuple[EngineSequence, SessionDraft, Candidate, int]] = []
         for seq in asked:
             seq.asked = False
@@ -255,6 +259,10 @@ class Speculator:
         if updates or self._closed_since_submit:
             self.source.submit(updates, self._timeout(seq for seq in decoding if seq.asked))
             self._closed_since_submit = False
+
+    def ended(self, seconds: float, requests: int) -> None:
+        """A round in which so many requests decoded took `seconds` beside the target's pass."""
+        self.controller.observe_overhead(seconds - self._waited_s, requests, self._asking)
 
     def _rests(self, decoding: Sequence[EngineSequence], prompt_rows: int) -> int:
         """Coming rounds of a batch in which nobody asks for anything, while it stays as it is. A single

@@ -5,8 +5,6 @@ Plain decoding is the same round with no drafts in it, so speculation on and off
 
 from __future__ import annotations
 
-import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,8 +16,10 @@ from actors.drafting.assignment import DraftAssignment
 from actors.drafting.interface import SessionDraft
 from actors.drafting.tree import depths
 from actors.engine.batch import RowSpan, build_batch
+from actors.engine.costs import CostModel
 from actors.engine.messages import EngineRequest, EngineStats, RequestOutput, RoundReport
 from actors.engine.phases import PhaseClock
+from actors.engine.profiling import CostProfiler
 from actors.engine.scheduler import Scheduler
 from actors.engine.sequence import Sequence as EngineSequence
 from actors.engine.sequence import Work
@@ -34,14 +34,6 @@ from actors.sampling.reduce import best_ids, top_ids
 from actors.verification.coupled import CoupledRule, accept_equal, accept_path
 from actors.verification.registry import get_rule
 from actors.verification.rule import Verdict, VerificationRule
-
-_PROFILED_ROWS = (1, 2, 3, 5, 9, 17, 33)
-_PROFILE_CONTEXT = 64
-_LONG_CONTEXT = 1024
-_ATTENDING_ROWS = 9
-_ATTENDING_SEQUENCES, _TOGETHER_CONTEXT = 4, 512
-_REMEASURED = 3
-"""Times that every row count is measured again in idle moments after the start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +70,7 @@ class TorchEngine:
         self._defaults = defaults
         self._max_model_len = max_model_len
         self._compile_grammar = compile_grammar
-        self._idle_jobs: deque[Callable[[], None]] = deque()
+        self._profiler = CostProfiler(runner, scheduler.pool, speculator.controller.costs, max_model_len)
         # Found once: checking a protocol takes longer than reading the states.
         self._layered = runner if isinstance(runner, LayeredRunner) else None
         self._clock = PhaseClock()
@@ -158,35 +150,35 @@ class TorchEngine:
         running = list(self._scheduler.running.values())
         decoding = [seq for seq in running if seq.decoding]
         drafts = self._speculator.collect(decoding, self._expected_prompt_rows())
-        clock.lap("drafts")
+        beside = clock.lap("drafts")
         works = self._scheduler.schedule(drafts)
         if not works:
             return ()
         for work in works:
             self._speculator.open(work.seq)
         batch, spans = build_batch(works, self._runner.info.device)
-        clock.lap("schedule")
+        beside += clock.lap("schedule")
         logits, states = self._forward(batch, any(self._speculator.wants_states(work.seq) for work in works))
         seconds = clock.lap("forward")
         verdicts = self._judge(works, spans, logits)
         seconds += clock.lap("judge")
-        costs = self._speculator.controller.costs
-        if all(work.seq.decoding for work in works) and costs.due(batch.num_tokens):
-            attention_s = sum(
-                costs.attention_s(work.seq.num_computed, work.num_rows, len(works)) for work in works
-            )
-            costs.observe(batch.num_tokens, seconds, attention_s)
+        decodes = all(work.seq.decoding for work in works)
+        if decodes:
+            costs = self._speculator.controller.costs
+            costs.ended(batch.num_tokens, seconds, partial(_attention_s, costs, works))
         self._collect_candidates(works, spans, logits)
-        clock.lap("learn")
+        beside += clock.lap("learn")
         self._steps += 1
         outputs = [
             output
             for work, span, verdict in zip(works, spans, verdicts, strict=True)
             if (output := self._commit(work, span, verdict, logits, states)) is not None
         ]
-        clock.lap("commit")
+        beside += clock.lap("commit")
         self._speculator.submit(self._scheduler.running.values(), self._expected_prompt_rows())
-        clock.lap("submit")
+        beside += clock.lap("submit")
+        if decodes:
+            self._speculator.ended(beside, len(works))
         return outputs
 
     def _forward(self, batch: RaggedBatch, with_states: bool) -> tuple[Tensor, Tensor | None]:
@@ -385,79 +377,12 @@ class TorchEngine:
     # -- the rest ---------------------------------------------------------------------------------------
 
     def profile(self) -> None:
-        """Measure what rounds cost by row count. Call before the first request."""
-        self._profile_attention()
-        rows_to_try = self._profiled_rows()
-        self._speculator.controller.costs.profile(self._time_short_round, rows_to_try)
-        # Other processes of a deployment start beside this one: measured again in idle moments.
-        again = [partial(self._remeasure, rows) for rows in rows_to_try]
-        self._idle_jobs.extend([*again, self._profile_attention] * _REMEASURED)
+        """Measure what rounds cost. Call before the first request."""
+        self._profiler.profile()
 
     def idle(self) -> bool:
-        """Measure again what rounds cost: one thing a call, in blocks that hold nothing."""
-        if not self._idle_jobs:
-            return False
-        job = self._idle_jobs.popleft()
-        pool = self._scheduler.pool
-        together = _ATTENDING_SEQUENCES * pool.blocks_for(_TOGETHER_CONTEXT + 1)
-        needed = max(together, pool.blocks_for(_LONG_CONTEXT + _ATTENDING_ROWS))
-        if pool.num_free - pool.num_cached >= needed:
-            job()
-        return True
-
-    def _remeasure(self, rows: int) -> None:
-        self._speculator.controller.costs.remeasure(rows, self._time_short_round)
-
-    def _profiled_rows(self) -> list[int]:
-        usable = self._scheduler.pool.num_blocks * BLOCK_SIZE
-        return [rows for rows in _PROFILED_ROWS if rows <= usable - _PROFILE_CONTEXT]
-
-    def _profile_attention(self) -> None:
-        costs = self._speculator.controller.costs
-        usable = self._scheduler.pool.num_blocks * BLOCK_SIZE
-        long = min(_LONG_CONTEXT, min(usable, self._max_model_len) - _ATTENDING_ROWS)
-        if long < 4 * _PROFILE_CONTEXT:
-            return
-        costs.profile_attention(self._time_round, _ATTENDING_ROWS, (_PROFILE_CONTEXT, long))
-        long = min(_TOGETHER_CONTEXT, long)
-        if _ATTENDING_SEQUENCES * (long + BLOCK_SIZE) <= usable:
-            costs.profile_together(self._time_together, _ATTENDING_SEQUENCES, (_PROFILE_CONTEXT, long))
-
-    def _time_short_round(self, rows: int) -> float:
-        return self._time_round(rows, _PROFILE_CONTEXT)
-
-    def _time_round(self, rows: int, context: int) -> float:
-        """Seconds of a round of so many rows of one sequence, in blocks that nobody holds."""
-        ids = torch.zeros(rows, dtype=torch.int64, device=self._runner.info.device)
-        return self._time(RaggedBatch.chain(ids, context))
-
-    def _time_together(self, sequences: int, context: int) -> float:
-        """The same of one row each of several sequences."""
-        device = self._runner.info.device
-        one = RaggedBatch.chain(torch.zeros(1, dtype=torch.int64, device=device), context)
-        return self._time(
-            RaggedBatch(
-                token_ids=one.token_ids.repeat(sequences),
-                positions=one.positions.repeat(sequences),
-                query_start=torch.arange(sequences + 1, device=device),
-                context_lens=one.context_lens.repeat(sequences),
-                block_tables=one.block_tables.repeat(sequences, 1),
-                logit_rows=torch.arange(sequences, device=device),
-            )
-        )
-
-    @torch.inference_mode()
-    def _time(self, batch: RaggedBatch) -> float:
-        """Of a pass, in blocks of its own."""
-        pool, tables = self._scheduler.pool, batch.block_tables
-        blocks = pool.allocate(tables.numel())
-        batch.block_tables = torch.tensor(blocks, dtype=torch.int32, device=tables.device).view(tables.shape)
-        try:
-            started = time.perf_counter()
-            best_ids(self._runner.forward(batch))
-            return time.perf_counter() - started
-        finally:
-            pool.release(blocks)
+        """Measure again what rounds cost, one thing a call; False when nothing is left to be done."""
+        return self._profiler.work()
 
     def stats(self) -> EngineStats:
         pool = self._scheduler.pool
@@ -490,6 +415,10 @@ class TorchEngine:
 
     def close(self) -> None:
         self._speculator.source.close()
+
+
+def _attention_s(costs: CostModel, works: Sequence[Work]) -> float:
+    return sum(costs.attention_s(work.seq.num_computed, work.num_rows, len(works)) for work in works)
 
 
 def _accept_greedy(tokens: Sequence[int], work: Work) -> Verdict:

@@ -1,8 +1,9 @@
-"""How long rounds stand still for drafts, by how many requests ask and for how many tokens at most."""
+"""What drafts cost a round before anything is verified: how long it stands still for them, by how many
+requests ask and for how many tokens at most, and what keeping their books takes."""
 
 from __future__ import annotations
 
-_SMOOTHING = 0.15
+_SMOOTHING, _SLOW = 0.15, 0.02
 _OUTLIER = 3.0
 """A wait counts as no longer than so many times the average, or `_FIRST_S`: a stray one would be believed for
 long where few ask."""
@@ -72,11 +73,35 @@ class DraftWaits:
         }
 
 
+class RoundOverhead:
+    """What rounds take beside drafts and the target's pass (scheduling, candidates, commits, planning):
+    averages by number of requests where nobody asks for drafts, and what each that asks adds to it."""
+
+    def __init__(self) -> None:
+        self._plain_s: dict[int, float] = {}
+        self._asking_s: float | None = None
+
+    def observe(self, seconds: float, requests: int, asking: int) -> None:
+        """One round of so many requests."""
+        if not asking:
+            before = self._plain_s.get(requests)
+            self._plain_s[requests] = seconds if before is None else _follow(before, seconds, _SLOW)
+        elif self._plain_s:
+            nearest = min(self._plain_s, key=lambda n: abs(n - requests))
+            added = max(0.0, min(_FIRST_S, (seconds - self._plain_s[nearest]) / asking))
+            self._asking_s = added if self._asking_s is None else _follow(self._asking_s, added, _SLOW)
+
+    @property
+    def asking_s(self) -> float:
+        """Seconds that a request which asks for drafts adds; 0 before anything is known."""
+        return self._asking_s or 0.0
+
+
 def _nearest(by_length: dict[int, float], longest: int) -> float:
     return by_length[min(by_length, key=lambda n: abs(n - longest))]
 
 
-def _follow(average: float, seconds: float) -> float:
+def _follow(average: float, seconds: float, smoothing: float = _SMOOTHING) -> float:
     # Neither the short waits nor the long ones: drafting takes longer in some rounds than in others, and what
     # it costs is their mean.
-    return average + _SMOOTHING * (min(seconds, _OUTLIER * max(average, _FIRST_S)) - average)
+    return average + smoothing * (min(seconds, _OUTLIER * max(average, _FIRST_S)) - average)

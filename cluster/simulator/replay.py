@@ -206,8 +206,7 @@ class _Replay:
         noise = max(0.5, 1.0 + self._settings.noise * self._rng.gauss(0.0, 1.0))
         seconds = self._cost.seconds(rows) * noise
         self._clock.pass_by(seconds)
-        if self._controller.costs.due(rows):
-            self._controller.costs.observe(rows, seconds)
+        self._controller.costs.ended(rows, seconds)
         self._rounds += 1
         going = []
         for seq, answer in self._running:

@@ -208,8 +208,7 @@ class SimulatedTarget:
         seconds = self._true_cost.seconds(rows) * jitter
 
         def commit() -> None:
-            if self.controller.costs.due(rows):
-                self.controller.costs.observe(rows, seconds)
+            self.controller.costs.ended(rows, seconds)
             self._commit(verified)
             self.busy_s += self._clock.now - started
             self.rounds += 1

@@ -10,7 +10,7 @@ from actors.drafting.interface import SessionDraft
 from actors.engine.account import DraftAccount
 from actors.engine.controller import Candidate, Controller, ControlState
 from actors.engine.costs import CostModel
-from actors.engine.waits import DraftWaits
+from actors.engine.waits import DraftWaits, RoundOverhead
 
 DRAFT = SessionDraft(1, 1, (1, 2, 3, 4), drafter="d")
 
@@ -204,6 +204,34 @@ def test_drafts_that_are_worth_their_wait_for_one_request_need_not_be_for_four(
     for _ in range(60):
         controller.observe_wait(12e-3, 4)
     assert controller.plan([Candidate(state, 4, ("d",)) for state in states]) == [asked] * requests
+
+
+@pytest.mark.parametrize(("added_ms", "asked"), [(0.1, 4), (2.5, 0)])
+def test_drafts_must_pay_for_their_books_too(added_ms: float, asked: int) -> None:
+    controller, state = _controller(first_row=8.0, per_row=0.5, wait=7.0), ControlState()
+    _teach(controller, state, accepted=1)
+    for _ in range(10):
+        controller.observe_overhead(1e-3, 1, 0)
+    for _ in range(300):
+        controller.observe_overhead(1e-3 + added_ms / 1e3, 1, 1)
+    shown = controller.table(())["overhead_ms_by_request"]
+    assert shown == pytest.approx(min(added_ms, 1.0), rel=0.02), "strays count as no more than 1 ms"
+    assert controller.plan([Candidate(state, 4, ("d",))]) == [asked]
+
+
+def test_overhead_is_what_those_add_who_ask() -> None:
+    overhead = RoundOverhead()
+    overhead.observe(2e-3, 4, 2)
+    assert overhead.asking_s == 0.0, "not known without rounds in which nobody asks"
+    for _ in range(200):
+        overhead.observe(0.4e-3, 4, 0)
+        overhead.observe(0.2e-3, 1, 0)
+        overhead.observe(0.8e-3, 4, 2)
+        overhead.observe(0.4e-3, 1, 1)
+    assert overhead.asking_s == pytest.approx(0.2e-3, rel=0.02)
+    for _ in range(200):
+        overhead.observe(0.1e-3, 3, 3)
+    assert overhead.asking_s < 0.01e-3, "nothing is added, and never less than that"
 
 
 def test_many_requests_start_with_less_credit() -> None:

@@ -132,10 +132,8 @@ def test_of_rows_that_are_often_met_few_rounds_are_observed() -> None:
     costs.profile(lambda rows: 0.01 + rows / 1e3, (1, 5))
     observed = 0
     for _ in range(400):
-        if costs.due(1):
-            costs.observe(1, 0.02)
-            observed += 1
+        observed += costs.ended(1, 0.02)
     assert 100 < observed < 130
     assert costs.seconds(1) == pytest.approx(0.02, rel=0.02), "which is enough"
-    assert costs.due(5)
-    assert costs.due(3), "what was never met is"
+    assert costs.ended(5, 0.03)
+    assert costs.ended(3, 0.025), "what was never met is"
