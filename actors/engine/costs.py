@@ -192,10 +192,10 @@ class CostModel:
     ) -> float:
         """Seconds an entry of context. Measured again, the quickest of all counts: a difference of two times
         has the noise of both."""
-        for context in reversed(contexts):
-            seconds = min(run(count, context) for _ in range(repeats))
-            case = (kind, count, context)
-            self._quickest_s[case] = min(seconds, self._quickest_s.get(case, seconds))
+        for _ in range(repeats):  # in turns: a busy moment is not one context's alone
+            for context in reversed(contexts):
+                seconds, case = run(count, context), (kind, count, context)
+                self._quickest_s[case] = min(seconds, self._quickest_s.get(case, seconds))
         short, long = contexts
         added = self._quickest_s[kind, count, long] - self._quickest_s[kind, count, short]
         return added / (long - short)

@@ -38,7 +38,7 @@ class CostProfiler:
         row_counts = [rows for rows in _ROWS if rows <= usable]
         self._costs.profile(self._time_short, row_counts)
         again = [partial(self._costs.remeasure, rows, self._time_short) for rows in row_counts]
-        self._jobs.extend([*again, self._profile_attention] * _REMEASURED)
+        self._jobs.extend([self._profile_attention, *again] * _REMEASURED)
 
     def work(self) -> bool:
         """Measure one thing again, if so many blocks hold nothing; False when nothing is left to be done."""
