@@ -143,11 +143,11 @@ def test_gemma_is_drafted_for_by_smollm2(server: Server, request: pytest.Fixture
     assert drafted > 0
     # Left to the controller: where the same drafter goes on, answers come sooner; of what nobody can foresee
     # it proposes a token now and then, to see.
-    for likely, temperature, streams, length in ((True, 0.0, (0, 2, 4, 6), 60), (False, 2.0, (0, 4), 120)):
+    for likely, temperature in ((True, 0.0), (False, 2.0)):
         tokens = drafted = 0
         plain_s = drafted_s = 0.0
-        for stream in streams:
-            fields = {"max_tokens": length, "temperature": temperature, "seed": stream, "ignore_eos": True}
+        for stream in range(0, STREAMS, 2):
+            fields = {"max_tokens": 60, "temperature": temperature, "seed": stream, "ignore_eos": True}
             began = time.perf_counter()
             plain = ask(server, GEMMA, stream, speculation={"enabled": False}, **fields)
             between = time.perf_counter()
