@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from actors.models.linear import PlainProduct
+from actors.models.linear import pack
 from actors.models.runner import STATE_EPS, StateRow, normalised
 from actors.native.library import available
 from actors.native.linear import NativeLinear
@@ -19,12 +19,14 @@ class StateInput:
     """
 
     def __init__(self, weight: Tensor) -> None:
-        self._plain = PlainProduct(weight)
-        # torch would wake threads of its own for a few rows, and make a tensor of each step on the way.
-        self._native = NativeLinear(weight) if weight.device.type == "cpu" and available() else None
+        # On the compiled core where it is: torch would wake threads of its own for a few rows.
+        self._product = pack(
+            weight, None, "native" if weight.device.type == "cpu" and available() else "plain"
+        )
 
     def __call__(self, rows: Sequence[StateRow]) -> Tensor:
         """float32 [len(rows), H]: the map of each row of states [S], normalised."""
-        if self._native is not None and all(states.dtype == torch.float32 for states, _ in rows):
-            return self._native.of_normalised(rows, STATE_EPS)
-        return self._plain(normalised(torch.stack([states[row] for states, row in rows])))
+        product = self._product
+        if isinstance(product, NativeLinear) and all(states.dtype == torch.float32 for states, _ in rows):
+            return product.of_normalised(rows, STATE_EPS)
+        return product(normalised(torch.stack([states[row] for states, row in rows])))
