@@ -21,6 +21,7 @@ from actors.models.hf_attention import ATTENTION_NAME, PagedPass, freeze_rope, p
 from actors.models.linear import MatrixProduct, ProductKind, pack
 from actors.models.llama_load import UnsupportedModelError, architecture_of, context_limit, load_config
 from actors.models.runner import BLOCK_SIZE, ModelInfo, RaggedBatch
+from actors.native.library import available as native_available
 
 REFUSED_LAYERS = ("chunked_attention", "linear_attention", "recurrent")
 PROBE_TOKENS = 24
@@ -69,10 +70,11 @@ class GenericModel:
         self._takes_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
         freeze_rope(model, info.max_model_len)
         head = model.get_output_embeddings()
-        if info.int8:
-            self._quantize(head)
+        kind = _product_kind(info)
+        if kind != "auto":
+            self._pack_layers(kind, head)
         if isinstance(head, nn.Linear):
-            model.set_output_embeddings(Float32Head(head, "int8" if info.int8 else "auto"))
+            model.set_output_embeddings(Float32Head(head, kind))
         elif info.dtype != torch.float32:
             raise self.unsupported(
                 "it has no linear output embedding, which float32 logits need: use float32"
@@ -82,19 +84,19 @@ class GenericModel:
     def unsupported(self, reason: str) -> UnsupportedModelError:
         return UnsupportedModelError(f"{self.info.architecture} is not supported: {reason}")
 
-    def _quantize(self, head: nn.Module | None) -> None:
-        """Every linear layer but the head to int8. Layers that are no `nn.Linear` (the fused experts of a
-        mixture, the transposed ones of GPT-2) stay as they are; with none replaced the model is refused."""
+    def _pack_layers(self, kind: ProductKind, head: nn.Module | None) -> None:
+        """Every linear layer but the head. Layers that are no `nn.Linear` (the fused experts of a mixture,
+        the transposed ones of GPT-2) stay as they are; int8 with none replaced is refused."""
         found = [
             (parent, name, child)
             for parent in self.model.modules()
             for name, child in parent.named_children()
             if type(child) is nn.Linear and child is not head
         ]
-        if not found:
+        if not found and kind == "int8":
             raise self.unsupported("it has no linear layers that int8 could replace")
         for parent, name, child in found:
-            setattr(parent, name, PackedLinear(child, "int8"))
+            setattr(parent, name, PackedLinear(child, kind))
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -176,7 +178,7 @@ class GenericRunner:
     def __init__(self, model: GenericModel, num_blocks: int) -> None:
         if num_blocks < 1:
             raise ValueError("num_blocks must be at least 1")
-        self._model, self._num_blocks = model, num_blocks
+        self.model, self._num_blocks = model, num_blocks
         options: dict[str, Any] = {"dtype": model.info.dtype, "device": model.info.device}
         self._pools = {
             layer: (
@@ -188,7 +190,7 @@ class GenericRunner:
 
     @property
     def info(self) -> ModelInfo:
-        return self._model.info
+        return self.model.info
 
     @property
     def num_blocks(self) -> int:
@@ -197,7 +199,7 @@ class GenericRunner:
     def forward(self, batch: RaggedBatch) -> Tensor:
         """Write the batch's KV, return float32 logits [N, V] of `logit_rows`."""
         plan = plan_attention(batch, self.info.device)
-        return self._model.forward(batch, PagedPass(plan, self._num_blocks, self._pools, self._model.windows))
+        return self.model.forward(batch, PagedPass(plan, self._num_blocks, self._pools, self.model.windows))
 
     @torch.no_grad()
     def copy_slots(self, source: Tensor, target: Tensor) -> None:
@@ -254,6 +256,12 @@ def load_generic(
         int8=int8,
     )
     return GenericModel(model.to(device), info)
+
+
+def _product_kind(info: ModelInfo) -> ProductKind:
+    if info.int8:
+        return "int8"
+    return "native" if info.device.type == "cpu" and native_available() else "auto"
 
 
 def _windows(config: Any) -> tuple[int | None, ...]:

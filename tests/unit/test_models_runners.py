@@ -6,7 +6,7 @@ import copy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -14,10 +14,11 @@ import transformers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.models.generic import load_generic
+from actors.models.generic import GenericRunner, PackedLinear, load_generic
 from actors.models.llama_load import UnsupportedModelError
 from actors.models.load import GIB, LoadedModel, load_runner, native_unavailable_reason
 from actors.models.runner import BLOCK_SIZE, LayeredRunner, ModelRunner, RaggedBatch
+from actors.native.library import available as native_available
 
 VOCAB = 97
 TABLES = torch.randperm(24, generator=torch.Generator().manual_seed(7)).int().view(6, 4)
@@ -210,6 +211,29 @@ def test_int8_is_close(
     ours = run_in_steps(loaded.runner, [ids], [[16], [1], [4]])[0]
     expected = reference(folder, ids, torch.bfloat16)
     assert float((ours - expected).std() / expected.std()) < 0.06
+
+
+@pytest.mark.skipif(not native_available(), reason="needs the compiled core")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_linear_layers_of_any_architecture_are_products_of_the_core(
+    dtype: Literal["bfloat16", "float32"], folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Row-invariant, and the logits are those of torch's own products up to rounding."""
+    folder = folders("gemma2")
+    runner = load(folder, "generic", dtype).runner
+    assert isinstance(runner, GenericRunner)
+    model = runner.model.model
+    assert not [m for m in model.modules() if type(m) is torch.nn.Linear]
+    layers = [m for m in model.modules() if isinstance(m, PackedLinear)]
+    assert len(layers) == 7 * BASE["num_hidden_layers"]
+    gate = model.model.layers[0].mlp.gate_proj
+    x = torch.randn(9, BASE["hidden_size"]).to(runner.info.dtype)
+    assert torch.equal(gate(x)[3:4], gate(x[3:4]))
+    (ids,) = random_ids(40)
+    ours = run_in_steps(runner, [ids], [[16], [1], [4]])[0]
+    monkeypatch.setattr("actors.models.generic.native_available", lambda: False)
+    theirs = run_in_steps(load(folder, "generic", dtype).runner, [ids], [[16], [1], [4]])[0]
+    assert float((ours - theirs).std() / theirs.std()) < (0.03 if dtype == "bfloat16" else 1e-5)
 
 
 def test_int8_needs_linear_layers(folders: Callable[[str], Path]) -> None:
