@@ -86,6 +86,7 @@ def update_to_proto(update: SessionUpdate) -> pb.SessionUpdate:
         drafter=update.drafter or "",
         exit_depth=update.exit_depth or 0,
         nested=nested_to_proto(update.nested),
+        chain=update.chain,
     )
 
 
@@ -101,6 +102,7 @@ def update_from_proto(message: pb.SessionUpdate, scope: int = 0) -> SessionUpdat
         drafter=message.drafter or None,
         exit_depth=message.exit_depth or None,
         nested=_nested_from_proto(message.nested) if message.HasField("nested") else None,
+        chain=message.chain,
     )
 
 

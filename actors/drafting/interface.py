@@ -95,6 +95,7 @@ class SessionUpdate:
         drafters; empty unless the source asked for them.
     budget: draft tokens wanted next, 0 for none. drafter, exit_depth: pinned, or None.
     nested: what a router wants of the nested drafter, None for nothing.
+    chain: a chain is wanted, also of a session that takes trees.
     states: the target's last hidden states, before its final norm, where it emitted each of the last new
         tokens, for drafters in this process that read them. They cross no wire.
     """
@@ -109,6 +110,7 @@ class SessionUpdate:
     drafter: str | None = None
     exit_depth: int | None = None
     nested: NestedWish | None = None
+    chain: bool = False
     states: Sequence[StateRow] = field(default=(), compare=False, repr=False)
 
 

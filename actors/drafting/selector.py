@@ -256,7 +256,7 @@ class DrafterPool:
                 drafts[i] = _failed(update, error)
             elif update.budget > 0:
                 waiting[i] = update
-        chains = {i: u for i, u in waiting.items() if not self._sessions[u.session_id].trees}
+        chains = {i: u for i, u in waiting.items() if u.chain or not self._sessions[u.session_id].trees}
         trees = {i: u for i, u in waiting.items() if i not in chains}
         drafts |= self._chains(chains, max(together, len(chains)))
         drafts |= self._trees(trees, max(together, len(trees)))

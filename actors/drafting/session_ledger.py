@@ -196,6 +196,7 @@ class SessionLedger:
             drafter=update.drafter or "",
             exit_depth=update.exit_depth or 0,
             nested=codec.nested_to_proto(update.nested),
+            chain=update.chain,
         )
         session.unsent = session.drafted = session.accepted = 0
         session.candidates.clear()

@@ -34,6 +34,8 @@ class Sequence:
     """Upper bound of the draft length; 0 when this request does not speculate."""
     trees: bool = False
     """Whether drafts of this request may be trees."""
+    tree_now: bool = False
+    """Whether the draft of the coming round is one."""
     added_at: float = field(default_factory=time.perf_counter)
     started_at: float = 0.0
     """First admission to the batch, on the same clock."""

@@ -153,7 +153,7 @@ class Speculator:
             length = min(len(draft.token_ids), candidate.limit)
             if seq.sampler is not None:
                 try:
-                    length = seq.sampler.admissible(draft.token_ids[:length], tree=seq.trees)
+                    length = seq.sampler.admissible(draft.token_ids[:length], tree=seq.tree_now)
                 except GrammarError:
                     length = 0  # judging meets the same error and ends the request
             usable.append((seq, draft, candidate, length))
@@ -175,7 +175,7 @@ class Speculator:
             draft = None
         if draft is not None:
             draft = cut(draft, MAX_DRAFT_TOKENS)
-        if seq.trees:
+        if seq.tree_now:
             # A tree is what it is also where a worker could only give a chain.
             draft = None if draft is None else replace(draft, parents=parents_of(draft))
             acceptance.proposed_tree(request, draft, self._names(seq)[0])
@@ -242,6 +242,8 @@ class Speculator:
         if self._rested:
             self.controller.rested([seq.control for seq in self._batch], self._rested)
         self._turn += 1
+        for seq in decoding:
+            seq.tree_now = _takes_tree(seq, alone=len(decoding) == 1)
         turn, waits = divmod(self._turn, _LEARN_INTERVAL if len(decoding) > 1 else 1)
         self._learner = decoding[turn % len(decoding)] if decoding and not waits else None
         rounds = self._rests(decoding, prompt_rows)
@@ -296,6 +298,7 @@ class Speculator:
             drafter=speculation.drafter,
             exit_depth=speculation.exit_depth,
             nested=nested,
+            chain=seq.trees and not seq.tree_now,
             states=tuple(seq.unsent_states),
         )
         seq.unsent_tokens.clear()
@@ -321,15 +324,15 @@ class Speculator:
         pinned = seq.request.speculation.drafter
         if pinned is not None:
             return (pinned,)
-        return (TREE,) if seq.trees else tuple(self.source.drafters)
+        return (TREE,) if seq.tree_now else tuple(self.source.drafters)
 
     def _candidate(self, seq: EngineSequence) -> Candidate:
         limit = min(seq.max_draft_tokens, seq.room_for_drafts(self._max_model_len))
-        if limit > self._assigned.cap and not _pinned(seq) and (not seq.trees or self._assigned.cap == 0):
+        if limit > self._assigned.cap and not _pinned(seq) and (not seq.tree_now or self._assigned.cap == 0):
             # The length of a chain; what a tree has beside it costs the pool nothing.
             limit = self._assigned.cap
         names = self._names(seq)
-        return Candidate(seq.control, limit, names, seq.forced, seq.trees, context=seq.num_computed)
+        return Candidate(seq.control, limit, names, seq.forced, seq.tree_now, context=seq.num_computed)
 
     def reset(self) -> None:
         self._resting = self._rested = 0
@@ -350,6 +353,12 @@ class Speculator:
 
     def drafter_stats(self) -> dict[str, DrafterStats]:
         return {name: counts.stats() for name, counts in self._counts.items()}
+
+
+def _takes_tree(seq: EngineSequence, *, alone: bool) -> bool:
+    """Whether its next draft is a tree. In a batch all wait for each other's drafts and rows, and what stands
+    beside the best chain brings less than it takes (measured: docs/methods/controller.md)."""
+    return seq.trees and (alone or seq.request.speculation.tree is True)
 
 
 def _pinned(seq: EngineSequence) -> bool:

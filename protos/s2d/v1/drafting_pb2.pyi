@@ -115,7 +115,7 @@ class NestedWish(_message.Message):
     def __init__(self, exit: _Optional[int] = ..., cap: _Optional[int] = ..., shadow_exit: _Optional[int] = ..., shadow_length: _Optional[int] = ...) -> None: ...
 
 class SessionUpdate(_message.Message):
-    __slots__ = ("session_id", "epoch", "new_token_ids", "drafted", "accepted", "candidates", "budget", "drafter", "exit_depth", "nested")
+    __slots__ = ("session_id", "epoch", "new_token_ids", "drafted", "accepted", "candidates", "budget", "drafter", "exit_depth", "nested", "chain")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     NEW_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -126,6 +126,7 @@ class SessionUpdate(_message.Message):
     DRAFTER_FIELD_NUMBER: _ClassVar[int]
     EXIT_DEPTH_FIELD_NUMBER: _ClassVar[int]
     NESTED_FIELD_NUMBER: _ClassVar[int]
+    CHAIN_FIELD_NUMBER: _ClassVar[int]
     session_id: int
     epoch: int
     new_token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -136,7 +137,8 @@ class SessionUpdate(_message.Message):
     drafter: str
     exit_depth: int
     nested: NestedWish
-    def __init__(self, session_id: _Optional[int] = ..., epoch: _Optional[int] = ..., new_token_ids: _Optional[_Iterable[int]] = ..., drafted: _Optional[int] = ..., accepted: _Optional[int] = ..., candidates: _Optional[_Iterable[_Union[Candidates, _Mapping]]] = ..., budget: _Optional[int] = ..., drafter: _Optional[str] = ..., exit_depth: _Optional[int] = ..., nested: _Optional[_Union[NestedWish, _Mapping]] = ...) -> None: ...
+    chain: bool
+    def __init__(self, session_id: _Optional[int] = ..., epoch: _Optional[int] = ..., new_token_ids: _Optional[_Iterable[int]] = ..., drafted: _Optional[int] = ..., accepted: _Optional[int] = ..., candidates: _Optional[_Iterable[_Union[Candidates, _Mapping]]] = ..., budget: _Optional[int] = ..., drafter: _Optional[str] = ..., exit_depth: _Optional[int] = ..., nested: _Optional[_Union[NestedWish, _Mapping]] = ..., chain: _Optional[bool] = ...) -> None: ...
 
 class DraftRound(_message.Message):
     __slots__ = ("round_id", "hello", "opens", "closes", "updates", "deadline_us", "reset_shared_state")
