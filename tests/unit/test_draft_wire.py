@@ -82,6 +82,9 @@ def test_a_target_that_takes_trees_is_given_them_also_after_a_restart(worker: Wo
     worker.start(model_free(), port)
     until(lambda: source.connected)
     assert drafted(source, wish(1, 2, [1], budget=4, candidates=seen)).parents
+    chain = drafted(source, wish(1, 3, [1], budget=4, chain=True))
+    assert chain.token_ids
+    assert chain.parents == (), "who asks for a chain is given one"
 
 
 def test_streams_with_the_same_session_ids_are_isolated(worker: Worker, sources) -> None:  # type: ignore[no-untyped-def]

@@ -23,14 +23,14 @@ from actors.verification.registry import get_rule
 _ids = itertools.count()
 
 
-def _sequence(force: bool = False) -> Sequence:
+def _sequence(force: bool = False, tree: bool | None = None, trees: bool = False) -> Sequence:
     request = EngineRequest(
         f"r{next(_ids)}",
         tuple(range(10)),
         SamplingParams(temperature=0.0, max_tokens=1000),
-        SpeculationParams(max_draft_tokens=4, force=force),
+        SpeculationParams(max_draft_tokens=4, force=force, tree=tree),
     )
-    return Sequence(request, None, get_rule("coupled"), 0, 4)
+    return Sequence(request, None, get_rule("coupled"), 0, 4, trees)
 
 
 def _speculator() -> Speculator:
@@ -124,3 +124,25 @@ def test_states_of_tokens_that_others_followed_without_are_dropped() -> None:
     source.submit([SessionUpdate(0, 3, (6,), 2, states=[(states, 2)])])
     source.collect({0: 3}, 0.0)
     assert seen == [((states, 2),)]
+
+
+def test_a_request_alone_is_given_trees_a_batch_chains_and_who_insists_trees() -> None:
+    speculator = _speculator()
+    seqs = [_sequence(force=True, trees=True), _sequence(force=True, trees=True, tree=True)]
+    for seq in seqs:
+        seq.token_ids[:] = [1, 4, 5, 1, 2, 3, 1]
+        speculator.open(seq)
+        seq.num_computed = len(seq.token_ids) - 1
+    teacher = seqs[0]
+    teacher.unsent_candidates.append((1, (4, 2, 7)))
+    speculator.submit(seqs[:1], 0)
+    tree, _ = speculator.collect(seqs[:1], 0)[teacher]
+    assert tree.parents.count(-1) > 1
+    for seq in seqs:
+        seq.token_ids += [2, 3, 1]
+        seq.num_computed += 3
+        speculator.committed(seq, [2, 3, 1], None, 0, ())
+    speculator.submit(seqs, 0)
+    found = speculator.collect(seqs, 0)
+    assert found[teacher][0].parents == ()
+    assert found[seqs[1]][0].parents
