@@ -45,7 +45,10 @@ class SpeculationConfig(ConfigModel):
 
     enabled: bool = Field(True, description="Whether requests speculate by default.")
     max_draft_tokens: int = Field(8, ge=0, le=16, description="Draft tokens a round, at most.")
-    tree: bool = Field(True, description="Whether drafts may be trees where the request and model allow it.")
+    tree: bool = Field(
+        True,
+        description="Whether drafts of a request that decodes alone may be trees where it can take them.",
+    )
     verification: Literal["coupled", "leviathan"] = Field("coupled", description="Default verification rule.")
     draft_timeout_ms: float = Field(15.0, gt=0, description="Longest wait for a round's drafts.")
     forced_draft_timeout_ms: float = Field(

@@ -52,7 +52,8 @@ class SpeculationParams:
 
     max_draft_tokens caps the tokens drafted a round; with `force` it fixes them, whatever the controller
     thinks. `drafter` and `exit_depth` pin the source of drafts; None leaves the choice. `tree`: whether
-    drafts are trees or chains; None takes trees where they can be, and chains with `force`.
+    drafts are trees or chains; None takes trees while the request decodes alone, where they can be, and
+    chains with `force`.
     """
 
     enabled: bool = True
