@@ -85,14 +85,14 @@ __attribute__((always_inline)) inline void add_part(I (&acc)[ROWS][GROUPS], cons
         }
         S2D_UNROLL
         for (int g = 0; g < GROUPS; ++g) {
+            Quads weights[LAST - FIRST];
             S2D_UNROLL
-            for (int part = FIRST; part < LAST; ++part) {
-                const Quads weights = quads(w + g * bytes, part);
-                const Input* inputs = x;
-                // Read again for each register: kept, GCC spills the sums instead.
-                if constexpr (ROWS > 2 && I::PARTS == 2) asm("" : "+r"(inputs));
+            for (int part = FIRST; part < LAST; ++part) weights[part - FIRST] = quads(w + g * bytes, part);
+            // A row's inputs serve all registers before the next row's are read: kept for all, they spill the sums.
+            S2D_UNROLL
+            for (int r = 0; r < ROWS; ++r) {
                 S2D_UNROLL
-                for (int r = 0; r < ROWS; ++r) dot(acc[r][g], part, inputs + r * ldx, weights);
+                for (int part = FIRST; part < LAST; ++part) dot(acc[r][g], part, x + r * ldx, weights[part - FIRST]);
             }
         }
     }
