@@ -357,7 +357,7 @@ class Speculator:
 
 def _takes_tree(seq: EngineSequence, *, alone: bool) -> bool:
     """Whether its next draft is a tree. In a batch all wait for each other's drafts and rows, and what stands
-    beside the best chain brings less than it takes (measured: docs/methods/controller.md)."""
+    beside the best chain brings less than it takes (measured: docs/methods/draft-trees.md)."""
     return seq.trees and (alone or seq.request.speculation.tree is True)
 
 

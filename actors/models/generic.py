@@ -9,6 +9,7 @@ model's own attention and through ours, in chunks and in a batch, and the logits
 from __future__ import annotations
 
 import inspect
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from actors.models.linear import MatrixProduct, ProductKind, pack
 from actors.models.llama_load import UnsupportedModelError, architecture_of, context_limit, load_config
 from actors.models.runner import BLOCK_SIZE, ModelInfo, RaggedBatch
 from actors.native.library import available as native_available
+
+logger = logging.getLogger(__name__)
 
 REFUSED_LAYERS = ("chunked_attention", "linear_attention", "recurrent")
 PROBE_TOKENS = 24
@@ -61,16 +64,17 @@ def _pack(linear: nn.Linear, kind: ProductKind, *, float32_output: bool = False)
 class GenericModel:
     """A transformers model whose attention is ours, probed, without a KV pool yet.
 
+    `kind`: the product of its linear layers; "auto" leaves them as they are and chooses for the head.
+
     Raises `UnsupportedModelError`, naming the architecture, for one that cannot be served this way.
     """
 
-    def __init__(self, model: Any, info: ModelInfo) -> None:
+    def __init__(self, model: Any, info: ModelInfo, kind: ProductKind = "auto") -> None:
         self.model, self.info = model.eval().requires_grad_(False), info
         self.windows = _windows(model.config.get_text_config())
         self._takes_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
         freeze_rope(model, info.max_model_len)
         head = model.get_output_embeddings()
-        kind = _product_kind(info)
         if kind != "auto":
             self._pack_layers(kind, head)
         if isinstance(head, nn.Linear):
@@ -235,12 +239,6 @@ def load_generic(
         raise UnsupportedModelError(
             f"{architecture} is not supported: it is no attention decoder ({error})"
         ) from error
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation="eager", local_files_only=True
-        )
-    except (ValueError, KeyError) as error:
-        raise UnsupportedModelError(f"{architecture} is not supported: {error}") from error
     info = ModelInfo(
         name=name or folder.name,
         architecture=architecture,
@@ -255,13 +253,24 @@ def load_generic(
         device=device,
         int8=int8,
     )
-    return GenericModel(model.to(device), info)
 
+    def of(kind: ProductKind) -> GenericModel:
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, attn_implementation="eager", local_files_only=True
+            )
+        except (ValueError, KeyError) as error:
+            raise UnsupportedModelError(f"{architecture} is not supported: {error}") from error
+        return GenericModel(model.to(device), info, kind)
 
-def _product_kind(info: ModelInfo) -> ProductKind:
-    if info.int8:
-        return "int8"
-    return "native" if info.device.type == "cpu" and native_available() else "auto"
+    if int8:
+        return of("int8")
+    if device.type == "cpu" and native_available():
+        try:
+            return of("native")
+        except UnsupportedModelError as error:  # code of its own that wants the weights of its linear layers
+            logger.info("%s keeps torch's products: %s", info.name, error)
+    return of("auto")
 
 
 def _windows(config: Any) -> tuple[int | None, ...]:

@@ -236,6 +236,21 @@ def test_linear_layers_of_any_architecture_are_products_of_the_core(
     assert float((ours - theirs).std() / theirs.std()) < (0.03 if dtype == "bfloat16" else 1e-5)
 
 
+def test_code_that_reads_the_weights_of_a_linear_layer_keeps_it(
+    folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        return torch.nn.functional.linear(hidden, self.down_proj.weight)
+
+    folder = folders("gemma2")
+    (ids,) = random_ids(20)
+    expected = reference(folder, ids)
+    monkeypatch.setattr(hf.models.gemma2.modeling_gemma2.Gemma2MLP, "forward", forward)
+    runner = load(folder, "generic").runner
+    torch.testing.assert_close(run_in_steps(runner, [ids], [[16]])[0], expected, atol=1e-4, rtol=1e-4)
+
+
 def test_int8_needs_linear_layers(folders: Callable[[str], Path]) -> None:
     with pytest.raises(UnsupportedModelError, match="no linear layers"):
         load(folders("gpt2"), "generic", "int8")
