@@ -85,7 +85,7 @@ def update_to_proto(update: SessionUpdate) -> pb.SessionUpdate:
         budget=update.budget,
         drafter=update.drafter or "",
         exit_depth=update.exit_depth or 0,
-        nested=nested_to_proto(update.nested),
+        nested=_nested_to_proto(update.nested),
         chain=update.chain,
     )
 
@@ -106,7 +106,7 @@ def update_from_proto(message: pb.SessionUpdate, scope: int = 0) -> SessionUpdat
     )
 
 
-def nested_to_proto(wish: NestedWish | None) -> pb.NestedWish | None:
+def _nested_to_proto(wish: NestedWish | None) -> pb.NestedWish | None:
     if wish is None:
         return None
     return pb.NestedWish(

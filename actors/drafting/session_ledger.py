@@ -7,7 +7,7 @@ connection do not exist for the worker, whose rule is that epochs follow one ano
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from actors.drafting import codec
 from actors.drafting.interface import (
@@ -185,18 +185,16 @@ class SessionLedger:
         if shadows:
             session.shadow = (session.wire_epoch, update.epoch)
         session.asked = update.epoch if wants else None
-        message = pb.SessionUpdate(
-            session_id=update.session_id,
-            epoch=session.wire_epoch,
-            new_token_ids=session.tokens[len(session.tokens) - session.unsent :],
-            budget=update.budget if wants else 0,
-            drafted=session.drafted,
-            accepted=session.accepted,
-            candidates=[pb.Candidates(token_id=t, next_ids=ids) for t, ids in session.candidates],
-            drafter=update.drafter or "",
-            exit_depth=update.exit_depth or 0,
-            nested=codec.nested_to_proto(update.nested),
-            chain=update.chain,
+        message = codec.update_to_proto(
+            replace(
+                update,
+                epoch=session.wire_epoch,
+                new_tokens=tuple(session.tokens[len(session.tokens) - session.unsent :]),
+                budget=update.budget if wants else 0,
+                drafted=session.drafted,
+                accepted=session.accepted,
+                candidates=tuple(session.candidates),
+            )
         )
         session.unsent = session.drafted = session.accepted = 0
         session.candidates.clear()
