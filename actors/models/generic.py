@@ -36,7 +36,7 @@ Typical is the median of a chunk: in bfloat16 a mixture of experts may route sin
 class Float32Head(nn.Module):
     """Replaces an output embedding: the same product, returned in float32 and never rounded before."""
 
-    def __init__(self, linear: nn.Linear, kind: ProductKind = "auto") -> None:
+    def __init__(self, linear: nn.Linear, kind: ProductKind) -> None:
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
         self._product: MatrixProduct = _pack(linear, kind, float32_output=True)
@@ -64,43 +64,56 @@ def _pack(linear: nn.Linear, kind: ProductKind, *, float32_output: bool = False)
 class GenericModel:
     """A transformers model whose attention is ours, probed, without a KV pool yet.
 
-    `kind`: the product of its linear layers; "auto" leaves them as they are and chooses for the head.
+    On a CPU its linear layers are products of the compiled core, unless its code reads their weights.
 
     Raises `UnsupportedModelError`, naming the architecture, for one that cannot be served this way.
     """
 
-    def __init__(self, model: Any, info: ModelInfo, kind: ProductKind = "auto") -> None:
+    def __init__(self, model: Any, info: ModelInfo) -> None:
         self.model, self.info = model.eval().requires_grad_(False), info
         self.windows = _windows(model.config.get_text_config())
         self._takes_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
         freeze_rope(model, info.max_model_len)
+        kind: ProductKind = "auto"
+        if info.int8:
+            kind = "int8"
+        elif info.device.type == "cpu" and native_available():
+            kind = "native"
         head = model.get_output_embeddings()
-        if kind != "auto":
-            self._pack_layers(kind, head)
+        layers = [] if kind == "auto" else self._linear_layers(head)
+        if info.int8 and not layers:
+            raise self.unsupported("it has no linear layers that int8 could replace")
         if isinstance(head, nn.Linear):
             model.set_output_embeddings(Float32Head(head, kind))
         elif info.dtype != torch.float32:
             raise self.unsupported(
                 "it has no linear output embedding, which float32 logits need: use float32"
             )
-        self.kv_shapes = self._probe()
+        for parent, name, layer in layers:
+            setattr(parent, name, PackedLinear(layer, kind))
+        try:
+            self.kv_shapes = self._probe()
+        except UnsupportedModelError as error:
+            if info.int8 or not layers:
+                raise
+            for parent, name, layer in layers:
+                setattr(parent, name, layer)
+            model.set_attn_implementation("eager")
+            self.kv_shapes = self._probe()
+            logger.warning("%s is slower than it could be, on torch's products: %s", info.name, error)
 
     def unsupported(self, reason: str) -> UnsupportedModelError:
         return UnsupportedModelError(f"{self.info.architecture} is not supported: {reason}")
 
-    def _pack_layers(self, kind: ProductKind, head: nn.Module | None) -> None:
-        """Every linear layer but the head. Layers that are no `nn.Linear` (the fused experts of a mixture,
-        the transposed ones of GPT-2) stay as they are; int8 with none replaced is refused."""
-        found = [
+    def _linear_layers(self, head: nn.Module | None) -> list[tuple[nn.Module, str, nn.Linear]]:
+        """Every linear layer but the head, with its parent and its name there. Layers that are no `nn.Linear`
+        (the fused experts of a mixture, the transposed ones of GPT-2) are not among them."""
+        return [
             (parent, name, child)
             for parent in self.model.modules()
             for name, child in parent.named_children()
             if type(child) is nn.Linear and child is not head
         ]
-        if not found and kind == "int8":
-            raise self.unsupported("it has no linear layers that int8 could replace")
-        for parent, name, child in found:
-            setattr(parent, name, PackedLinear(child, kind))
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -254,23 +267,13 @@ def load_generic(
         int8=int8,
     )
 
-    def of(kind: ProductKind) -> GenericModel:
-        try:
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, attn_implementation="eager", local_files_only=True
-            )
-        except (ValueError, KeyError) as error:
-            raise UnsupportedModelError(f"{architecture} is not supported: {error}") from error
-        return GenericModel(model.to(device), info, kind)
-
-    if int8:
-        return of("int8")
-    if device.type == "cpu" and native_available():
-        try:
-            return of("native")
-        except UnsupportedModelError as error:  # code of its own that wants the weights of its linear layers
-            logger.info("%s keeps torch's products: %s", info.name, error)
-    return of("auto")
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation="eager", local_files_only=True
+        )
+    except (ValueError, KeyError) as error:
+        raise UnsupportedModelError(f"{architecture} is not supported: {error}") from error
+    return GenericModel(model.to(device), info)
 
 
 def _windows(config: Any) -> tuple[int | None, ...]:
