@@ -230,6 +230,35 @@ def summarize(blocks: Sequence[Block], settings: LoadSettings) -> list[LoadRow]:
     return rows
 
 
+@dataclass(frozen=True, slots=True)
+class LoadPlainRow:
+    """An engine at one point against plain decoding of the same engine, measured in the same run. paired:
+    ratios of the output tokens/s of their blocks, within pairs."""
+
+    engine: str
+    plain: str
+    point: Point
+    paired: Comparison
+
+
+def against_plain(
+    blocks: Sequence[Block], plain_of: Callable[[str], str | None], threshold: float = 1.0
+) -> list[LoadPlainRow]:
+    """Rows for the engines whose plain counterpart was measured too, by engine, then by point; none for a
+    point without a pair."""
+    engines = list(dict.fromkeys(b.engine for b in blocks))
+    points = list(dict.fromkeys(b.point for b in blocks))
+    pairs = [(engine, plain) for engine in engines if (plain := plain_of(engine)) in engines and plain]
+    rows = []
+    for engine, plain in pairs:
+        for point in points:
+            here = [b for b in blocks if b.point == point]
+            paired = compare(_speeds(here, engine), _speeds(here, plain), threshold)
+            if paired is not None:
+                rows.append(LoadPlainRow(engine, plain, point, paired))
+    return rows
+
+
 def _speeds(blocks: Sequence[Block], engine: str) -> dict[Hashable, float]:
     """Output tokens/s by pair; a block with a failed request is not comparable and left out."""
     found: dict[Hashable, float] = {}

@@ -16,7 +16,14 @@ from cluster.bench.paired import MIN_PAIRS
 from cluster.bench.plot import plot_load, plot_profile, plot_speedups
 from cluster.bench.profile import ProfileRow
 from cluster.bench.records import Record
-from cluster.bench.tables import Table, load_tables, plain_tables, profile_tables, spec_tables
+from cluster.bench.tables import (
+    Table,
+    load_plain_tables,
+    load_tables,
+    plain_tables,
+    profile_tables,
+    spec_tables,
+)
 from cluster.gateway.sse import to_jsonable
 
 FORMAT_VERSION = 1
@@ -104,8 +111,10 @@ def write_load(
 ) -> list[Table]:
     """load.json, load.md and load.png in `out`; returns the tables."""
     rows = load.summarize(blocks, settings)
+    plain = load.against_plain(blocks, plain_of, settings.threshold)
     document = document_of("load", settings, machine, engines, interrupted) | {
         "summary": [to_jsonable(row) for row in rows],
+        "against_plain": [to_jsonable(row) for row in plain],
         "blocks": [
             {
                 "engine": b.engine,
@@ -117,7 +126,7 @@ def write_load(
             for b in blocks
         ],
     }
-    tables = load_tables(rows, settings.baseline_name)
+    tables = [*load_tables(rows, settings.baseline_name), *load_plain_tables(plain)]
     publish(out, "load", "Serving load", document, tables, lambda path: plot_load(rows, path))
     return tables
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from cluster.bench.load import LoadRow
+from cluster.bench.load import LoadPlainRow, LoadRow
 from cluster.bench.metrics import Acceptance, Percentiles
 from cluster.bench.paired import Comparison
 from cluster.bench.profile import PARTS, PROCESSES, ProfileRow
@@ -181,6 +181,18 @@ def load_tables(rows: Sequence[LoadRow], baseline: str) -> list[Table]:
         )  # fmt: skip
         tables.append(Table(point.label, columns, cells))
     return tables
+
+
+def load_plain_tables(rows: Sequence[LoadPlainRow]) -> list[Table]:
+    """Whether speculation pays within an engine, by how many requests run at once."""
+    if not rows:
+        return []
+    columns = ("engine", "against", "load", "pairs", "paired ratio: median [95 %]")
+    cells = tuple(
+        (row.engine, row.plain, row.point.label, str(row.paired.pairs), comparison_text(row.paired))
+        for row in rows
+    )
+    return [Table("Speculation against plain decoding of the same engine", columns, cells)]
 
 
 def profile_tables(rows: Sequence[ProfileRow]) -> list[Table]:

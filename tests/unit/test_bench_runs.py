@@ -20,6 +20,7 @@ from cluster.bench.rendering import PromptRenderer
 from cluster.bench.report import write_load, write_spec
 from cluster.bench.running import BenchError, rotated, running
 from cluster.bench.session import context_needed
+from cluster.bench.tables import load_plain_tables
 from cluster.bench.turns import Turns
 from tests.fake_bench_engine import FakeEngine
 from tests.toy_tokenizers import byte_level_folder
@@ -249,6 +250,27 @@ async def test_load_summary_against_known_latencies(renderer: PromptRenderer) ->
     assert queued.goodput < 0.7 * queued.requests_per_s  # the second request waits for the first
     assert rows["b"].paired is not None
     assert 1.4 < rows["b"].paired.median < 2.8
+
+
+async def test_load_compares_speculation_with_plain_decoding_of_the_same_engine(
+    renderer: PromptRenderer,
+) -> None:
+    engines = [
+        FakeEngine("peer", ttft_s=0.001, gap_s=0.001),
+        FakeEngine("plain", ttft_s=0.01, gap_s=0.02),
+        FakeEngine("drafting", ttft_s=0.01, gap_s=0.01),
+    ]
+    blocks = await load.run_load(engines, QUESTIONS, renderer, load_settings(pairs=2, concurrency=(1, 2)))
+    rows = load.against_plain(blocks, {"drafting": "plain", "peer": "of no run"}.get)
+    assert [(row.engine, row.plain, row.point) for row in rows] == [
+        ("drafting", "plain", Point(concurrency=1)),
+        ("drafting", "plain", Point(concurrency=2)),
+    ]
+    assert [row.paired.pairs for row in rows] == [2, 2]
+    assert all(1.2 < row.paired.median < 2.8 for row in rows)
+    (table,) = load_plain_tables(rows)
+    assert [line[:4] for line in table.rows] == [("drafting", "plain", row.point.label, "2") for row in rows]
+    assert load_plain_tables([]) == []
 
 
 async def test_engines_are_stopped_when_one_does_not_start() -> None:
