@@ -117,6 +117,7 @@ struct Attention {
     const char* tail;
     int64_t tail_from;
     bool bf16;
+    bool cold;  // whether this thread has read other keys before: those of the block after are requested early
 };
 
 struct Kernels {

@@ -60,6 +60,15 @@ inline float greatest(const float* s) {
     return a > b ? a : b;
 }
 
+inline const char* block_of(const Attention& a, int64_t b, int64_t bytes) {
+    return b < a.tail_from ? a.pool + a.block_table[b] * a.block_bytes : a.tail + (b - a.tail_from) * bytes;
+}
+
+// Blocks are not neighbours, so that the processor does not read ahead by itself.
+inline void request(const char* data, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(data + i, 0, 2);
+}
+
 template <Format F>
 void attention_of(const Attention& a) {
     alignas(64) float scores[MAX_GROUP * BLOCK];
@@ -79,8 +88,9 @@ void attention_of(const Attention& a) {
 #endif
     for (int64_t b = 0; b * BLOCK < a.keys; ++b) {
         const int64_t count = a.keys - b * BLOCK < BLOCK ? a.keys - b * BLOCK : BLOCK;
-        const char* keys = b < a.tail_from ? a.pool + a.block_table[b] * a.block_bytes
-                                           : a.tail + (b - a.tail_from) * 2 * half_bytes;
+        const char* keys = block_of(a, b, 2 * half_bytes);
+        const char* ahead = a.cold && (b + 1) * BLOCK < a.keys ? block_of(a, b + 1, 2 * half_bytes) : nullptr;
+        if (ahead) request(ahead, half_bytes);
         qk.w = keys;
 #if defined(S2D_TILES)
         if (tiles) scores_on_tiles(query, a.head_dim, keys, scores);
@@ -105,6 +115,7 @@ void attention_of(const Attention& a) {
             }
             mass[r] = sum(add(load(s), load(s + LANES)));
         }
+        if (ahead) request(ahead + half_bytes, half_bytes);
         for (int64_t r = 0; r < a.group; ++r) {
             rescale[r] = b == 0 ? 0.0f : exponential(highest[r] - best[r]);
             total[r] = b == 0 ? mass[r] : madd(total[r], rescale[r], mass[r]);

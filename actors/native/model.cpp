@@ -310,11 +310,27 @@ void Model::run_chunk(float* hidden, int64_t first, int64_t last, int64_t at, in
             norm(w.input_norm);
             product(normed, w.qkv, s.qkv(), s.hidden, qkv, w.bias, Epilogue::store);
             pool_.barrier();
-            each_head([&](int64_t row, int64_t head) {
-                write_kv(l, row, head, tokens_[static_cast<size_t>(at + row)]);
-            });
-            if (!by_head) pool_.barrier();
-            each_head([&](int64_t row, int64_t head) { attend(l, row, head, at, thread, batch); });
+            // Whether this thread has not just read the keys of the row's sequence.
+            const auto cold = [&](int64_t row) {
+                const Token* token = &tokens_[static_cast<size_t>(at + row)];
+                return row < threads || token[-threads].table != token->table;
+            };
+            if (by_head) {
+                each_head([&](int64_t row, int64_t head) {
+                    write_kv(l, row, head, tokens_[static_cast<size_t>(at + row)]);
+                });
+            } else {
+                // Neighbours share cache lines of the keys: they are written by one thread.
+                int64_t begin, end;
+                share(rows, thread, threads, begin, end);
+                for (int64_t row = begin; row < end; ++row) {
+                    for (int64_t head = 0; head < s.kv_heads; ++head) {
+                        write_kv(l, row, head, tokens_[static_cast<size_t>(at + row)]);
+                    }
+                }
+                pool_.barrier();
+            }
+            each_head([&](int64_t row, int64_t head) { attend(l, row, head, at, thread, batch, cold(row)); });
             pool_.barrier();
             read(attended, query);
             product(attended, w.o, s.hidden, query, hidden, nullptr, Epilogue::add);
@@ -387,7 +403,7 @@ const char* Model::assemble(const Token& token, int64_t packed, char* pool, int 
     return tail;
 }
 
-void Model::attend(int64_t layer, int64_t row, int64_t head, int64_t at, int thread, const Batch& batch) {
+void Model::attend(int64_t layer, int64_t row, int64_t head, int64_t at, int thread, const Batch& batch, bool cold) {
     const Shape& s = shape_;
     const Token& token = tokens_[static_cast<size_t>(at + row)];
     const int64_t group = s.heads / s.kv_heads, first = head * group * s.head_dim;
@@ -395,7 +411,7 @@ void Model::attend(int64_t layer, int64_t row, int64_t head, int64_t at, int thr
     Attention a{work_.qkv.data() + row * s.qkv() + first,
                 work_.attended.data() + row * s.heads * s.head_dim + first,
                 group, s.head_dim, 1.0f / sqrtf(static_cast<float>(s.head_dim)), token.keys,
-                pool, token.table, block_bytes_, nullptr, (token.keys + BLOCK - 1) / BLOCK, s.bf16 != 0};
+                pool, token.table, block_bytes_, nullptr, (token.keys + BLOCK - 1) / BLOCK, s.bf16 != 0, cold};
     if (!token.straight) {
         a.tail = assemble(token, at + row, pool, thread, batch);
         a.tail_from = token.base / BLOCK;

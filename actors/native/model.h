@@ -104,7 +104,7 @@ private:
     Status draft_step(float* hidden, int64_t last, const Batch& batch, int64_t best, int64_t* index, float* share);
     void run_chunk(float* hidden, int64_t first, int64_t last, int64_t at, int64_t rows, const Batch& batch);
     void write_kv(int64_t layer, int64_t row, int64_t head, const Token& token);
-    void attend(int64_t layer, int64_t row, int64_t head, int64_t at, int thread, const Batch& batch);
+    void attend(int64_t layer, int64_t row, int64_t head, int64_t at, int thread, const Batch& batch, bool cold);
     const char* assemble(const Token& token, int64_t packed, char* pool, int thread, const Batch& batch);
     void convert(const float* x, int64_t k, int64_t begin, int64_t end, float* to) const;
     void multiply(const float* x, int64_t rows, const float* converted, const char* w, int64_t n, int64_t k,
