@@ -30,12 +30,21 @@ class RunningAcceptance:
             raise ValueError("prior must hold probabilities in (0, 1)")
         self._prior = tuple(prior)
         self._weight = prior_weight
+        self._window = window
         self._decay = 1.0 - 1.0 / window
         self.reset()
 
     def reset(self) -> None:
         self._accepted = [p * self._weight for p in self._prior]
         self._tried = [self._weight] * len(self._prior)
+
+    def faded(self) -> RunningAcceptance:
+        """A copy in which all that was observed is worth no more than a prior is."""
+        copy = RunningAcceptance(self._prior, self._weight, self._window)
+        for bucket, tried in enumerate(self._tried):
+            share = min(1.0, self._weight / tried)
+            copy._accepted[bucket], copy._tried[bucket] = self._accepted[bucket] * share, tried * share
+        return copy
 
     def observe(self, feature: int, accepted: bool) -> None:
         b = self._bucket(feature)

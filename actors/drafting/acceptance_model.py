@@ -3,10 +3,14 @@
 Every proposal is scored against the tokens that the target goes on to emit, whether or not it was verified.
 Under the coupled rule a draft is accepted exactly when it equals the target's token, so scoring drafts that
 nobody verified costs nothing and lets a drafter that is switched off prove itself again.
+
+What is sampled at a high temperature is hard to foresee: requests of like temperature have averages of their
+own, which begin as those of all.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -22,7 +26,11 @@ request that fares otherwise is known by its own record."""
 _LOCAL_SMOOTHING = 0.2
 _LOCAL_DECAY = 0.95
 _LOCAL_PRIOR_WEIGHT = 3.0
-_MAX_RATE = 0.98
+_LEAST_RATE, _MAX_RATE = 0.01, 0.98
+_KINDS = (0.0, 0.6, 1.2)
+"""Highest temperature of each kind of request but the last."""
+_KIND_TRIALS = 4
+"""What the averages of all are worth to a new kind, in drafts."""
 Evidence = tuple[tuple[float, ...], tuple[int, ...]]
 """(conditional acceptance by position, tokens scored there), up to the last position that was scored."""
 
@@ -31,6 +39,16 @@ Evidence = tuple[tuple[float, ...], tuple[int, ...]]
 class _Averages:
     accept: list[float] = field(default_factory=lambda: [_PRIOR] * MAX_POSITIONS)
     trials: list[int] = field(default_factory=lambda: [0] * MAX_POSITIONS)
+
+    def faded(self) -> _Averages:
+        """A copy that gives way to what comes."""
+        return _Averages(list(self.accept), [min(n, _KIND_TRIALS) for n in self.trials])
+
+    def follow(self, exits: _Averages, overall: _Averages) -> None:
+        """Become those of another exit, as much better or worse than its overall ones as these were."""
+        for at, (other, usual) in enumerate(zip(exits.accept, overall.accept, strict=True)):
+            self.accept[at] = min(_MAX_RATE, other * (self.accept[at] / max(usual, _LEAST_RATE)))
+        self.trials = list(exits.trials)
 
     def record(self, at: int, hit: bool) -> None:
         self.trials[at] += 1
@@ -73,20 +91,29 @@ class _Pending:
 
 @dataclass(slots=True)
 class RequestAcceptance:
-    """One request's own record, and the proposal being scored."""
+    """One request's own record, and the proposal being scored. `kind`: see `kind_of`."""
 
+    kind: int = 0
     drafters: dict[str, _Local] = field(default_factory=dict)
     pending: _Pending | PendingTree | None = None
 
 
+def kind_of(temperature: float) -> int:
+    """Requests whose next tokens are about as easy to foresee."""
+    return bisect_left(_KINDS, temperature)
+
+
 class AcceptanceModel:
-    """P(token j accepted | its ancestors accepted) per drafter: the overall average by position, scaled by
-    how much better or worse than expected this request has fared so far."""
+    """P(token j accepted | its ancestors accepted) per drafter: the average by position over requests of its
+    kind, scaled by how much better or worse than expected this request has fared so far."""
 
     def __init__(self) -> None:
         self._averages: dict[str, _Averages] = {}
         self._exits: dict[int, _Averages] = {}
         self._trees: dict[str, TreeRecord] = {}
+        self._averages_of: dict[tuple[str, int], _Averages] = {}
+        self._trees_of: dict[tuple[str, int], TreeRecord] = {}
+        """The same by kind of request."""
         self._shares: dict[str, _Share] = {}
 
     def reset(self) -> None:
@@ -94,6 +121,8 @@ class AcceptanceModel:
         self._averages.clear()
         self._exits.clear()
         self._trees.clear()
+        self._averages_of.clear()
+        self._trees_of.clear()
 
     def proposed(self, request: RequestAcceptance, draft: SessionDraft | None, names: Iterable[str]) -> None:
         """Start scoring a proposal (None or empty: nobody had a guess)."""
@@ -139,18 +168,27 @@ class AcceptanceModel:
                 request.pending = None
 
     def _record(self, request: RequestAcceptance, pending: _Pending, hit: bool) -> None:
-        averages = self._averages.setdefault(pending.drafter, _Averages())
+        overall = self._averages.setdefault(pending.drafter, _Averages())
+        averages = self._averages_of.get((pending.drafter, request.kind))
+        if averages is None:
+            averages = self._averages_of[pending.drafter, request.kind] = overall.faded()
         at = min(pending.position, MAX_POSITIONS - 1)
         local = request.drafters[pending.drafter]
         local.hits = local.hits * _LOCAL_DECAY + hit
         local.expected = local.expected * _LOCAL_DECAY + averages.accept[at]
+        overall.record(at, hit)
         averages.record(at, hit)
         if pending.exit_depth is not None:
             self.observe_exit(pending.exit_depth, at, hit)
 
     def _record_tree(self, request: RequestAcceptance, pending: PendingTree) -> None:
         local = request.drafters[pending.name]
-        expected = self._trees.setdefault(pending.name, TreeRecord()).record(pending)
+        overall = self._trees.setdefault(pending.name, TreeRecord())
+        record = self._trees_of.get((pending.name, request.kind))
+        if record is None:
+            record = self._trees_of[pending.name, request.kind] = overall.faded()
+        overall.record(pending)
+        expected = record.record(pending)
         local.hits = local.hits * _LOCAL_DECAY + len(pending.path)
         local.expected = local.expected * _LOCAL_DECAY + expected
         if pending.draft.exit_depth is not None:
@@ -163,12 +201,16 @@ class AcceptanceModel:
 
     def adopt(self, drafter: str, exit_depth: int) -> None:
         """`drafter` goes on at another exit: what is known of that exit, if anything, holds for it."""
-        known = self._exits.get(exit_depth)
-        self._averages[drafter] = _Averages() if known is None else deepcopy(known)
+        exits = self._exits.get(exit_depth) or _Averages()
+        overall = self._averages.get(drafter)
+        for (name, _), averages in self._averages_of.items():
+            if name == drafter and overall is not None:
+                averages.follow(exits, overall)
+        self._averages[drafter] = deepcopy(exits)
 
     def survival(self, request: RequestAcceptance, drafter: str, length: int) -> list[float]:
         """P(the first j + 1 tokens are all accepted) for j < length."""
-        averages = self._averages.get(drafter)
+        averages = self._averages_of.get((drafter, request.kind)) or self._averages.get(drafter)
         scale = _scale(self._local(request, drafter))
         product, result = 1.0, []
         for position in range(length):
@@ -188,16 +230,19 @@ class AcceptanceModel:
 
     def tree_survival(self, request: RequestAcceptance, draft: SessionDraft, name: str) -> list[float]:
         """P(token j accepted) for the tokens of a tree that came, never rising."""
-        record = self._trees.get(name) or TreeRecord()
+        record = self._tree_record(request, name)
         scale = _scale(self._local(request, name))
         return [min(_MAX_RATE, likely * scale) for likely in record.expected(draft)]
 
     def expected_tree_survival(self, request: RequestAcceptance, name: str, length: int) -> list[float]:
         """The same before a tree came."""
-        record = self._trees.get(name) or TreeRecord()
+        record = self._tree_record(request, name)
         local = self._local(request, name)
         scale = _scale(local)
         return [local.available * min(_MAX_RATE, likely * scale) for likely in record.by_place[:length]]
+
+    def _tree_record(self, request: RequestAcceptance, name: str) -> TreeRecord:
+        return self._trees_of.get((name, request.kind)) or self._trees.get(name) or TreeRecord()
 
     def table(self) -> dict[str, list[float]]:
         """Conditional acceptance by drafter and position, for people; of trees, acceptance by place."""

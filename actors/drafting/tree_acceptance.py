@@ -74,6 +74,10 @@ class TreeRecord:
         )
     )
 
+    def faded(self) -> TreeRecord:
+        """A copy that gives way to what comes."""
+        return TreeRecord(list(self.by_place), calibration=self.calibration.faded())
+
     def expected(self, draft: SessionDraft) -> list[float]:
         """P(token j accepted) of a tree at hand, never rising."""
         return self._expected(reach(draft), len(draft.token_ids))

@@ -12,10 +12,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from actors.drafting.acceptance_model import RequestAcceptance, kind_of
 from actors.drafting.assignment import DraftAssignment
 from actors.drafting.interface import SessionDraft
 from actors.drafting.tree import depths
 from actors.engine.batch import RowSpan, build_batch
+from actors.engine.controller import ControlState
 from actors.engine.costs import CostModel
 from actors.engine.messages import EngineRequest, EngineStats, RequestOutput, RoundReport
 from actors.engine.phases import PhaseClock
@@ -108,7 +110,8 @@ class TorchEngine:
             limit = self._defaults.max_draft_tokens if asked is None else asked
         key = sampler.key if sampler is not None else derive_key(sampling.seed, request.choice)
         trees = self._takes_trees(speculation, rule, sampler)
-        return EngineSequence(request, sampler, rule, key, limit, trees)
+        control = ControlState(RequestAcceptance(kind_of(sampling.temperature)))
+        return EngineSequence(request, sampler, rule, key, limit, trees, control=control)
 
     def _takes_trees(
         self, speculation: SpeculationParams, rule: VerificationRule, sampler: SequenceSampler | None

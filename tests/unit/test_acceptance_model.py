@@ -1,0 +1,79 @@
+"""Acceptance by kind of request: what holds for greedy answers says little of hot ones."""
+
+from __future__ import annotations
+
+import pytest
+
+from actors.drafting.acceptance_model import AcceptanceModel, RequestAcceptance, kind_of
+from actors.drafting.interface import NESTED, TREE, SessionDraft
+
+GREEDY, HOT = kind_of(0.0), kind_of(2.0)
+
+
+def _teach(model: AcceptanceModel, kind: int, *, right: bool, times: int, tree: bool = False) -> None:
+    """Requests of one draft token each, so that none is known by its own record."""
+    for _ in range(times):
+        request = RequestAcceptance(kind)
+        draft = SessionDraft(1, 0, (5,), parents=(-1,) if tree else (), drafter=NESTED, exit_depth=4)
+        if tree:
+            model.proposed_tree(request, draft, TREE)
+        else:
+            model.proposed(request, draft, (NESTED,))
+        model.emitted(request, [5 if right else 6])
+
+
+def _likely(model: AcceptanceModel, kind: int, *, tree: bool = False) -> float:
+    request = RequestAcceptance(kind)
+    if tree:
+        return model.expected_tree_survival(request, TREE, 1)[0]
+    return model.survival(request, NESTED, 1)[0]
+
+
+def test_kinds_are_ordered_by_temperature() -> None:
+    kinds = [kind_of(t) for t in (0.0, 0.3, 0.6, 0.7, 1.0, 1.2, 1.3, 2.0)]
+    assert kinds == [0, 1, 1, 2, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("tree", [False, True])
+def test_a_kind_begins_as_all_do_and_goes_its_own_way(tree: bool) -> None:
+    model = AcceptanceModel()
+    _teach(model, GREEDY, right=True, times=200, tree=tree)
+    before = _likely(model, GREEDY, tree=tree)
+    assert before > 0.8
+    assert _likely(model, HOT, tree=tree) == before
+    _teach(model, HOT, right=False, times=40, tree=tree)
+    assert _likely(model, HOT, tree=tree) < 0.5 * before
+    assert _likely(model, GREEDY, tree=tree) == pytest.approx(before, rel=0.01)
+    model.reset()
+    assert _likely(model, HOT, tree=tree) == _likely(model, GREEDY, tree=tree)
+
+
+def test_ten_misses_are_enough_to_doubt_a_kind() -> None:
+    model = AcceptanceModel()
+    _teach(model, GREEDY, right=True, times=500)
+    _teach(model, HOT, right=False, times=10)
+    assert _likely(model, HOT) < 0.4
+
+
+def test_of_one_kind_alone_all_is_as_it_is_overall() -> None:
+    model = AcceptanceModel()
+    for right in (True, False, True, True) * 20:
+        _teach(model, GREEDY, right=right, times=1)
+        assert _likely(model, GREEDY) == model.evidence()[NESTED][0][0]
+    model.observe_exit(8, 0, True)
+    model.adopt(NESTED, 8)
+    assert _likely(model, GREEDY) == model.exit_evidence()[8][0][0]
+
+
+def test_at_another_exit_a_kind_stays_as_much_worse_as_it_was() -> None:
+    model = AcceptanceModel()
+    _teach(model, GREEDY, right=True, times=400)
+    _teach(model, HOT, right=False, times=60)
+    overall = model.evidence()[NESTED][0][0]
+    share = _likely(model, HOT) / overall
+    for hit in (True, False) * 100:
+        model.observe_exit(8, 0, hit)
+    model.adopt(NESTED, 8)
+    exits = model.exit_evidence()[8][0][0]
+    assert _likely(model, HOT) == pytest.approx(share * exits)
+    assert 0.0 < _likely(model, HOT) < 0.2 < exits
