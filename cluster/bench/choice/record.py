@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -168,18 +169,21 @@ def chains(
 
 @torch.inference_mode()
 def round_seconds(loaded: LoadedModel, repeats: int) -> dict[int, float]:
-    """The least of `repeats` passes by rows: what else ran on the machine only ever adds."""
-    result: dict[int, float] = {}
+    """The least of `repeats` passes by rows: what else ran on the machine only ever adds. Row counts take
+    turns, so that a slow second is not taken for the cost of one of them."""
     context = max(1, min(_PROFILE_CONTEXT, loaded.info.max_model_len - PROFILED_ROWS[-1]))
     loaded.runner.forward(RaggedBatch.chain(torch.zeros(context, dtype=torch.int64)))
-    for rows in [n for n in PROFILED_ROWS if context + n <= loaded.info.max_model_len]:
-        batch = RaggedBatch.chain(torch.zeros(rows, dtype=torch.int64), context)
-        times = []
-        for _ in range(repeats):
+    batches = {
+        rows: RaggedBatch.chain(torch.zeros(rows, dtype=torch.int64), context)
+        for rows in PROFILED_ROWS
+        if context + rows <= loaded.info.max_model_len
+    }
+    result = dict.fromkeys(batches, math.inf)
+    for _ in range(repeats):
+        for rows, batch in batches.items():
             started = time.perf_counter()
             loaded.runner.forward(batch).argmax(-1).tolist()
-            times.append(time.perf_counter() - started)
-        result[rows] = min(times)
+            result[rows] = min(result[rows], time.perf_counter() - started)
     return result
 
 
