@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -169,8 +169,8 @@ def chains(
 
 @torch.inference_mode()
 def round_seconds(loaded: LoadedModel, repeats: int) -> dict[int, float]:
-    """The least of `repeats` passes by rows: what else ran on the machine only ever adds. Row counts take
-    turns, so that a slow second is not taken for the cost of one of them."""
+    """Seconds of a pass by rows: the least of `repeats` with one row, times the median of what others took of
+    the one row beside them. Row counts take turns: machines are slow for seconds, for all of them alike."""
     context = max(1, min(_PROFILE_CONTEXT, loaded.info.max_model_len - PROFILED_ROWS[-1]))
     loaded.runner.forward(RaggedBatch.chain(torch.zeros(context, dtype=torch.int64)))
     batches = {
@@ -178,13 +178,17 @@ def round_seconds(loaded: LoadedModel, repeats: int) -> dict[int, float]:
         for rows in PROFILED_ROWS
         if context + rows <= loaded.info.max_model_len
     }
-    result = dict.fromkeys(batches, math.inf)
+    times: dict[int, list[float]] = {rows: [] for rows in batches}
     for _ in range(repeats):
         for rows, batch in batches.items():
             started = time.perf_counter()
             loaded.runner.forward(batch).argmax(-1).tolist()
-            result[rows] = min(result[rows], time.perf_counter() - started)
-    return result
+            times[rows].append(time.perf_counter() - started)
+    one = times[PROFILED_ROWS[0]]
+    return {
+        rows: min(one) * statistics.median(mine / theirs for mine, theirs in zip(taken, one, strict=True))
+        for rows, taken in times.items()
+    }
 
 
 def step_seconds(drafter: NestedDrafter, depth: int, repeats: int) -> dict[int, float]:

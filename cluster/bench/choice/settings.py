@@ -31,7 +31,7 @@ class TraceSettings(BaseModel):
     max_tokens: int = Field(64, ge=2, description="Tokens of an answer, at most.")
     max_prompt: int = Field(2048, ge=1, description="Tokens of a prompt that are kept, its last ones.")
     chain: int = Field(8, ge=1, le=16, description="Tokens drafted at each place.")
-    repeats: int = Field(25, ge=1, description="Times that each cost is measured; the least counts.")
+    repeats: int = Field(25, ge=1, description="Times that each cost is measured.")
     threads: int = Field(0, ge=0, description="Compute threads; 0 takes the physical cores.")
     seed: int = Field(0, ge=0, description="Chooses questions.")
 
