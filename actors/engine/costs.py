@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
@@ -66,6 +67,9 @@ class CostModel:
         """How far own parts have moved since."""
         self._read_s = self._attend_s = 0.0
         self._read_together_s: float | None = None
+        self._first_s = math.inf
+        self._ratios: dict[int, list[float]] = {}
+        """Of a profile: see there."""
         self._quickest_s: dict[tuple[str, int, int], float] = {}
         """Of rounds by kind, rows and context, from which these three come."""
 
@@ -142,21 +146,22 @@ class CostModel:
         return self._profile_s[at] * math.exp(self._parts[at])
 
     def profile(self, run: Callable[[int], float], row_counts: Sequence[int], repeats: int = 3) -> None:
-        """Measure each row count: the best of `repeats` runs of `run(rows) -> seconds`."""
+        """Measure row counts by `run(rows) -> seconds`, `repeats` times. They take turns: a machine that is
+        slow for seconds would else be taken for the cost of some of them. The first one's best time counts,
+        of the others what they took of the first one's in the same turn, on median. Measured again, all
+        turns count."""
+        for _ in range(repeats):
+            seconds = [run(rows) for rows in row_counts]
+            self._first_s = min(self._first_s, seconds[0])
+            for rows, mine in zip(row_counts, seconds, strict=True):
+                self._ratios.setdefault(rows, []).append(mine / seconds[0])
         for rows in row_counts:
-            seconds = min(run(rows) for _ in range(repeats))
+            seconds_now = self._first_s * statistics.median(self._ratios[rows])
             if rows in self._place:
-                self.observe(rows, seconds)
+                self._profile_s[self._place[rows]] = seconds_now
             else:
-                self._add(rows, seconds / self._slowdown)
-
-    def remeasure(self, rows: int, run: Callable[[int], float], repeats: int = 5) -> None:
-        """Profile a row count again; only a shorter time counts, since what disturbs it only adds."""
-        seconds = min(run(rows) for _ in range(repeats))
-        at = self._place.get(rows)
-        if at is not None and seconds < self._profile_s[at]:
-            self._profile_s[at] = seconds
-            self._changed()
+                self._add(rows, seconds_now)
+        self._changed()
 
     def _changed(self) -> None:
         self._fitted = []

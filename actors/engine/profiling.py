@@ -21,6 +21,8 @@ _ATTENDING_SEQUENCES, _TOGETHER_CONTEXT = 4, 512
 _REMEASURED = 3
 """Times that everything is measured again in idle moments after the start: other processes of a deployment
 start beside this one."""
+_TURNS = 5
+"""Turns of all row counts each time."""
 
 
 class CostProfiler:
@@ -36,9 +38,11 @@ class CostProfiler:
         self._profile_attention()
         usable = self._pool.num_blocks * BLOCK_SIZE - _SHORT_CONTEXT
         row_counts = [rows for rows in _ROWS if rows <= usable]
+        if not row_counts:
+            return
         self._costs.profile(self._time_short, row_counts)
-        again = [partial(self._costs.remeasure, rows, self._time_short) for rows in row_counts]
-        self._jobs.extend([self._profile_attention, *again] * _REMEASURED)
+        turn = partial(self._costs.profile, self._time_short, row_counts, repeats=1)
+        self._jobs.extend([self._profile_attention, *[turn] * _TURNS] * _REMEASURED)
 
     def work(self) -> bool:
         """Measure one thing again, if so many blocks hold nothing; False when nothing is left to be done."""

@@ -70,6 +70,22 @@ def test_a_profile_taken_while_the_machine_was_busy_does_not_outlive_that() -> N
     assert costs.seconds(9) < 10e-3, "a slower one does not"
 
 
+def test_a_machine_that_is_slow_for_a_while_does_not_bend_the_profile() -> None:
+    """It runs at half its speed in two of five passes, for a whole number of turns or not."""
+    true = {rows: (9.0 + 0.3 * rows) / 1e3 for rows in (1, 2, 3, 5, 9, 17, 33)}
+    costs, passes = CostModel(), 0
+
+    def run(rows: int) -> float:
+        nonlocal passes
+        passes += 1
+        return true[rows] * (1.5 if passes // 10 % 5 in (1, 2) else 1.0)
+
+    for _ in range(6):
+        costs.profile(run, tuple(true))
+    for rows, seconds in true.items():
+        assert costs.seconds(rows) == pytest.approx(seconds, rel=0.01)
+
+
 def test_context_that_seemed_dear_because_something_else_ran_is_not_believed() -> None:
     costs = CostModel()
     times = iter(

@@ -32,8 +32,9 @@ TEXTS = (
     "x" * 300 + " " * 150 + "end",
     "",
 )
+# SentencePiece vocabularies write spaces as U+2581 and cannot tell it from one.
 any_text = st.one_of(
-    st.text(max_size=60),
+    st.text(st.characters(codec="utf-8", exclude_characters="\u2581"), max_size=60),
     st.text(alphabet="then d!ok\n é€🙂", max_size=250),
     st.lists(st.sampled_from(TEXTS), max_size=3).map("".join),
 )
