@@ -42,6 +42,13 @@ inline float sum(V v) {
     q = _mm_add_ps(q, _mm_movehl_ps(q, q));
     return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
 }
+inline float greatest(V v) {
+    __m256 s = _mm256_max_ps(v.a, v.b);
+    __m128 q = _mm_max_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    q = _mm_max_ps(q, _mm_movehl_ps(q, q));
+    return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
+}
+inline V greater(V a, V b) { return V{_mm256_max_ps(a.a, b.a), _mm256_max_ps(a.b, b.b)}; }
 inline bool any_greater(V v, float x) {
     const __m256 limit = _mm256_set1_ps(x);
     return _mm256_movemask_ps(_mm256_or_ps(_mm256_cmp_ps(v.a, limit, _CMP_GT_OQ),

@@ -102,22 +102,29 @@ struct Product {
     bool again = false;        // this thread's last product was over the same inputs
 };
 
-// Attention of the query heads of one KV head, one token: softmax(q K^T * scale) V over keys 0..keys-1, as an
-// online softmax over blocks of 32 keys in absolute order. Blocks from tail_from on are read from `tail`.
+constexpr int64_t TOGETHER = 16;         // query rows of several tokens that share a reading of the keys
+constexpr int64_t WIDEST_TOGETHER = 256;  // head_dim up to which they do
+
+// Attention of the query heads of one KV head: softmax(q K^T * scale) V, as an online softmax over blocks of 32 keys in
+// absolute order, of one token or of several that follow each other in a sequence (rows * group <= TOGETHER): token r
+// sees keys 0..keys + r - 1. Each row's sums are what they would be alone. Blocks from tail_from on are read from
+// `tail`.
 struct Attention {
-    const float* q;  // [group][head_dim]
-    float* out;      // [group][head_dim]
+    const float* q;  // [rows][group][head_dim], tokens ldq apart
+    int64_t ldq;
+    float* out;  // [rows][group][head_dim], tokens ldout apart
+    int64_t ldout;
+    int64_t rows;
     int64_t group;
     int64_t head_dim;
     float scale;
-    int64_t keys;
+    int64_t keys;                // that the first token sees
     const char* pool;            // this layer and head in block 0
     const int32_t* block_table;  // of the sequence
     int64_t block_bytes;         // from a block to the next
     const char* tail;
     int64_t tail_from;
     bool bf16;
-    bool cold;  // whether this thread has read other keys before: those of the block after are requested early
 };
 
 struct Kernels {

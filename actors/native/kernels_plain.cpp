@@ -83,6 +83,21 @@ inline float sum(V v) {
     Quad q = (v.q[0] + v.q[1]) + (v.q[2] + v.q[3]);
     return (q[0] + q[2]) + (q[1] + q[3]);
 }
+// The greater of each two values, and the greatest of all; the second where one is NaN.
+inline V greater(V a, V b) {
+    for (int i = 0; i < 4; ++i) {
+        for (int j = 0; j < 4; ++j) a.q[i][j] = a.q[i][j] > b.q[i][j] ? a.q[i][j] : b.q[i][j];
+    }
+    return a;
+}
+inline float greatest(V v) {
+    float values[16];
+    store(values, v);
+    for (int n = 8; n > 0; n /= 2) {
+        for (int i = 0; i < n; ++i) values[i] = values[i] > values[i + n] ? values[i] : values[i + n];
+    }
+    return values[0];
+}
 // Whether any of 16 values is greater than x.
 inline bool any_greater(V v, float x) {
     float values[16];

@@ -51,19 +51,6 @@ void silu_mul(const float* y, int64_t n, float* out) {
     }
 }
 
-inline float greatest(const float* s) {
-    float top[LANES];
-    for (int64_t j = 0; j < 16; ++j) top[j] = s[j] > s[j + 16] ? s[j] : s[j + 16];
-    for (int64_t j = 0; j < 8; ++j) top[j] = top[j] > top[j + 8] ? top[j] : top[j + 8];
-    for (int64_t j = 0; j < 4; ++j) top[j] = top[j] > top[j + 4] ? top[j] : top[j + 4];
-    const float a = top[0] > top[2] ? top[0] : top[2], b = top[1] > top[3] ? top[1] : top[3];
-    return a > b ? a : b;
-}
-
-inline const char* block_of(const Attention& a, int64_t b, int64_t bytes) {
-    return b < a.tail_from ? a.pool + a.block_table[b] * a.block_bytes : a.tail + (b - a.tail_from) * bytes;
-}
-
 // Blocks are not neighbours, so that the processor does not read ahead by itself.
 inline void request(const char* data, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(data + i, 0, 2);
@@ -72,73 +59,100 @@ inline void request(const char* data, int64_t bytes) {
 template <Format F>
 void attention_of(const Attention& a) {
     alignas(64) float scores[MAX_GROUP * BLOCK];
+    alignas(64) float queries[TOGETHER * WIDEST_TOGETHER], outs[TOGETHER * WIDEST_TOGETHER];
     float highest[MAX_GROUP], total[MAX_GROUP], best[MAX_GROUP], mass[MAX_GROUP], rescale[MAX_GROUP];
-    const int64_t half_bytes = BLOCK * a.head_dim * (F == Format::bf16 ? 2 : 4);
-    Product qk{a.q, a.head_dim, a.group, nullptr, group_bytes(a.head_dim, F), F, a.head_dim, BLOCK,
+    int64_t seen[MAX_GROUP];  // keys
+    const int64_t d = a.head_dim, rows = a.rows * a.group;
+    const int64_t half_bytes = BLOCK * d * (F == Format::bf16 ? 2 : 4);
+    for (int64_t r = 0; r < rows; ++r) seen[r] = a.keys + r / a.group;
+    const float* q = a.q;
+    float* out = a.out;
+    if (a.rows > 1) {
+        for (int64_t t = 0; t < a.rows; ++t) {
+            memcpy(queries + t * a.group * d, a.q + t * a.ldq, static_cast<size_t>(a.group * d) * sizeof(float));
+        }
+        q = queries;
+        out = outs;
+    }
+    Product qk{q, d, rows, nullptr, group_bytes(d, F), F, d, BLOCK,
                0, BLOCK / LANES, scores, BLOCK, nullptr, nullptr, Epilogue::store};
-    Product pv{scores, BLOCK, a.group, nullptr, group_bytes(BLOCK, F), F, BLOCK, a.head_dim,
-               0, a.head_dim / LANES, a.out, a.head_dim, nullptr, rescale, Epilogue::store};
+    Product pv{nullptr, BLOCK, 0, nullptr, group_bytes(BLOCK, F), F, 0, d,
+               0, d / LANES, nullptr, d, nullptr, nullptr, Epilogue::store};
 #if defined(S2D_TILES)
     alignas(64) char query[MAX_TILED_HEAD / 32 * 2 * TILE_BYTES];
     const bool tiles = tiled_heads(a);
     if (tiles) {
-        pack_rows(a.q, a.head_dim, a.group, a.head_dim, query);
-        configure_tiles(a.group);
+        pack_rows(q, d, rows, d, query);
+        configure_tiles(rows);
     }
 #endif
-    for (int64_t b = 0; b * BLOCK < a.keys; ++b) {
-        const int64_t count = a.keys - b * BLOCK < BLOCK ? a.keys - b * BLOCK : BLOCK;
-        const char* keys = block_of(a, b, 2 * half_bytes);
-        const char* ahead = a.cold && (b + 1) * BLOCK < a.keys ? block_of(a, b + 1, 2 * half_bytes) : nullptr;
+    const auto block_at = [&](int64_t b) {
+        return b < a.tail_from ? a.pool + a.block_table[b] * a.block_bytes : a.tail + (b - a.tail_from) * 2 * half_bytes;
+    };
+    // Adds `count` values of block b to the rows from `first` on.
+    const auto add_values = [&](int64_t b, int64_t first, int64_t some, int64_t count, const char* values) {
+        const float* p = scores + first * BLOCK;
+#if defined(S2D_TILES)
+        // Slots beyond a sequence's end hold whatever was there: they must not be multiplied, not even by zero.
+        if (tiles && count == BLOCK) return values_on_tiles(p, some, d, values, rescale + first, b == 0, out + first * d);
+#endif
+        pv.x = p;
+        pv.rows = some;
+        pv.w = values;
+        pv.k = count;
+        pv.y = out + first * d;
+        pv.row_scale = rescale + first;
+        pv.epilogue = b == 0 ? Epilogue::store : Epilogue::scale_add;
+        product_of<F>(pv);
+    };
+    for (int64_t b = 0; b * BLOCK < seen[rows - 1]; ++b) {
+        const char* keys = block_at(b);
+        const char* ahead = (b + 1) * BLOCK < seen[rows - 1] ? block_at(b + 1) : nullptr;
         if (ahead) request(ahead, half_bytes);
         qk.w = keys;
 #if defined(S2D_TILES)
-        if (tiles) scores_on_tiles(query, a.head_dim, keys, scores);
+        if (tiles) scores_on_tiles(query, d, keys, scores);
         else product_of<F>(qk);
 #else
         product_of<F>(qk);
 #endif
-        for (int64_t r = 0; r < a.group; ++r) {
+        for (int64_t r = 0; r < rows; ++r) {
+            const int64_t count = seen[r] - b * BLOCK;  // none or less: this block changes nothing for the row
             float* s = scores + r * BLOCK;
             for (int64_t j = 0; j < BLOCK; ++j) s[j] *= a.scale;
-            if (count < BLOCK) {
-                for (int64_t j = count; j < BLOCK; ++j) s[j] = -INFINITY;
-            }
-            best[r] = greatest(s);
+            for (int64_t j = count < 0 ? 0 : count; j < BLOCK; ++j) s[j] = -INFINITY;
+            best[r] = greatest(greater(load(s), load(s + LANES)));
             if (b > 0 && highest[r] > best[r]) best[r] = highest[r];
         }
-        for (int64_t r = 0; r < a.group; ++r) {
+        for (int64_t r = 0; r < rows; ++r) {
+            const int64_t count = seen[r] - b * BLOCK;
             float* s = scores + r * BLOCK;
             for (int64_t j = 0; j < BLOCK; ++j) s[j] = exponential(s[j] - best[r]);
-            if (count < BLOCK) {
-                for (int64_t j = count; j < BLOCK; ++j) s[j] = 0.0f;
-            }
+            for (int64_t j = count < 0 ? 0 : count; j < BLOCK; ++j) s[j] = 0.0f;
             mass[r] = sum(add(load(s), load(s + LANES)));
         }
         if (ahead) request(ahead + half_bytes, half_bytes);
-        for (int64_t r = 0; r < a.group; ++r) {
+        for (int64_t r = 0; r < rows; ++r) {
             rescale[r] = b == 0 ? 0.0f : exponential(highest[r] - best[r]);
             total[r] = b == 0 ? mass[r] : madd(total[r], rescale[r], mass[r]);
             highest[r] = best[r];
         }
-#if defined(S2D_TILES)
-        // Slots beyond a sequence's end hold whatever was there: they must not be multiplied, not even by zero.
-        if (tiles && count == BLOCK) {
-            values_on_tiles(a, scores, keys + half_bytes, rescale, b == 0);
+        if (seen[0] >= (b + 1) * BLOCK) {
+            add_values(b, 0, rows, BLOCK, keys + half_bytes);
             continue;
         }
-#endif
-        pv.w = keys + half_bytes;
-        pv.k = count;
-        pv.epilogue = b == 0 ? Epilogue::store : Epilogue::scale_add;
-        product_of<F>(pv);
+        for (int64_t first = 0; first < rows; first += a.group) {
+            const int64_t count = seen[first] - b * BLOCK;
+            if (count > 0) add_values(b, first, a.group, count < BLOCK ? count : BLOCK, keys + half_bytes);
+        }
     }
 #if defined(S2D_TILES)
     if (tiles) _tile_release();
 #endif
-    for (int64_t r = 0; r < a.group; ++r) {
+    for (int64_t r = 0; r < rows; ++r) {
         const float inverse = 1.0f / total[r];
-        for (int64_t i = 0; i < a.head_dim; ++i) a.out[r * a.head_dim + i] *= inverse;
+        float* to = a.out + r / a.group * a.ldout + r % a.group * d;
+        for (int64_t i = 0; i < d; ++i) to[i] = out[r * d + i] * inverse;
     }
 }
 

@@ -268,6 +268,7 @@ void Model::run_chunk(float* hidden, int64_t first, int64_t last, int64_t at, in
     const int64_t query = s.heads * s.head_dim, inner = s.intermediate;
     float *qkv = work_.qkv.data(), *attended = work_.attended.data();
     float *gate_up = work_.gate_up.data(), *active = work_.active.data();
+    find_runs(at, rows);
     pool_.parallel([&](int thread, int threads) {
         const bool few = rows <= FEW;
         const bool by_head = few && (rows == 1 || s.kv_heads % threads == 0);
@@ -294,15 +295,11 @@ void Model::run_chunk(float* hidden, int64_t first, int64_t last, int64_t at, in
                 multiply(x, rows, converted, w, n, k, begin, end, y, bias, epilogue, again);
             });
         };
-        const auto each_head = [&](auto&& body) {  // all rows of a head on one thread, or every so many of each head
-            if (by_head) {
-                for (int64_t head = thread; head < s.kv_heads; head += threads) {
-                    for (int64_t row = 0; row < rows; ++row) body(row, head);
-                }
-            } else {
-                for (int64_t head = 0; head < s.kv_heads; ++head) {
-                    for (int64_t row = (thread + head) % threads; row < rows; row += threads) body(row, head);
-                }
+        const auto runs = static_cast<int64_t>(runs_.size());
+        const auto each_run = [&](auto&& body) {  // all runs of a head on one thread, or every so many of each head
+            for (int64_t head = by_head ? thread : 0; head < s.kv_heads; head += by_head ? threads : 1) {
+                const int64_t first = by_head ? 0 : (thread + head) % threads;
+                for (int64_t i = first; i < runs; i += by_head ? 1 : threads) body(runs_[static_cast<size_t>(i)], head);
             }
         };
         for (int64_t l = first; l < last; ++l) {
@@ -310,27 +307,16 @@ void Model::run_chunk(float* hidden, int64_t first, int64_t last, int64_t at, in
             norm(w.input_norm);
             product(normed, w.qkv, s.qkv(), s.hidden, qkv, w.bias, Epilogue::store);
             pool_.barrier();
-            // Whether this thread has not just read the keys of the row's sequence.
-            const auto cold = [&](int64_t row) {
-                const Token* token = &tokens_[static_cast<size_t>(at + row)];
-                return row < threads || token[-threads].table != token->table;
-            };
-            if (by_head) {
-                each_head([&](int64_t row, int64_t head) {
+            // Neighbours share cache lines of the keys: one thread writes them.
+            int64_t write0 = 0, write1 = rows;
+            if (!by_head) share(rows, thread, threads, write0, write1);
+            for (int64_t head = by_head ? thread : 0; head < s.kv_heads; head += by_head ? threads : 1) {
+                for (int64_t row = write0; row < write1; ++row) {
                     write_kv(l, row, head, tokens_[static_cast<size_t>(at + row)]);
-                });
-            } else {
-                // Neighbours share cache lines of the keys: they are written by one thread.
-                int64_t begin, end;
-                share(rows, thread, threads, begin, end);
-                for (int64_t row = begin; row < end; ++row) {
-                    for (int64_t head = 0; head < s.kv_heads; ++head) {
-                        write_kv(l, row, head, tokens_[static_cast<size_t>(at + row)]);
-                    }
                 }
-                pool_.barrier();
             }
-            each_head([&](int64_t row, int64_t head) { attend(l, row, head, at, thread, batch, cold(row)); });
+            if (!by_head) pool_.barrier();
+            each_run([&](Run run, int64_t head) { attend(l, run, head, at, thread, batch); });
             pool_.barrier();
             read(attended, query);
             product(attended, w.o, s.hidden, query, hidden, nullptr, Epilogue::add);
@@ -403,17 +389,36 @@ const char* Model::assemble(const Token& token, int64_t packed, char* pool, int 
     return tail;
 }
 
-void Model::attend(int64_t layer, int64_t row, int64_t head, int64_t at, int thread, const Batch& batch, bool cold) {
+// Splits rows of a chunk, whose first token is `at`, into runs of tokens that follow each other in a sequence.
+void Model::find_runs(int64_t at, int64_t rows) {
+    const int64_t together = TOGETHER / (shape_.heads / shape_.kv_heads);
+    const int64_t most = shape_.head_dim <= WIDEST_TOGETHER ? std::max<int64_t>(1, together) : 1;
+    const auto follows = [&](int64_t row) {
+        const Token* token = &tokens_[static_cast<size_t>(at + row)];
+        return token->straight && token[-1].straight && token->table == token[-1].table && token->keys == token[-1].keys + 1;
+    };
+    runs_.clear();
+    for (int64_t row = 0, end; row < rows; row = end) {
+        for (end = row + 1; end < rows && follows(end);) ++end;
+        const int64_t pieces = (end - row + most - 1) / most;
+        for (int64_t i = 0, first, last; i < pieces; ++i) {
+            share(end - row, static_cast<int>(i), static_cast<int>(pieces), first, last);
+            runs_.push_back({row + first, last - first});
+        }
+    }
+}
+
+void Model::attend(int64_t layer, Run run, int64_t head, int64_t at, int thread, const Batch& batch) {
     const Shape& s = shape_;
-    const Token& token = tokens_[static_cast<size_t>(at + row)];
-    const int64_t group = s.heads / s.kv_heads, first = head * group * s.head_dim;
+    const Token& token = tokens_[static_cast<size_t>(at + run.row)];
+    const int64_t group = s.heads / s.kv_heads, first = head * group * s.head_dim, width = s.heads * s.head_dim;
     char* pool = head_pool(layer, head);
-    Attention a{work_.qkv.data() + row * s.qkv() + first,
-                work_.attended.data() + row * s.heads * s.head_dim + first,
-                group, s.head_dim, 1.0f / sqrtf(static_cast<float>(s.head_dim)), token.keys,
-                pool, token.table, block_bytes_, nullptr, (token.keys + BLOCK - 1) / BLOCK, s.bf16 != 0, cold};
+    Attention a{work_.qkv.data() + run.row * s.qkv() + first, s.qkv(),
+                work_.attended.data() + run.row * width + first, width,
+                run.rows, group, s.head_dim, 1.0f / sqrtf(static_cast<float>(s.head_dim)), token.keys,
+                pool, token.table, block_bytes_, nullptr, (token.keys + run.rows - 1 + BLOCK - 1) / BLOCK, s.bf16 != 0};
     if (!token.straight) {
-        a.tail = assemble(token, at + row, pool, thread, batch);
+        a.tail = assemble(token, at + run.row, pool, thread, batch);
         a.tail_from = token.base / BLOCK;
     }
     kernels_.attention(a);

@@ -76,6 +76,11 @@ struct Token {
     bool straight;  // its entries are 0..index, in order
 };
 
+// Rows of a chunk that attend together.
+struct Run {
+    int64_t row, rows;
+};
+
 class Model {
 public:
     Model(const Shape& shape, int threads, const Kernels& kernels);
@@ -104,7 +109,8 @@ private:
     Status draft_step(float* hidden, int64_t last, const Batch& batch, int64_t best, int64_t* index, float* share);
     void run_chunk(float* hidden, int64_t first, int64_t last, int64_t at, int64_t rows, const Batch& batch);
     void write_kv(int64_t layer, int64_t row, int64_t head, const Token& token);
-    void attend(int64_t layer, int64_t row, int64_t head, int64_t at, int thread, const Batch& batch, bool cold);
+    void find_runs(int64_t at, int64_t rows);
+    void attend(int64_t layer, Run run, int64_t head, int64_t at, int thread, const Batch& batch);
     const char* assemble(const Token& token, int64_t packed, char* pool, int thread, const Batch& batch);
     void convert(const float* x, int64_t k, int64_t begin, int64_t end, float* to) const;
     void multiply(const float* x, int64_t rows, const float* converted, const char* w, int64_t n, int64_t k,
@@ -130,6 +136,7 @@ private:
     int64_t embeddable_;           // tokens that have an embedding
     Work work_;
     std::vector<Token> tokens_;
+    std::vector<Run> runs_;
     std::vector<std::vector<int64_t>> paths_;  // a thread's list of the entries of this pass a token sees
     std::vector<Scratch> tails_, own_normed_, own_converted_;  // of a thread
 };

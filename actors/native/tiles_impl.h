@@ -169,7 +169,7 @@ __attribute__((noinline)) void product_on_tiles(const Product& p) {
     _tile_release();
 }
 
-// Attention on tiles (see attention_of): the query heads of a KV head are the rows.
+// Attention on tiles (see attention_of): the query heads of a KV head are the rows, of one token or several.
 constexpr int64_t MAX_TILED_HEAD = 256;
 inline bool tiled_heads(const Attention& a) {
     return a.bf16 && a.group <= TILE_ROWS && a.head_dim % 32 == 0 && a.head_dim <= MAX_TILED_HEAD;
@@ -203,14 +203,16 @@ inline void scores_on_tiles(const char* query, int64_t head_dim, const char* key
     _tile_stored(1, scores + LANES, BLOCK * 4);
 }
 
-// out = out * rescale (nothing for the first block) + p V over one whole block of values.
-inline void values_on_tiles(const Attention& a, const float* p, const char* values, const float* rescale, bool first) {
+// out = out * rescale (nothing for the first block) + p V over one whole block of values. Tiles may be configured for
+// more rows.
+inline void values_on_tiles(const float* p, int64_t rows, int64_t head_dim, const char* values, const float* rescale,
+                            bool first, float* out) {
     alignas(64) char packed[2 * TILE_BYTES];
     alignas(64) float sums[2][TILE_ROWS * LANES];
-    pack_rows(p, BLOCK, a.group, BLOCK, packed);
+    pack_rows(p, BLOCK, rows, BLOCK, packed);
     _tile_loadd(4, packed, 64);
     _tile_loadd(5, packed + TILE_BYTES, 64);
-    for (int64_t g = 0; g < a.head_dim / LANES; g += 2, values += 2 * TILE_BYTES) {
+    for (int64_t g = 0; g < head_dim / LANES; g += 2, values += 2 * TILE_BYTES) {
         _tile_zero(0);
         _tile_zero(1);
         _tile_loadd(6, values, 64);
@@ -221,11 +223,11 @@ inline void values_on_tiles(const Attention& a, const float* p, const char* valu
         _tile_dpbf16ps(1, 5, 7);
         _tile_stored(0, sums[0], 64);
         _tile_stored(1, sums[1], 64);
-        for (int64_t r = 0; r < a.group; ++r) {
+        for (int64_t r = 0; r < rows; ++r) {
             for (int64_t i = 0; i < 2; ++i) {
-                float* out = a.out + r * a.head_dim + (g + i) * LANES;
+                float* to = out + r * head_dim + (g + i) * LANES;
                 const V sum = load(sums[i] + r * LANES);
-                store(out, first ? sum : fma(load(out), spread(rescale[r]), sum));
+                store(to, first ? sum : fma(load(to), spread(rescale[r]), sum));
             }
         }
     }

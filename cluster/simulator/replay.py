@@ -56,7 +56,9 @@ class ReplaySettings(BaseModel):
     latency_ms: float = Field(0.3, ge=0, description="Round trip between target and draft worker.")
     noise: float = Field(0.05, ge=0, lt=1, description="Standard deviation of a round's time, as a share.")
     warmup_s: float = Field(30.0, ge=0, description="Simulated seconds that do not count.")
-    measured_s: float = Field(60.0, gt=0, description="Simulated seconds that count.")
+    measured_s: float = Field(
+        60.0, gt=0, description="Simulated seconds that count, at least: whole passes over the answers do."
+    )
     fixed_s: float = Field(15.0, gt=0, description="The same for fixed settings, which learn nothing.")
     seed: int = Field(0, ge=0, description="Order of answers, and noise.")
 
@@ -122,7 +124,7 @@ class _Replay:
         card = trace.card
         self._fixed, self._settings, self._concurrency = fixed, settings, concurrency
         self._rng = random.Random(f"{settings.seed}/{card.target}/{answers[0].task}/{concurrency}")
-        self._answers = _shuffled_for_ever(answers, self._rng)
+        self._answers, self._count = _shuffled_for_ever(answers, self._rng), len(answers)
         self._clock = ReplayClock()
         threshold = None if fixed is not None else settings.stop_threshold
         self._nested = TracedDrafter(trace, self._clock, EarlyStop((), threshold))
@@ -156,20 +158,27 @@ class _Replay:
         return [made[name] for name in names]
 
     def run(self) -> ReplayResult:
+        """Whole passes over the answers are measured: they differ by more than choices do."""
         s = self._settings
-        warmup = s.warmup_s if self._fixed is None else 0.0
-        end = warmup + (s.measured_s if self._fixed is None else s.fixed_s)
-        next_step, marked = 0.0, (0, 0.0) if warmup == 0.0 else None
-        while self._clock.now < end:
+        begin = s.warmup_s if self._fixed is None else 0.0
+        length = s.measured_s if self._fixed is None else s.fixed_s
+        next_step, marked, started = 0.0, None, 0
+        while True:
             while len(self._running) < self._concurrency:
+                if started % self._count == 0:
+                    if marked is None and self._clock.now >= begin:
+                        marked = (self._emitted, self._clock.now)
+                    elif marked is not None and self._clock.now >= marked[1] + length:
+                        return self._result(*marked)
                 self._start(next(self._answers))
+                started += 1
             if self._fixed is None and self._clock.now >= next_step:
                 self._route()
                 next_step = self._clock.now + _STEP_S
-            if marked is None and self._clock.now >= warmup:
-                marked = (self._emitted, self._clock.now)
             self._round()
-        emitted, at = marked or (0, 0.0)
+
+    def _result(self, emitted: int, at: float) -> ReplayResult:
+        """Since so many tokens had been emitted, at that time."""
         return ReplayResult(
             (self._emitted - emitted) / (self._clock.now - at),
             self._accepted / max(1, self._decoded),
