@@ -17,7 +17,11 @@ class Library:
 
     def __init__(self, path: str, slots: int, tokens_per_slot: int, threads: int, unified: bool) -> None:
         llama_cpp.llama_backend_init()
+        system_info = llama_cpp.llama_print_system_info().decode()
         model_params = llama_cpp.llama_model_default_params()
+        # Of 0.3.36 the products of quantised weights on AMX end the process with an illegal instruction: a
+        # thread uses tiles that it has not configured.
+        model_params.use_extra_bufts = "AMX_INT8 = 1" not in system_info
         self._model = llama_cpp.llama_model_load_from_file(path.encode(), model_params)
         if not self._model:
             raise SystemExit(f"llama.cpp cannot load {path}")
@@ -42,7 +46,8 @@ class Library:
             "n_ubatch": int(llama_cpp.llama_n_ubatch(self._context)),
             "threads": threads,
             "kv_unified": unified,
-            "system_info": llama_cpp.llama_print_system_info().decode(),
+            "use_extra_bufts": bool(model_params.use_extra_bufts),
+            "system_info": system_info,
         }
 
     def _describe(self) -> str:
