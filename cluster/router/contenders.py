@@ -67,10 +67,13 @@ class ContenderBuilder:
         exits = worker.exits
         curves = self._acceptance(report.model, exits, report.max_draft)
         remembered = self._memory.workers[worker.worker_id]
+        known = self._memory.targets[report.target_id]
+        drafts_there = known.worker_id == worker.worker_id and known.length > 0
+        own = report.weight * known.rounds_per_s if drafts_there else 0.0
         queue = Queue(
             remembered.wait_s,
             min(_MAX_UTILISATION, remembered.utilisation),
-            remembered.pressure,
+            max(0.0, remembered.pressure - own),
             remembered.load_scale,
         )
         steps = self._steps.setdefault(
@@ -83,7 +86,7 @@ class ContenderBuilder:
             if c.pin.exits is not None and depth not in c.pin.exits:
                 continue
             table = choices(
-                requests=request_counts(self._memory.targets[report.target_id].running),
+                requests=request_counts(known.running),
                 activity=activity,
                 weight=c.weight,
                 verify=verify,

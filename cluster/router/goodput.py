@@ -8,7 +8,8 @@ around the reported one counts. A draft also makes others wait: by the formula o
 jobs of s seconds that take the load l of a worker of utilisation u add l (s + 2 W) / (2 (1 - u)) seconds to
 the mean wait of everybody there, and a second more costs a target its rounds a second, relatively. So
     value = weight mean log(goodput / plain goodput) - l (s + 2 W) / (2 (1 - u)) K,
-K the sum of weight times rounds a second over the targets that draft there.
+K the sum of weight times rounds a second over the other targets that draft there: a target, which drafts once
+a round for all its requests, never waits for itself.
 A target counts by its relative gain, and none is starved for another with cheaper tokens.
 """
 
@@ -41,9 +42,9 @@ OFF = Choice(0, 0, 1.0, 0.0, 0.0)
 
 @dataclass(frozen=True, slots=True)
 class Queue:
-    """A draft worker as it is now. wait_s: mean wait of a round before its drafting. utilisation: below 1.
-    pressure: sum of weight times rounds a second of those who wait there. load_scale: measured over predicted
-    load, below 1 where rounds share steps."""
+    """A draft worker as it is now, for one target. wait_s: mean wait of a round before its drafting.
+    utilisation: below 1. pressure: sum of weight times rounds a second of the others who wait there.
+    load_scale: measured over predicted load, below 1 where rounds share steps."""
 
     wait_s: float = 0.0
     utilisation: float = 0.0
