@@ -19,7 +19,7 @@ from cluster.bench.config import LoadSettings
 from cluster.bench.datasets import Question
 from cluster.bench.engines.interface import BenchEngine, BenchRequest, BenchResponse
 from cluster.bench.metrics import Acceptance, LatencySummary
-from cluster.bench.paired import Comparison, compare
+from cluster.bench.paired import Comparison, compare, with_plain
 from cluster.bench.records import Record
 from cluster.bench.rendering import PromptRenderer
 from cluster.bench.running import ask, reset, rotated, warm_up
@@ -246,11 +246,9 @@ def against_plain(
 ) -> list[LoadPlainRow]:
     """Rows for the engines whose plain counterpart was measured too, by engine, then by point; none for a
     point without a pair."""
-    engines = list(dict.fromkeys(b.engine for b in blocks))
     points = list(dict.fromkeys(b.point for b in blocks))
-    pairs = [(engine, plain) for engine in engines if (plain := plain_of(engine)) in engines and plain]
     rows = []
-    for engine, plain in pairs:
+    for engine, plain in with_plain((b.engine for b in blocks), plain_of):
         for point in points:
             here = [b for b in blocks if b.point == point]
             paired = compare(_speeds(here, engine), _speeds(here, plain), threshold)

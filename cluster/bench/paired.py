@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -85,3 +85,9 @@ def compare(
     """Of two sets of speeds by pair; pairs that only one side has are left out."""
     common = [key for key in ours if key in theirs]
     return compare_ratios([ours[key] / theirs[key] for key in common], threshold)
+
+
+def with_plain(engines: Iterable[str], plain_of: Callable[[str], str | None]) -> list[tuple[str, str]]:
+    """(engine, the same without speculation) for those of `engines` of which both are there, in order."""
+    there = dict.fromkeys(engines)
+    return [(engine, plain) for engine in there if (plain := plain_of(engine)) in there and plain]

@@ -10,7 +10,7 @@ from cluster.bench.config import SpecSettings
 from cluster.bench.datasets import TASKS, Question
 from cluster.bench.engines.interface import BenchEngine, BenchRequest, BenchResponse
 from cluster.bench.metrics import Acceptance, Percentiles, tokens_per_second, tpot
-from cluster.bench.paired import Comparison, compare
+from cluster.bench.paired import Comparison, compare, with_plain
 from cluster.bench.records import Record
 from cluster.bench.rendering import PromptRenderer, RenderedPrompt
 from cluster.bench.running import ask, reset, rotated, warm_up
@@ -223,8 +223,6 @@ def against_plain(
     records: Sequence[Record], plain_of: Callable[[str], str | None], threshold: float = 1.0
 ) -> list[PlainRow]:
     """Rows for the engines whose plain counterpart was measured too."""
-    engines = dict.fromkeys(record.engine for record in records)
-    pairs = [(engine, plain) for engine in engines if (plain := plain_of(engine)) in engines and plain]
     return [
         PlainRow(
             engine,
@@ -232,7 +230,7 @@ def against_plain(
             compare(speeds(records, engine), speeds(records, plain), threshold),
             equality(records, engine, plain),
         )
-        for engine, plain in pairs
+        for engine, plain in with_plain((record.engine for record in records), plain_of)
     ]
 
 

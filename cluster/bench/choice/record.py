@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from actors.drafting.interface import DraftQuery, DraftSampling, SessionOpen
 from actors.drafting.nested import NestedDrafter
 from actors.drafting.nested_load import load_nested
 from actors.drafting.selector import CANDIDATES_WANTED
+from actors.engine.costs import CostModel
 from actors.models.draft_artifact import resolve_artifact
 from actors.models.load import LoadedModel, load_runner
 from actors.models.runner import BLOCK_SIZE, RaggedBatch
@@ -169,26 +169,20 @@ def chains(
 
 @torch.inference_mode()
 def round_seconds(loaded: LoadedModel, repeats: int) -> dict[int, float]:
-    """Seconds of a pass by rows: the least of `repeats` with one row, times the median of what others took of
-    the one row beside them. Row counts take turns: machines are slow for seconds, for all of them alike."""
+    """Seconds of a pass by rows, measured in turns as the engine measures them (`CostModel.profile`)."""
     context = max(1, min(_PROFILE_CONTEXT, loaded.info.max_model_len - PROFILED_ROWS[-1]))
     loaded.runner.forward(RaggedBatch.chain(torch.zeros(context, dtype=torch.int64)))
-    batches = {
-        rows: RaggedBatch.chain(torch.zeros(rows, dtype=torch.int64), context)
-        for rows in PROFILED_ROWS
-        if context + rows <= loaded.info.max_model_len
-    }
-    times: dict[int, list[float]] = {rows: [] for rows in batches}
-    for _ in range(repeats):
-        for rows, batch in batches.items():
-            started = time.perf_counter()
-            loaded.runner.forward(batch).argmax(-1).tolist()
-            times[rows].append(time.perf_counter() - started)
-    one = times[PROFILED_ROWS[0]]
-    return {
-        rows: min(one) * statistics.median(mine / theirs for mine, theirs in zip(taken, one, strict=True))
-        for rows, taken in times.items()
-    }
+
+    def run(rows: int) -> float:
+        batch = RaggedBatch.chain(torch.zeros(rows, dtype=torch.int64), context)
+        started = time.perf_counter()
+        loaded.runner.forward(batch).argmax(-1).tolist()
+        return time.perf_counter() - started
+
+    costs = CostModel()
+    row_counts = [rows for rows in PROFILED_ROWS if context + rows <= loaded.info.max_model_len]
+    costs.profile(run, row_counts, repeats)
+    return costs.measured()
 
 
 def step_seconds(drafter: NestedDrafter, depth: int, repeats: int) -> dict[int, float]:
