@@ -57,7 +57,6 @@ typedef int8_t Input;
 typedef __m512i Quads;
 
 inline I integers(int32_t x) { return I{_mm512_set1_epi32(x)}; }
-inline void arrange(const Input* from, Input* to) { memcpy(to, from, PART); }
 inline Quads quads(const char* p, int) { return _mm512_loadu_si512(p); }
 inline void dot(I& acc, int, const Input* x, Quads w) {
     int32_t four;
@@ -65,3 +64,19 @@ inline void dot(I& acc, int, const Input* x, Quads w) {
     acc.v = _mm512_dpbusd_epi32(acc.v, w, _mm512_set1_epi32(four));
 }
 inline V to_float(I sum) { return V{_mm512_cvtepi32_ps(sum.v)}; }
+
+// Inputs of int8 (see int8_impl.h).
+#define S2D_ROUNDS
+inline int32_t greatest_bits(const float* x) {
+    const __m512i mask = _mm512_set1_epi32(0x7fffffff);
+    return _mm512_reduce_max_epi32(_mm512_max_epi32(_mm512_and_si512(_mm512_loadu_si512(x), mask),
+                                                    _mm512_and_si512(_mm512_loadu_si512(x + LANES), mask)));
+}
+inline int32_t round_part(const float* x, float factor, Input* values) {
+    const __m512 by = _mm512_set1_ps(factor);
+    const __m512i a = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x), by));
+    const __m512i b = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + LANES), by));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(values), _mm512_cvtepi32_epi8(a));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(values + LANES), _mm512_cvtepi32_epi8(b));
+    return _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
+}

@@ -1,23 +1,22 @@
 // Quantised inputs and their products with int8 weights (see kernels.h). Included by kernels_impl.h.
 
-// One part: returns its scale and the sum of its values through `sum`.
-inline float quantize_part(const float* x, Input* values, int32_t& sum) {
-    int32_t top_bits = 0;  // of a magnitude: ordered like the values, infinity and NaN on top
+#if !defined(S2D_ROUNDS)
+// Bits of the greatest magnitude of a part: ordered like the values, infinity and NaN on top.
+inline int32_t greatest_bits(const float* x) {
+    int32_t greatest = 0;
     for (int64_t i = 0; i < PART; ++i) {
         int32_t bits;
         memcpy(&bits, x + i, sizeof bits);
         bits &= 0x7fffffff;
-        top_bits = bits > top_bits ? bits : top_bits;
+        greatest = bits > greatest ? bits : greatest;
     }
-    float top;
-    memcpy(&top, &top_bits, sizeof top);
-    const bool finite = top_bits < 0x7f800000;
-    sum = 0;
-    if (!finite || top < TINY) {
-        memset(values, 0, PART * sizeof *values);
-        return finite ? 0.0f : NAN;
-    }
-    const float factor = 127.0f / top, magic = 12582912.0f;  // as in exponential(): rounds to nearest, ties to even
+    return greatest;
+}
+
+// A part's values times `factor`, rounded to nearest, ties to even; returns their sum.
+inline int32_t round_part(const float* x, float factor, Input* values) {
+    const float magic = 12582912.0f;  // as in exponential()
+    int32_t sum = 0;
     Input rounded[PART];
     for (int64_t i = 0; i < PART; ++i) {
         const float shifted = x[i] * factor + magic;
@@ -28,6 +27,22 @@ inline float quantize_part(const float* x, Input* values, int32_t& sum) {
         sum += value;
     }
     arrange(rounded, values);
+    return sum;
+}
+#endif
+
+// One part: returns its scale and the sum of its values through `sum`.
+inline float quantize_part(const float* x, Input* values, int32_t& sum) {
+    const int32_t top_bits = greatest_bits(x);
+    float top;
+    memcpy(&top, &top_bits, sizeof top);
+    const bool finite = top_bits < 0x7f800000;
+    sum = 0;
+    if (!finite || top < TINY) {
+        memset(values, 0, PART * sizeof *values);
+        return finite ? 0.0f : NAN;
+    }
+    sum = round_part(x, 127.0f / top, values);
     return top / 127.0f;
 }
 

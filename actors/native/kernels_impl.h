@@ -2,7 +2,8 @@
 //   V (16 floats), Broadcast (one float for all lanes), max_rows(format) (rows of a register tile),
 //   max_groups(format, rows), zero, load, store, spread, broadcast, even, odd, fma, madd, add, mul, sum, any_greater;
 //   for int8: I (16 integers in I::PARTS registers), Input (a quantised input), Quads (the weights of a register's
-//   outputs and four inputs), integers, arrange (inputs of a part, into the order that dot wants), quads, dot, to_float.
+//   outputs and four inputs), integers, quads, dot, to_float, and either arrange (inputs of a part, into the order that
+//   dot wants) or, with S2D_ROUNDS, greatest_bits and round_part of int8_impl.h.
 // No include guard on purpose; everything lives in the includer's unnamed namespace. Only plain functions and C
 // headers are used, so that no inline function compiled for one instruction set can be linked into another.
 
