@@ -25,7 +25,8 @@ _GLOBAL_SMOOTHING = 0.0025
 request that fares otherwise is known by its own record."""
 _LOCAL_SMOOTHING = 0.2
 _LOCAL_DECAY = 0.95
-_LOCAL_PRIOR_WEIGHT = 3.0
+_LOCAL_PRIOR_WEIGHT = 8.0
+"""Accepted tokens that the averages are worth beside a request's own: less, and a run of luck decides."""
 _LEAST_RATE, _MAX_RATE = 0.01, 0.98
 _KINDS = (0.0, 0.6, 1.2)
 """Highest temperature of each kind of request but the last."""

@@ -14,17 +14,19 @@ from dataclasses import dataclass
 SHARE, BATCH_SHARE = 0.01, 0.005
 """Share of plain decoding time that may be spent on drafts that do not pay: probes and wrong estimates. Of a
 batch all wait for what may help one, and all learn from it."""
-LIMIT_ROUNDS = 3.0
-"""Most that can be saved up, in plain rounds."""
+FIRST_ROUNDS, LIMIT_ROUNDS = 3.0, 12.0
+"""What drafting begins with, which is also the greatest debt, and the most that can be saved up, in plain
+rounds. What a draft brings is a matter of luck, and debt is paid off slowly: with no more than 3 saved up,
+drafting that gained a sixth was in debt half of the time (replayed: docs/methods/controller.md)."""
 
 
 @dataclass(slots=True)
 class DraftAccount:
-    """`balance_s` in seconds. It starts with the first round at its limit, divided by the requests in it:
-    many learn in fewer rounds whether drafts are right."""
+    """`balance_s` in seconds. It starts with the first round, divided by the requests in it: many learn in
+    fewer rounds whether drafts are right."""
 
     balance_s: float = 0.0
-    _limit_s: float = 0.0
+    _plain_s: float = 0.0
 
     @property
     def solvent(self) -> bool:
@@ -32,9 +34,9 @@ class DraftAccount:
 
     def round(self, plain_s: float, requests: int = 1, rounds: int = 1) -> None:
         """Rounds of some requests begin, each of which takes `plain_s` seconds without drafts."""
-        first = self._limit_s == 0.0
-        self._limit_s = LIMIT_ROUNDS * plain_s
-        self.balance_s = self._limit_s / requests if first else self.balance_s
+        if self._plain_s == 0.0:
+            self.balance_s = FIRST_ROUNDS * plain_s / requests
+        self._plain_s = plain_s
         self._add(rounds * (SHARE if requests == 1 else BATCH_SHARE) * plain_s)
 
     def spend(self, seconds: float) -> None:
@@ -45,8 +47,9 @@ class DraftAccount:
         self._add(accepted * plain_s / max(1, emitting))
 
     def reset(self) -> None:
-        self.balance_s = self._limit_s = 0.0
+        self.balance_s = self._plain_s = 0.0
 
     def _add(self, seconds: float) -> None:
         # The debt is limited too: after a bad spell, a good draft must not wait for long.
-        self.balance_s = max(-self._limit_s, min(self._limit_s, self.balance_s + seconds))
+        least, most = -FIRST_ROUNDS * self._plain_s, LIMIT_ROUNDS * self._plain_s
+        self.balance_s = max(least, min(most, self.balance_s + seconds))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from unittest import mock
 
 import pytest
 
 from actors.drafting.interface import SessionDraft
-from actors.engine.account import DraftAccount
+from actors.engine.account import LIMIT_ROUNDS, SHARE, DraftAccount
 from actors.engine.controller import Candidate, Controller, ControlState
 from actors.engine.costs import CostModel
 from actors.engine.waits import DraftWaits, RoundOverhead
@@ -239,9 +240,36 @@ def test_many_requests_start_with_less_credit() -> None:
     one.round(0.01)
     many.round(0.01, requests=6)
     assert many.balance_s == pytest.approx(one.balance_s / 6, rel=0.05)
-    for _ in range(1000):
+    for _ in range(3000):
+        one.round(0.01)
         many.round(0.01, requests=6)
     assert many.balance_s == pytest.approx(one.balance_s)
+
+
+def test_bad_luck_does_not_put_drafting_that_pays_in_debt() -> None:
+    """Two tokens with chances of 0.55 and 0.26, for 0.6 of a round: a gain of a sixth, as was recorded."""
+    account, rng, indebted = DraftAccount(), random.Random(0), 0
+    for _ in range(5000):
+        account.round(0.006)
+        if not account.solvent:
+            indebted += 1
+            continue
+        account.spend(0.6 * 0.006)
+        luck = rng.random()
+        account.earn((luck < 0.55) + (luck < 0.26), 0.006, 1)
+    assert indebted < 250
+
+
+def test_what_does_not_pay_costs_its_share_and_what_was_saved_up() -> None:
+    account, spent = DraftAccount(), 0.0
+    for _ in range(1000):
+        account.round(0.01)  # all that can be saved up
+    for _ in range(1000):
+        account.round(0.01)
+        if account.solvent:
+            account.spend(0.006)
+            spent += 0.006
+    assert spent <= (LIMIT_ROUNDS + 1 + SHARE * 1000) * 0.01
 
 
 def test_plain_decoding_looks_only_now_and_then() -> None:
