@@ -30,8 +30,8 @@ _LOCAL_PRIOR_WEIGHT = 8.0
 _LEAST_RATE, _MAX_RATE = 0.01, 0.98
 _KINDS = (0.0, 0.6, 1.2)
 """Highest temperature of each kind of request but the last."""
-_KIND_TRIALS = 4
-"""What the averages of all are worth to a new kind, in drafts."""
+_FEW_TRIALS = 4
+"""What the averages of all are worth to a new kind, in drafts; places that saw no more go with earlier ones."""
 Evidence = tuple[tuple[float, ...], tuple[int, ...]]
 """(conditional acceptance by position, tokens scored there), up to the last position that was scored."""
 
@@ -43,7 +43,7 @@ class _Averages:
 
     def faded(self) -> _Averages:
         """A copy that gives way to what comes."""
-        return _Averages(list(self.accept), [min(n, _KIND_TRIALS) for n in self.trials])
+        return _Averages(list(self.accept), [min(n, _FEW_TRIALS) for n in self.trials])
 
     def follow(self, exits: _Averages, overall: _Averages) -> None:
         """Become those of another exit, as much better or worse than its overall ones as these were."""
@@ -52,8 +52,13 @@ class _Averages:
         self.trials = list(exits.trials)
 
     def record(self, at: int, hit: bool) -> None:
+        before = self.accept[at]
         self.trials[at] += 1
-        self.accept[at] += _step(self.trials[at]) * (hit - self.accept[at])
+        self.accept[at] += _step(self.trials[at]) * (hit - before)
+        # Where first tokens are wrong, nothing is seen of those after them: they rise and fall with them.
+        for later in range(at + 1, MAX_POSITIONS):
+            if self.trials[later] <= _FEW_TRIALS:
+                self.accept[later] = min(_MAX_RATE, self.accept[later] * self.accept[at] / before)
 
     def evidence(self) -> Evidence:
         used = max((i + 1 for i, n in enumerate(self.trials) if n), default=0)

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 SHARE, BATCH_SHARE = 0.01, 0.005
 """Share of plain decoding time that may be spent on drafts that do not pay: probes and wrong estimates. Of a
 batch all wait for what may help one, and all learn from it."""
-FIRST_ROUNDS, LIMIT_ROUNDS = 3.0, 12.0
+FIRST_ROUNDS, LIMIT_ROUNDS = 3.0, 6.0
 """What drafting begins with, which is also the greatest debt, and the most that can be saved up, in plain
 rounds. What a draft brings is a matter of luck, and debt is paid off slowly: with no more than 3 saved up,
-drafting that gained a sixth was in debt half of the time (replayed: docs/methods/controller.md)."""
+drafting that gained a sixth was in debt half of the time (replayed: docs/methods/router.md)."""
 
 
 @dataclass(slots=True)

@@ -55,6 +55,22 @@ def test_ten_misses_are_enough_to_doubt_a_kind() -> None:
     assert _likely(model, HOT) < 0.4
 
 
+def test_places_that_are_not_reached_go_with_those_before_them() -> None:
+    model = AcceptanceModel()
+    for tokens in ((1, 2, 3),) * 300:
+        request = RequestAcceptance(GREEDY)
+        model.proposed(request, SessionDraft(1, 0, tokens, drafter=NESTED), (NESTED,))
+        model.emitted(request, tokens)
+    greedy = model.survival(RequestAcceptance(GREEDY), NESTED, 3)
+    assert greedy[2] > 0.9
+    _teach(model, HOT, right=False, times=12)
+    first, second, third = model.survival(RequestAcceptance(HOT), NESTED, 3)
+    assert first < 0.35
+    assert second == pytest.approx(first**2, rel=0.1)
+    assert third < 0.05
+    assert model.survival(RequestAcceptance(GREEDY), NESTED, 3) == greedy
+
+
 def test_of_one_kind_alone_all_is_as_it_is_overall() -> None:
     model = AcceptanceModel()
     for right in (True, False, True, True) * 20:
