@@ -31,7 +31,7 @@ _LEAST_RATE, _MAX_RATE = 0.01, 0.98
 _KINDS = (0.0, 0.6, 1.2)
 """Highest temperature of each kind of request but the last."""
 _FEW_TRIALS = 4
-"""What the averages of all are worth to a new kind, in drafts; places that saw no more go with earlier ones."""
+"""What averages of all are worth to a new kind, in drafts. Places that saw no more go with earlier ones."""
 Evidence = tuple[tuple[float, ...], tuple[int, ...]]
 """(conditional acceptance by position, tokens scored there), up to the last position that was scored."""
 
