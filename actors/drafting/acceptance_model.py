@@ -10,6 +10,7 @@ own, which begin as those of all.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Iterable
 from copy import deepcopy
@@ -25,8 +26,9 @@ _GLOBAL_SMOOTHING = 0.0025
 request that fares otherwise is known by its own record."""
 _LOCAL_SMOOTHING = 0.2
 _LOCAL_DECAY = 0.95
-_LOCAL_PRIOR_WEIGHT = 8.0
-"""Accepted tokens that the averages are worth beside a request's own: less, and a run of luck decides."""
+_PRIOR_WEIGHTS = (3.0, 8.0, 20.0)
+"""What the averages may be worth beside a request's own record, in accepted tokens."""
+_FORESIGHT_DECAY, _FIRST_LEAD = 0.9995, 1.0
 _LEAST_RATE, _MAX_RATE = 0.01, 0.98
 _KINDS = (0.0, 0.6, 1.2)
 """Highest temperature of each kind of request but the last."""
@@ -86,6 +88,40 @@ class _Local:
     hits: float = 0.0
     expected: float = 0.0
 
+    def add(self, hits: int, expected: float) -> None:
+        self.hits = self.hits * _LOCAL_DECAY + hits
+        self.expected = self.expected * _LOCAL_DECAY + expected
+
+    def scale(self, prior_weight: float) -> float:
+        """How much better than expected, where the averages are worth so many accepted tokens."""
+        return (prior_weight + self.hits) / (prior_weight + self.expected)
+
+
+@dataclass(slots=True)
+class _OwnRecords:
+    """What requests' own records are worth against the averages: of several prior weights that which would
+    have foreseen best what became of drafts, as Poisson counts. Where requests are much alike they differ by
+    luck, and their records mislead; where they are not, little else is known of a new one."""
+
+    foresight: list[float] = field(default_factory=lambda: [_FIRST_LEAD] + [0.0] * (len(_PRIOR_WEIGHTS) - 1))
+    """Log-likelihoods, up to what all have in common."""
+
+    @property
+    def prior_weight(self) -> float:
+        return _PRIOR_WEIGHTS[self.foresight.index(max(self.foresight))]
+
+    def scale(self, local: _Local) -> float:
+        """How much better than expected a request fares."""
+        return local.scale(self.prior_weight)
+
+    def observe(self, local: _Local, hits: int, expected: float) -> None:
+        """So many accepted tokens came of a draft of which the averages expect `expected`."""
+        for at, weight in enumerate(_PRIOR_WEIGHTS):
+            scale = local.scale(weight)
+            gained = hits * math.log(scale) - expected * scale
+            self.foresight[at] = _FORESIGHT_DECAY * self.foresight[at] + gained
+        local.add(hits, expected)
+
 
 @dataclass(slots=True)
 class _Pending:
@@ -121,9 +157,11 @@ class AcceptanceModel:
         self._trees_of: dict[tuple[str, int], TreeRecord] = {}
         """The same by kind of request."""
         self._shares: dict[str, _Share] = {}
+        self._own_records: dict[str, _OwnRecords] = {}
 
     def reset(self) -> None:
         self._shares.clear()
+        self._own_records.clear()
         self._averages.clear()
         self._exits.clear()
         self._trees.clear()
@@ -150,6 +188,9 @@ class AcceptanceModel:
     def _local(self, request: RequestAcceptance, name: str) -> _Local:
         """What is known of a request and a drafter, or would be if it asked."""
         return request.drafters.get(name) or _Local(self._shares.get(name, _Share()).available)
+
+    def _own(self, name: str) -> _OwnRecords:
+        return self._own_records.setdefault(name, _OwnRecords())
 
     def _asked(self, request: RequestAcceptance, name: str, answered: bool) -> None:
         local = request.drafters.setdefault(name, self._local(request, name))
@@ -180,8 +221,7 @@ class AcceptanceModel:
             averages = self._averages_of[pending.drafter, request.kind] = overall.faded()
         at = min(pending.position, MAX_POSITIONS - 1)
         local = request.drafters[pending.drafter]
-        local.hits = local.hits * _LOCAL_DECAY + hit
-        local.expected = local.expected * _LOCAL_DECAY + averages.accept[at]
+        self._own(pending.drafter).observe(local, hit, averages.accept[at])
         overall.record(at, hit)
         averages.record(at, hit)
         if pending.exit_depth is not None:
@@ -195,8 +235,7 @@ class AcceptanceModel:
             record = self._trees_of[pending.name, request.kind] = overall.faded()
         overall.record(pending)
         expected = record.record(pending)
-        local.hits = local.hits * _LOCAL_DECAY + len(pending.path)
-        local.expected = local.expected * _LOCAL_DECAY + expected
+        self._own(pending.name).observe(local, len(pending.path), expected)
         if pending.draft.exit_depth is not None:
             for place, hit in enumerate(pending.exit_hits()):
                 self.observe_exit(pending.draft.exit_depth, place, hit)
@@ -217,7 +256,7 @@ class AcceptanceModel:
     def survival(self, request: RequestAcceptance, drafter: str, length: int) -> list[float]:
         """P(the first j + 1 tokens are all accepted) for j < length."""
         averages = self._averages_of.get((drafter, request.kind)) or self._averages.get(drafter)
-        scale = _scale(self._local(request, drafter))
+        scale = self._own(drafter).scale(self._local(request, drafter))
         product, result = 1.0, []
         for position in range(length):
             overall = averages.accept[min(position, MAX_POSITIONS - 1)] if averages else _PRIOR
@@ -237,14 +276,14 @@ class AcceptanceModel:
     def tree_survival(self, request: RequestAcceptance, draft: SessionDraft, name: str) -> list[float]:
         """P(token j accepted) for the tokens of a tree that came, never rising."""
         record = self._tree_record(request, name)
-        scale = _scale(self._local(request, name))
+        scale = self._own(name).scale(self._local(request, name))
         return [min(_MAX_RATE, likely * scale) for likely in record.expected(draft)]
 
     def expected_tree_survival(self, request: RequestAcceptance, name: str, length: int) -> list[float]:
         """The same before a tree came."""
         record = self._tree_record(request, name)
         local = self._local(request, name)
-        scale = _scale(local)
+        scale = self._own(name).scale(local)
         return [local.available * min(_MAX_RATE, likely * scale) for likely in record.by_place[:length]]
 
     def _tree_record(self, request: RequestAcceptance, name: str) -> TreeRecord:
@@ -268,8 +307,3 @@ class AcceptanceModel:
 def _step(trials: int) -> float:
     """A plain mean at first, so that the prior fades quickly, then an exponential one."""
     return max(_GLOBAL_SMOOTHING, 1.0 / (trials + 2))
-
-
-def _scale(local: _Local) -> float:
-    """How much better than expected a request has fared."""
-    return (_LOCAL_PRIOR_WEIGHT + local.hits) / (_LOCAL_PRIOR_WEIGHT + local.expected)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from actors.drafting.acceptance_model import AcceptanceModel, RequestAcceptance, kind_of
@@ -93,3 +95,21 @@ def test_at_another_exit_a_kind_stays_as_much_worse_as_it_was() -> None:
     exits = model.exit_evidence()[8][0][0]
     assert _likely(model, HOT) == pytest.approx(share * exits)
     assert 0.0 < _likely(model, HOT) < 0.2 < exits
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_own_records_count_as_far_as_requests_differ(alike: bool) -> None:
+    """Of requests that are alike half of all tokens are right; of others all, or none."""
+    model, rng = AcceptanceModel(), random.Random(0)
+    for number in range(150):
+        request = RequestAcceptance(GREEDY)
+        chance = 0.5 if alike else float(number % 2)
+        for _ in range(20):
+            model.proposed(request, SessionDraft(1, 0, (5,), drafter=NESTED), (NESTED,))
+            model.emitted(request, [5 if rng.random() < chance else 6])
+    unlucky = RequestAcceptance(GREEDY)
+    for _ in range(6):
+        model.proposed(unlucky, SessionDraft(1, 0, (5,), drafter=NESTED), (NESTED,))
+        model.emitted(unlucky, [6])
+    share = model.survival(unlucky, NESTED, 1)[0] / _likely(model, GREEDY)
+    assert (share > 0.8) if alike else (share < 0.6)
