@@ -33,38 +33,58 @@ _LEAST_RATE, _MAX_RATE = 0.01, 0.98
 _KINDS = (0.0, 0.6, 1.2)
 """Highest temperature of each kind of request but the last."""
 _FEW_TRIALS = 4
-"""What averages of all are worth to a new kind, in drafts. Places that saw no more go with earlier ones."""
+"""What the averages of all are worth to a new kind, in drafts."""
 Evidence = tuple[tuple[float, ...], tuple[int, ...]]
 """(conditional acceptance by position, tokens scored there), up to the last position that was scored."""
 
 
 @dataclass(slots=True)
 class _Averages:
+    """By place, from the first on. Where first tokens are wrong, nothing is seen of those after them: places
+    that none of these drafts has reached rise and fall with the last one that was."""
+
     accept: list[float] = field(default_factory=lambda: [_PRIOR] * MAX_POSITIONS)
     trials: list[int] = field(default_factory=lambda: [0] * MAX_POSITIONS)
+    _reached: int = 0
+    _began: float = 1.0
+    """What the last place that was reached had been taken for."""
+    _before: float = 1.0
+    """How much the places before it had risen by then."""
+
+    def rate(self, at: int) -> float:
+        return self.accept[at] if at < self._reached else min(_MAX_RATE, self.accept[at] * self._risen())
+
+    def rates(self) -> list[float]:
+        return [self.rate(at) for at in range(MAX_POSITIONS)]
+
+    def _risen(self) -> float:
+        if not self._reached:
+            return 1.0
+        return self._before * self.accept[self._reached - 1] / max(self._began, _LEAST_RATE)
 
     def faded(self) -> _Averages:
         """A copy that gives way to what comes."""
-        return _Averages(list(self.accept), [min(n, _FEW_TRIALS) for n in self.trials])
+        return _Averages(self.rates(), [min(n, _FEW_TRIALS) for n in self.trials])
 
-    def follow(self, exits: _Averages, overall: _Averages) -> None:
-        """Become those of another exit, as much better or worse than its overall ones as these were."""
-        for at, (other, usual) in enumerate(zip(exits.accept, overall.accept, strict=True)):
-            self.accept[at] = min(_MAX_RATE, other * (self.accept[at] / max(usual, _LEAST_RATE)))
-        self.trials = list(exits.trials)
+    def follow(self, exits: _Averages, overall: _Averages) -> _Averages:
+        """Those of another exit, as much better or worse than its overall ones as these are."""
+        accept = [
+            min(_MAX_RATE, other * (mine / max(usual, _LEAST_RATE)))
+            for mine, other, usual in zip(self.rates(), exits.rates(), overall.rates(), strict=True)
+        ]
+        return _Averages(accept, list(exits.trials))
 
     def record(self, at: int, hit: bool) -> None:
-        before = self.accept[at]
+        while self._reached <= at:
+            began, self._before = self.rate(self._reached), self._risen()
+            self.accept[self._reached] = self._began = began
+            self._reached += 1
         self.trials[at] += 1
-        self.accept[at] += _step(self.trials[at]) * (hit - before)
-        # Where first tokens are wrong, nothing is seen of those after them: they rise and fall with them.
-        for later in range(at + 1, MAX_POSITIONS):
-            if self.trials[later] <= _FEW_TRIALS:
-                self.accept[later] = min(_MAX_RATE, self.accept[later] * self.accept[at] / before)
+        self.accept[at] += _step(self.trials[at]) * (hit - self.accept[at])
 
     def evidence(self) -> Evidence:
         used = max((i + 1 for i, n in enumerate(self.trials) if n), default=0)
-        return tuple(self.accept[:used]), tuple(self.trials[:used])
+        return tuple(self.rates()[:used]), tuple(self.trials[:used])
 
 
 @dataclass(slots=True)
@@ -221,7 +241,7 @@ class AcceptanceModel:
             averages = self._averages_of[pending.drafter, request.kind] = overall.faded()
         at = min(pending.position, MAX_POSITIONS - 1)
         local = request.drafters[pending.drafter]
-        self._own(pending.drafter).observe(local, hit, averages.accept[at])
+        self._own(pending.drafter).observe(local, hit, averages.rate(at))
         overall.record(at, hit)
         averages.record(at, hit)
         if pending.exit_depth is not None:
@@ -248,9 +268,9 @@ class AcceptanceModel:
         """`drafter` goes on at another exit: what is known of that exit, if anything, holds for it."""
         exits = self._exits.get(exit_depth) or _Averages()
         overall = self._averages.get(drafter)
-        for (name, _), averages in self._averages_of.items():
+        for (name, kind), averages in self._averages_of.items():
             if name == drafter and overall is not None:
-                averages.follow(exits, overall)
+                self._averages_of[name, kind] = averages.follow(exits, overall)
         self._averages[drafter] = deepcopy(exits)
 
     def survival(self, request: RequestAcceptance, drafter: str, length: int) -> list[float]:
@@ -259,7 +279,7 @@ class AcceptanceModel:
         scale = self._own(drafter).scale(self._local(request, drafter))
         product, result = 1.0, []
         for position in range(length):
-            overall = averages.accept[min(position, MAX_POSITIONS - 1)] if averages else _PRIOR
+            overall = averages.rate(min(position, MAX_POSITIONS - 1)) if averages else _PRIOR
             product *= min(_MAX_RATE, overall * scale)
             result.append(product)
         return result
@@ -291,7 +311,7 @@ class AcceptanceModel:
 
     def table(self) -> dict[str, list[float]]:
         """Conditional acceptance by drafter and position, for people; of trees, acceptance by place."""
-        table = {name: [round(a, 3) for a in found.accept[:8]] for name, found in self._averages.items()}
+        table = {name: [round(a, 3) for a in found.rates()[:8]] for name, found in self._averages.items()}
         trees = {name: [round(a, 3) for a in found.by_place[:8]] for name, found in self._trees.items()}
         return table | trees
 

@@ -88,32 +88,37 @@ def choices(
     for rate in acceptance:
         survival *= rate
         expected.append(expected[-1] + survival)
-    result = []
-    for cap in range(1, len(expected)):
-        logs = load = price = 0.0
-        for running in requests:
-            step_s = step.seconds(running)
-            gain, round_s, asked = _best(running, cap, expected, verify, latency_s + queue.wait_s, step_s)
-            logs += math.log(gain) / len(requests)
+    longest, wait_s = len(expected) - 1, latency_s + queue.wait_s
+    logs, loads, prices = ([0.0] * longest for _ in range(3))
+    for running in requests:
+        step_s = step.seconds(running)
+        verify_s = [verify.seconds(running * (1 + k)) for k in range(longest + 1)]
+        for cap in range(1, longest + 1):
+            gain, round_s, asked = _best(running == 1, cap, expected, verify_s, wait_s, step_s)
+            logs[cap - 1] += math.log(gain) / len(requests)
             if round_s > 0.0:
                 job_s = asked * step_s
                 used = activity * queue.load_scale * job_s / round_s / len(requests)
-                load += used
-                price += queue.price(used, job_s)
-        result.append(Choice(exit_depth, cap, math.exp(logs), weight * logs - price, load))
-    return result
+                loads[cap - 1] += used
+                prices[cap - 1] += queue.price(used, job_s)
+    return [
+        Choice(exit_depth, cap, math.exp(log), weight * log - price, load)
+        for cap, (log, load, price) in enumerate(zip(logs, loads, prices, strict=True), start=1)
+    ]
 
 
 def _best(
-    running: int, cap: int, expected: Sequence[float], verify: CostModel, wait_s: float, step_s: float
+    alone: bool, cap: int, expected: Sequence[float], verify_s: Sequence[float], wait_s: float, step_s: float
 ) -> tuple[float, float, int]:
-    """(gain, seconds of the round, tokens asked for) of what the controller would do with `running` requests
-    that wait so long before they are drafted for; (1, 0, 0) where it would not draft. A request that is alone
-    asks for all it may have, those of a batch for what they verify."""
-    plain = verify.seconds(running)
-    gain, seconds, asked = max(
-        (expected[k] * plain / (total := wait_s + n * step_s + verify.seconds(running * (1 + k))), total, n)
-        for k in range(1, cap + 1)
-        for n in (cap if running == 1 else k,)
-    )
-    return (gain, seconds, asked) if gain > 1.0 else (1.0, 0.0, 0)
+    """(gain, seconds of the round, tokens asked for) of what the controller would do with requests that wait
+    so long before they are drafted for, and whose rounds take `verify_s` by tokens drafted for each;
+    (1, 0, 0) where it would not draft. A request that is alone asks for all it may have, those of a batch for
+    what they verify."""
+    best = (1.0, 0.0, 0)
+    for k in range(1, cap + 1):
+        asked = cap if alone else k
+        total = wait_s + asked * step_s + verify_s[k]
+        gain = expected[k] * verify_s[0] / total
+        if gain > best[0]:
+            best = (gain, total, asked)
+    return best

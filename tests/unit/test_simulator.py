@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from statistics import geometric_mean
 
 import pytest
 from pydantic import ValidationError
@@ -224,7 +225,12 @@ def test_the_router_keeps_order_capacity_and_calm(runs: dict[str, RunResult]) ->
 def test_drafting_ahead_spares_the_pool_time_and_slows_nobody_down(runs: dict[str, RunResult]) -> None:
     """What it gains here is within what single runs differ by: verification takes most of a round."""
     ahead, router = runs["router, draft-ahead"], runs["router"]
-    assert ahead.speed > 0.97 * router.speed
+    costs, ratios = CostProfile.from_file(), [ahead.speed / router.speed]
+    for seed in (1, 2):
+        scenario = SMALL.model_copy(update={"seed": seed})
+        both = [simulate(costs, scenario, RouterPolicy(draft_ahead=on)).speed for on in (True, False)]
+        ratios.append(both[0] / both[1])
+    assert geometric_mean(ratios) > 0.97
     assert ahead.utilisation < 0.9 * router.utilisation
     assert 0.0 < ahead.foreseen < 1.0
     assert router.foreseen == router.partly == 0.0
