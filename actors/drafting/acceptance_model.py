@@ -29,6 +29,8 @@ _LOCAL_DECAY = 0.95
 _PRIOR_WEIGHTS = (3.0, 8.0, 20.0)
 """What the averages may be worth beside a request's own record, in accepted tokens."""
 _FORESIGHT_DECAY, _FIRST_LEAD = 0.9995, 1.0
+"""Of the likelihoods by which one of them is chosen: what is kept of them a draft, and what the first has in
+advance."""
 _LEAST_RATE, _MAX_RATE = 0.01, 0.98
 _KINDS = (0.0, 0.6, 1.2)
 """Highest temperature of each kind of request but the last."""
@@ -40,27 +42,27 @@ Evidence = tuple[tuple[float, ...], tuple[int, ...]]
 
 @dataclass(slots=True)
 class _Averages:
-    """By place, from the first on. Where first tokens are wrong, nothing is seen of those after them: places
-    that none of these drafts has reached rise and fall with the last one that was."""
+    """By place, from the first on. Those from `reached` on, where none of these drafts has been, rise and fall
+    with the last one that was: where first tokens are wrong, nothing is seen of what comes after them."""
 
     accept: list[float] = field(default_factory=lambda: [_PRIOR] * MAX_POSITIONS)
     trials: list[int] = field(default_factory=lambda: [0] * MAX_POSITIONS)
-    _reached: int = 0
+    reached: int = 0
     _began: float = 1.0
     """What the last place that was reached had been taken for."""
     _before: float = 1.0
     """How much the places before it had risen by then."""
 
     def rate(self, at: int) -> float:
-        return self.accept[at] if at < self._reached else min(_MAX_RATE, self.accept[at] * self._risen())
+        return self.accept[at] if at < self.reached else min(_MAX_RATE, self.accept[at] * self._risen())
 
     def rates(self) -> list[float]:
         return [self.rate(at) for at in range(MAX_POSITIONS)]
 
     def _risen(self) -> float:
-        if not self._reached:
+        if not self.reached:
             return 1.0
-        return self._before * self.accept[self._reached - 1] / max(self._began, _LEAST_RATE)
+        return self._before * self.accept[self.reached - 1] / max(self._began, _LEAST_RATE)
 
     def faded(self) -> _Averages:
         """A copy that gives way to what comes."""
@@ -75,10 +77,10 @@ class _Averages:
         return _Averages(accept, list(exits.trials))
 
     def record(self, at: int, hit: bool) -> None:
-        while self._reached <= at:
-            began, self._before = self.rate(self._reached), self._risen()
-            self.accept[self._reached] = self._began = began
-            self._reached += 1
+        while self.reached <= at:
+            began, self._before = self.rate(self.reached), self._risen()
+            self.accept[self.reached] = self._began = began
+            self.reached += 1
         self.trials[at] += 1
         self.accept[at] += _step(self.trials[at]) * (hit - self.accept[at])
 
@@ -262,7 +264,8 @@ class AcceptanceModel:
 
     def observe_exit(self, exit_depth: int, position: int, hit: bool) -> None:
         """A token that an exit drafted was scored; those before it in its draft were right."""
-        self._exits.setdefault(exit_depth, _Averages()).record(min(position, MAX_POSITIONS - 1), hit)
+        exits = self._exits.setdefault(exit_depth, _Averages(reached=MAX_POSITIONS))  # the router fills gaps
+        exits.record(min(position, MAX_POSITIONS - 1), hit)
 
     def adopt(self, drafter: str, exit_depth: int) -> None:
         """`drafter` goes on at another exit: what is known of that exit, if anything, holds for it."""
