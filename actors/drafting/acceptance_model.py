@@ -42,8 +42,8 @@ Evidence = tuple[tuple[float, ...], tuple[int, ...]]
 
 @dataclass(slots=True)
 class _Averages:
-    """By place, from the first on. Those from `reached` on, where none of these drafts has been, rise and fall
-    with the last one that was: where first tokens are wrong, nothing is seen of what comes after them."""
+    """By place. Those from `reached` on, where none of these drafts has been, rise and fall with the last
+    one that was: where first tokens are wrong, nothing is seen of what comes after them."""
 
     accept: list[float] = field(default_factory=lambda: [_PRIOR] * MAX_POSITIONS)
     trials: list[int] = field(default_factory=lambda: [0] * MAX_POSITIONS)
