@@ -143,8 +143,8 @@ def test_gemma_is_drafted_for_by_smollm2(server: Server, request: pytest.Fixture
     print(f"Gemma drafted for by SmolLM2: {accepted} of {drafted} tokens accepted")
     assert drafted > 0
     # Left to the controller: where the same drafter goes on, answers come sooner; of what nobody can foresee
-    # it proposes a token now and then, to see. At temperature 2 a few tokens are right, as noise is shared; of
-    # words drawn from a list that the draft is not told of, none.
+    # it proposes a token now and then, to see. At temperature 2 a few are right, as noise is shared; of words
+    # drawn from a list that the draft is not told of, none.
     rng = random.Random(0)
     words = {str(token): 100 for token in rng.sample(range(1000, 200_000), 200)}
     for name, fields in (
