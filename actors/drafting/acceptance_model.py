@@ -34,7 +34,7 @@ advance."""
 _LEAST_RATE, _MAX_RATE = 0.01, 0.98
 _KINDS = (0.0, 0.6, 1.2)
 """Highest temperature of each kind of request but the last."""
-_FEW_TRIALS = 4
+_KIND_TRIALS = 4
 """What the averages of all are worth to a new kind, in drafts."""
 Evidence = tuple[tuple[float, ...], tuple[int, ...]]
 """(conditional acceptance by position, tokens scored there), up to the last position that was scored."""
@@ -66,9 +66,9 @@ class _Averages:
 
     def faded(self) -> _Averages:
         """A copy that gives way to what comes."""
-        return _Averages(self.rates(), [min(n, _FEW_TRIALS) for n in self.trials])
+        return _Averages(self.rates(), [min(n, _KIND_TRIALS) for n in self.trials])
 
-    def follow(self, exits: _Averages, overall: _Averages) -> _Averages:
+    def at_exit(self, exits: _Averages, overall: _Averages) -> _Averages:
         """Those of another exit, as much better or worse than its overall ones as these are."""
         accept = [
             min(_MAX_RATE, other * (mine / max(usual, _LEAST_RATE)))
@@ -86,7 +86,7 @@ class _Averages:
 
     def evidence(self) -> Evidence:
         used = max((i + 1 for i, n in enumerate(self.trials) if n), default=0)
-        return tuple(self.rates()[:used]), tuple(self.trials[:used])
+        return tuple(self.accept[:used]), tuple(self.trials[:used])
 
 
 @dataclass(slots=True)
@@ -273,7 +273,7 @@ class AcceptanceModel:
         overall = self._averages.get(drafter)
         for (name, kind), averages in self._averages_of.items():
             if name == drafter and overall is not None:
-                self._averages_of[name, kind] = averages.follow(exits, overall)
+                self._averages_of[name, kind] = averages.at_exit(exits, overall)
         self._averages[drafter] = deepcopy(exits)
 
     def survival(self, request: RequestAcceptance, drafter: str, length: int) -> list[float]:

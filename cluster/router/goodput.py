@@ -88,23 +88,23 @@ def choices(
     for rate in acceptance:
         survival *= rate
         expected.append(expected[-1] + survival)
-    longest, wait_s = len(expected) - 1, latency_s + queue.wait_s
-    logs, loads, prices = ([0.0] * longest for _ in range(3))
-    for running in requests:
-        step_s = step.seconds(running)
-        verify_s = [verify.seconds(running * (1 + k)) for k in range(longest + 1)]
-        for cap in range(1, longest + 1):
-            gain, round_s, asked = _best(running == 1, cap, expected, verify_s, wait_s, step_s)
-            logs[cap - 1] += math.log(gain) / len(requests)
+    rounds = [
+        (n == 1, step.seconds(n), [verify.seconds(n * (1 + k)) for k in range(len(expected))])
+        for n in requests
+    ]
+    result = []
+    for cap in range(1, len(expected)):
+        logs = load = price = 0.0
+        for alone, step_s, verify_s in rounds:
+            gain, round_s, asked = _best(alone, cap, expected, verify_s, latency_s + queue.wait_s, step_s)
+            logs += math.log(gain) / len(requests)
             if round_s > 0.0:
                 job_s = asked * step_s
                 used = activity * queue.load_scale * job_s / round_s / len(requests)
-                loads[cap - 1] += used
-                prices[cap - 1] += queue.price(used, job_s)
-    return [
-        Choice(exit_depth, cap, math.exp(log), weight * log - price, load)
-        for cap, (log, load, price) in enumerate(zip(logs, loads, prices, strict=True), start=1)
-    ]
+                load += used
+                price += queue.price(used, job_s)
+        result.append(Choice(exit_depth, cap, math.exp(logs), weight * logs - price, load))
+    return result
 
 
 def _best(
