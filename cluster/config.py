@@ -39,6 +39,12 @@ class EngineConfig(ConfigModel):
     max_queued: int = Field(256, ge=1, description="Requests that wait at most; more get 429.")
     threads: int = Field(0, ge=0, description="Compute threads; 0 takes the physical cores.")
 
+    @model_validator(mode="after")
+    def _everybody_has_a_row(self) -> EngineConfig:
+        if self.max_batched_tokens < self.max_num_seqs:
+            raise ValueError("max_batched_tokens: must be at least max_num_seqs")
+        return self
+
 
 class SpeculationConfig(ConfigModel):
     """How a target uses drafts unless a request says otherwise."""
@@ -228,7 +234,8 @@ class DraftPoolConfig(ConfigModel):
     )
     drafters: tuple[DrafterName, ...] = Field(
         ("prompt_lookup", "token_recycling"),
-        description="Drafters in the order in which they are asked.",
+        description="Drafters in the order in which they are asked, of workers and of targets. A target runs "
+        "those without a model itself, and a copy of the nested one where it computes on the same cores.",
         min_length=1,
     )
     nested: NestedDrafterConfig | None = Field(None, description="Required when drafters lists nested.")

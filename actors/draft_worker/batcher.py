@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from actors.draft_worker.fair_queue import FairQueue
+from actors.drafting import codec
 from actors.drafting.draft_ahead import AheadCounts
 from actors.drafting.errors import DrafterError
 from actors.drafting.interface import SCOPE_SHIFT, SessionDraft, SessionOpen, SessionUpdate
@@ -21,6 +22,10 @@ ReplyCallback = Callable[[list[SessionDraft]], None]
 _IDLE_S = 0.25
 MAX_BATCH_TOKENS = 256
 """Draft tokens of the rounds that are drafted together, at most; a single round may have more."""
+TURN_LIMIT_S = 120.0
+"""Longest turn of the drafting thread; one that takes longer hangs. An engine's step has as long."""
+MAX_CONSECUTIVE_FAILURES = 3
+"""Failed batches in a row after which the drafting thread counts as unhealthy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +59,8 @@ class BatcherState:
     busy_s: float = 0.0
     """Seconds since start that the drafting thread drafted, background work not included."""
     ahead: AheadCounts = field(default_factory=AheadCounts)
+    healthy: bool = True
+    """False when the drafting thread has ended, hangs, or its batches keep failing."""
 
 
 @dataclass(slots=True, eq=False)
@@ -83,13 +90,18 @@ class DraftBatcher:
     """
 
     def __init__(
-        self, pool: DrafterPool, max_queued: int = 256, max_batch_tokens: int = MAX_BATCH_TOKENS
+        self,
+        pool: DrafterPool,
+        max_queued: int = 256,
+        max_batch_tokens: int = MAX_BATCH_TOKENS,
+        turn_limit_s: float = TURN_LIMIT_S,
     ) -> None:
         if min(max_queued, max_batch_tokens) < 1:
             raise ValueError("limits must be positive")
         self._pool = pool
         self._max_queued = max_queued
         self._max_batch_tokens = max_batch_tokens
+        self._turn_limit_s = turn_limit_s
         self._changed = threading.Condition()
         self._queue: FairQueue[Round] = FairQueue()
         self._ended: list[int] = []
@@ -102,6 +114,8 @@ class DraftBatcher:
         self._rounds = 0
         self._drafted = 0
         self._busy_s = 0.0
+        self._busy_since: float | None = None
+        self._failures = 0
         self._shadows: dict[int, tuple[Round, SessionUpdate]] = {}
         self._thread = threading.Thread(target=self._run, name="s2d-drafting", daemon=True)
 
@@ -162,14 +176,22 @@ class DraftBatcher:
             drafted_tokens=self._drafted,
             busy_s=self._busy_s,
             ahead=self._pool.ahead_counts,
+            healthy=self._healthy(),
         )
+
+    def _healthy(self) -> bool:
+        since = self._busy_since
+        hung = since is not None and time.monotonic() - since > self._turn_limit_s
+        return self._thread.is_alive() and not hung and self._failures < MAX_CONSECUTIVE_FAILURES
 
     def _run(self) -> None:
         idle = False
         while True:
             with self._changed:
                 if idle and not (self._queue or self._ended or self._closing or self._stopped):
+                    self._busy_since = None
                     self._changed.wait(_IDLE_S)
+                self._busy_since = time.monotonic()
                 stopped = self._stopped
                 rounds = self._queue.take(sys.maxsize if stopped else self._max_batch_tokens)
                 ended, self._ended = self._ended, []
@@ -194,10 +216,14 @@ class DraftBatcher:
             return False
         round_, update = self._shadows.pop(next(iter(self._shadows)))
         started = time.monotonic()
-        draft = self._pool.shadow(update)
+        try:
+            draft = self._pool.shadow(update) or SessionDraft(update.session_id, update.epoch)
+        except Exception as error:
+            logger.exception("a draft for scoring failed")
+            draft = _failed(update, _internal(error))
         self._busy_s += time.monotonic() - started
         if round_.shadow_reply is not None:
-            round_.shadow_reply([draft or SessionDraft(update.session_id, update.epoch)])
+            _send(round_.shadow_reply, [draft])
         return True
 
     def _serve(self, rounds: list[Round]) -> None:
@@ -211,9 +237,11 @@ class DraftBatcher:
                 waiting = [a for a in waiting if a not in ready]
                 self._reply(ready)
             self._propose(waiting)
+            self._failures = 0
         except Exception as error:
             logger.exception("a batch of %d rounds failed", len(waiting))
-            failure = DrafterError("internal", f"{type(error).__name__}: {error}")
+            self._failures += 1
+            failure = _internal(error)
             for answer in waiting:
                 for place, update in enumerate(answer.round.updates):
                     answer.drafts.setdefault(place, _failed(update, failure))
@@ -246,7 +274,7 @@ class DraftBatcher:
     @staticmethod
     def _reply(answers: Sequence[_Answers]) -> None:
         for answer in answers:
-            answer.round.reply([answer.drafts[place] for place in sorted(answer.drafts)])
+            _send(answer.round.reply, [answer.drafts[place] for place in sorted(answer.drafts)])
 
     def _tell(self, answer: _Answers) -> Iterator[tuple[int, SessionUpdate]]:
         """Apply one round; yields (place, update) of what wants a draft."""
@@ -282,5 +310,28 @@ class DraftBatcher:
         self._pool.close(session_id)
 
 
-def _failed(update: SessionUpdate, error: DrafterError) -> SessionDraft:
-    return SessionDraft(update.session_id, update.epoch, error=error.code, error_message=error.message)
+def _send(reply: ReplyCallback, drafts: list[SessionDraft]) -> None:
+    """What a drafter made is encoded in here: where that fails, the drafts to blame become errors of their
+    sessions, and a reply that fails all the same concerns its round alone."""
+    for checked in (False, True):
+        try:
+            reply([_encodable(draft) for draft in drafts] if checked else drafts)
+            return
+        except Exception:
+            logger.exception("a reply with %d drafts failed", len(drafts))
+
+
+def _encodable(draft: SessionDraft) -> SessionDraft:
+    try:
+        codec.draft_to_proto(draft)
+    except Exception as error:
+        return _failed(draft, _internal(error))
+    return draft
+
+
+def _internal(error: Exception) -> DrafterError:
+    return DrafterError("internal", f"{type(error).__name__}: {error}")
+
+
+def _failed(asked: SessionUpdate | SessionDraft, error: DrafterError) -> SessionDraft:
+    return SessionDraft(asked.session_id, asked.epoch, error=error.code, error_message=error.message)

@@ -83,7 +83,9 @@ class DraftService(pb_grpc.DraftServiceServicer):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "hello.weight must be positive and finite")
         foreign = await self._find(first.hello, context)
         ahead = self._draft_ahead.holds_for(first.hello)
-        stream = _Stream(self._batcher, self._incarnation, foreign, ahead, first.hello.weight or 1.0)
+        vocabulary = first.hello.tokenizer_hash or f"{first.hello.vocab_size} tokens"
+        weight = first.hello.weight or 1.0
+        stream = _Stream(self._batcher, self._incarnation, vocabulary, foreign, ahead, weight)
         logger.info("target worker %s (%s) connected", first.hello.target_id, first.hello.model)
         reader = asyncio.create_task(stream.read(first, request_iterator))
         try:
@@ -168,12 +170,14 @@ class _Stream:
         self,
         batcher: DraftBatcher,
         incarnation: str,
+        vocabulary: str,
         foreign: ForeignTarget | None,
         ahead: bool,
         weight: float,
     ) -> None:
         self._batcher = batcher
         self._incarnation = incarnation
+        self._vocabulary = vocabulary
         self._foreign = foreign
         self._ahead = ahead
         self._id = batcher.attach(weight)
@@ -259,4 +263,4 @@ class _Stream:
 
     def _open(self, message: pb.SessionOpen) -> SessionOpen:
         session = codec.open_from_proto(message, self._scope)
-        return replace(session, foreign=self._foreign, ahead=self._ahead)
+        return replace(session, vocabulary=self._vocabulary, foreign=self._foreign, ahead=self._ahead)

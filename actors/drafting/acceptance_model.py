@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field
+from typing import Generic, Protocol, Self, TypeVar
 
 from actors.drafting.interface import SessionDraft
 from actors.drafting.tree_acceptance import PendingTree, TreeRecord
@@ -38,6 +40,34 @@ _KIND_TRIALS = 4
 """What the averages of all are worth to a new kind, in drafts."""
 Evidence = tuple[tuple[float, ...], tuple[int, ...]]
 """(conditional acceptance by position, tokens scored there), up to the last position that was scored."""
+
+
+class _Record(Protocol):
+    def faded(self) -> Self:
+        """A copy that gives way to what comes."""
+        ...
+
+
+R = TypeVar("R", bound=_Record)
+
+
+@dataclass(slots=True)
+class _ByKind(Generic[R]):
+    """What became of all requests' drafts, and of those of each kind of request."""
+
+    overall: R
+    kinds: dict[int, R] = field(default_factory=dict)
+
+    def known(self, kind: int) -> R:
+        """What there is to know of a kind."""
+        return self.kinds.get(kind, self.overall)
+
+    def to_record(self, kind: int) -> R:
+        """The kind's own record. It begins as what is known of all."""
+        record = self.kinds.get(kind)
+        if record is None:
+            record = self.kinds[kind] = self.overall.faded()
+        return record
 
 
 @dataclass(slots=True)
@@ -65,7 +95,6 @@ class _Averages:
         return self._before * self.accept[self.reached - 1] / max(self._began, _LEAST_RATE)
 
     def faded(self) -> _Averages:
-        """A copy that gives way to what comes."""
         return _Averages(self.rates(), [min(n, _KIND_TRIALS) for n in self.trials])
 
     def at_exit(self, exits: _Averages, overall: _Averages) -> _Averages:
@@ -172,23 +201,15 @@ class AcceptanceModel:
     kind, scaled by how much better or worse than expected this request has fared so far."""
 
     def __init__(self) -> None:
-        self._averages: dict[str, _Averages] = {}
-        self._exits: dict[int, _Averages] = {}
-        self._trees: dict[str, TreeRecord] = {}
-        self._averages_of: dict[tuple[str, int], _Averages] = {}
-        self._trees_of: dict[tuple[str, int], TreeRecord] = {}
-        """The same by kind of request."""
-        self._shares: dict[str, _Share] = {}
-        self._own_records: dict[str, _OwnRecords] = {}
+        self._averages: defaultdict[str, _ByKind[_Averages]] = defaultdict(lambda: _ByKind(_Averages()))
+        self._trees: defaultdict[str, _ByKind[TreeRecord]] = defaultdict(lambda: _ByKind(TreeRecord()))
+        self._exits: defaultdict[int, _Averages] = defaultdict(_exit_averages)
+        self._shares: defaultdict[str, _Share] = defaultdict(_Share)
+        self._own_records: defaultdict[str, _OwnRecords] = defaultdict(_OwnRecords)
 
     def reset(self) -> None:
-        self._shares.clear()
-        self._own_records.clear()
-        self._averages.clear()
-        self._exits.clear()
-        self._trees.clear()
-        self._averages_of.clear()
-        self._trees_of.clear()
+        for known in (self._averages, self._trees, self._exits, self._shares, self._own_records):
+            known.clear()
 
     def proposed(self, request: RequestAcceptance, draft: SessionDraft | None, names: Iterable[str]) -> None:
         """Start scoring a proposal (None or empty: nobody had a guess)."""
@@ -211,13 +232,10 @@ class AcceptanceModel:
         """What is known of a request and a drafter, or would be if it asked."""
         return request.drafters.get(name) or _Local(self._shares.get(name, _Share()).available)
 
-    def _own(self, name: str) -> _OwnRecords:
-        return self._own_records.setdefault(name, _OwnRecords())
-
     def _asked(self, request: RequestAcceptance, name: str, answered: bool) -> None:
         local = request.drafters.setdefault(name, self._local(request, name))
         local.available += _LOCAL_SMOOTHING * (answered - local.available)
-        self._shares.setdefault(name, _Share()).record(answered)
+        self._shares[name].record(answered)
 
     def emitted(self, request: RequestAcceptance, token_ids: Iterable[int]) -> None:
         """Score the pending proposal with tokens that the target emitted."""
@@ -237,49 +255,43 @@ class AcceptanceModel:
                 request.pending = None
 
     def _record(self, request: RequestAcceptance, pending: _Pending, hit: bool) -> None:
-        overall = self._averages.setdefault(pending.drafter, _Averages())
-        averages = self._averages_of.get((pending.drafter, request.kind))
-        if averages is None:
-            averages = self._averages_of[pending.drafter, request.kind] = overall.faded()
+        known = self._averages[pending.drafter]
+        averages = known.to_record(request.kind)
         at = min(pending.position, MAX_POSITIONS - 1)
         local = request.drafters[pending.drafter]
-        self._own(pending.drafter).observe(local, hit, averages.rate(at))
-        overall.record(at, hit)
+        self._own_records[pending.drafter].observe(local, hit, averages.rate(at))
+        known.overall.record(at, hit)
         averages.record(at, hit)
         if pending.exit_depth is not None:
             self.observe_exit(pending.exit_depth, at, hit)
 
     def _record_tree(self, request: RequestAcceptance, pending: PendingTree) -> None:
         local = request.drafters[pending.name]
-        overall = self._trees.setdefault(pending.name, TreeRecord())
-        record = self._trees_of.get((pending.name, request.kind))
-        if record is None:
-            record = self._trees_of[pending.name, request.kind] = overall.faded()
-        overall.record(pending)
+        known = self._trees[pending.name]
+        record = known.to_record(request.kind)
+        known.overall.record(pending)
         expected = record.record(pending)
-        self._own(pending.name).observe(local, len(pending.path), expected)
+        self._own_records[pending.name].observe(local, len(pending.path), expected)
         if pending.draft.exit_depth is not None:
             for place, hit in enumerate(pending.exit_hits()):
                 self.observe_exit(pending.draft.exit_depth, place, hit)
 
     def observe_exit(self, exit_depth: int, position: int, hit: bool) -> None:
         """A token that an exit drafted was scored; those before it in its draft were right."""
-        exits = self._exits.setdefault(exit_depth, _Averages(reached=MAX_POSITIONS))  # the router fills gaps
-        exits.record(min(position, MAX_POSITIONS - 1), hit)
+        self._exits[exit_depth].record(min(position, MAX_POSITIONS - 1), hit)
 
     def adopt(self, drafter: str, exit_depth: int) -> None:
         """`drafter` goes on at another exit: what is known of that exit, if anything, holds for it."""
         exits = self._exits.get(exit_depth) or _Averages()
-        overall = self._averages.get(drafter)
-        for (name, kind), averages in self._averages_of.items():
-            if name == drafter and overall is not None:
-                self._averages_of[name, kind] = averages.at_exit(exits, overall)
-        self._averages[drafter] = deepcopy(exits)
+        before = self._averages[drafter]
+        kinds = {kind: known.at_exit(exits, before.overall) for kind, known in before.kinds.items()}
+        self._averages[drafter] = _ByKind(deepcopy(exits), kinds)
 
     def survival(self, request: RequestAcceptance, drafter: str, length: int) -> list[float]:
         """P(the first j + 1 tokens are all accepted) for j < length."""
-        averages = self._averages_of.get((drafter, request.kind)) or self._averages.get(drafter)
-        scale = self._own(drafter).scale(self._local(request, drafter))
+        known = self._averages.get(drafter)
+        averages = None if known is None else known.known(request.kind)
+        scale = self._own_records[drafter].scale(self._local(request, drafter))
         product, result = 1.0, []
         for position in range(length):
             overall = averages.rate(min(position, MAX_POSITIONS - 1)) if averages else _PRIOR
@@ -299,32 +311,37 @@ class AcceptanceModel:
     def tree_survival(self, request: RequestAcceptance, draft: SessionDraft, name: str) -> list[float]:
         """P(token j accepted) for the tokens of a tree that came, never rising."""
         record = self._tree_record(request, name)
-        scale = self._own(name).scale(self._local(request, name))
+        scale = self._own_records[name].scale(self._local(request, name))
         return [min(_MAX_RATE, likely * scale) for likely in record.expected(draft)]
 
     def expected_tree_survival(self, request: RequestAcceptance, name: str, length: int) -> list[float]:
         """The same before a tree came."""
         record = self._tree_record(request, name)
         local = self._local(request, name)
-        scale = self._own(name).scale(local)
+        scale = self._own_records[name].scale(local)
         return [local.available * min(_MAX_RATE, likely * scale) for likely in record.by_place[:length]]
 
     def _tree_record(self, request: RequestAcceptance, name: str) -> TreeRecord:
-        return self._trees_of.get((name, request.kind)) or self._trees.get(name) or TreeRecord()
+        known = self._trees.get(name)
+        return TreeRecord() if known is None else known.known(request.kind)
 
     def table(self) -> dict[str, list[float]]:
         """Conditional acceptance by drafter and position, for people; of trees, acceptance by place."""
-        table = {name: [round(a, 3) for a in found.rates()[:8]] for name, found in self._averages.items()}
-        trees = {name: [round(a, 3) for a in found.by_place[:8]] for name, found in self._trees.items()}
-        return table | trees
+        chains = {name: known.overall.rates() for name, known in self._averages.items()}
+        trees = {name: known.overall.by_place for name, known in self._trees.items()}
+        return {name: [round(rate, 3) for rate in rates[:8]] for name, rates in (chains | trees).items()}
 
     def evidence(self) -> dict[str, Evidence]:
         """By drafter."""
-        return {name: averages.evidence() for name, averages in self._averages.items()}
+        return {name: known.overall.evidence() for name, known in self._averages.items()}
 
     def exit_evidence(self) -> dict[int, Evidence]:
         """By exit depth of the nested drafter, shadow scoring included."""
         return {depth: averages.evidence() for depth, averages in self._exits.items()}
+
+
+def _exit_averages() -> _Averages:
+    return _Averages(reached=MAX_POSITIONS)  # the router fills gaps
 
 
 def _step(trials: int) -> float:

@@ -55,8 +55,9 @@ class DraftSampling:
 class SessionOpen:
     """A session is one request on one target worker. `token_ids` is the prompt, or the prompt and what has
     been emitted when a worker is told again; `prompt_len` marks the boundary. `trees`: whether the target can
-    verify a tree of tokens. Inside a draft worker, `foreign` says whose tokens these are when they are not
-    the nested drafter's own, and `ahead` whether its drafts may be prepared while the target verifies."""
+    verify a tree of tokens. Inside a draft worker, `vocabulary` names the one that the tokens are of, equal
+    for sessions that share it, `foreign` says how to read them when they are not the nested drafter's own,
+    and `ahead` whether its drafts may be prepared while the target verifies."""
 
     session_id: int
     token_ids: tuple[int, ...]
@@ -64,6 +65,7 @@ class SessionOpen:
     sampling: DraftSampling
     epoch: int = 0
     trees: bool = False
+    vocabulary: str = ""
     foreign: ForeignTarget | None = None
     ahead: bool = False
 

@@ -112,12 +112,16 @@ class PlacedDraftSource:
         self._local.open(session)
 
     def submit(self, updates: Sequence[SessionUpdate], timeout_s: float = 0.0) -> None:
+        if updates:
+            self._place(updates)  # without any it is closes that leave; what was asked for is still to come
+        self._remote.submit([self._for_remote(update) for update in updates], timeout_s)
+        self._local.submit(updates, timeout_s)
+
+    def _place(self, updates: Sequence[SessionUpdate]) -> None:
         either = {u.session_id for u in updates if u.budget > 0 and self._served_by_both(u)}
         # A draft that reads the target's states guesses better than the same one without, in a worker.
         here = bool(either) and (self._local.wants_states or self._choice.next_is_local())
         self._here = either if here else set()
-        self._remote.submit([self._for_remote(update) for update in updates], timeout_s)
-        self._local.submit(updates, timeout_s)
 
     def _served_by_both(self, update: SessionUpdate) -> bool:
         if not self._adaptive or not self._remote.connected:

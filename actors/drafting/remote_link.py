@@ -242,6 +242,8 @@ class RemoteLink:
         self._options = options
         self._events = events
         self._stop = threading.Event()
+        self._opens = True
+        """Whether the last connection could be opened."""
         self._preferred: str | None = None
         self._avoided_until = 0.0
         """Monotonic time until which the preferred worker is not tried first."""
@@ -265,8 +267,8 @@ class RemoteLink:
         backoff = self._options.backoff_s
         while not self._stop.is_set():
             lease = self._choose()
-            if lease is not None:
-                connection = Connection(lease, self._identity, self._options, self._events)
+            connection = None if lease is None else self._open(lease)
+            if connection is not None:
                 connection.up.wait(self._options.connect_timeout_s)
                 if connection.up.is_set() and not connection.down.is_set():
                     backoff = self._options.backoff_s
@@ -281,6 +283,18 @@ class RemoteLink:
             # Full jitter would let a fleet of targets reconnect at once now and then; half keeps a floor.
             self._stop.wait(backoff * random.uniform(0.5, 1.0))
             backoff = min(self._options.max_backoff_s, backoff * 2.0)
+
+    def _open(self, lease: Lease) -> Connection | None:
+        """None while the files of the certificate cannot be read: they are replaced from time to time."""
+        try:
+            connection = Connection(lease, self._identity, self._options, self._events)
+        except OSError as error:
+            level = logging.WARNING if self._opens else logging.DEBUG
+            logger.log(level, "no connection to draft worker %s can be opened: %s", lease["id"], error)
+            self._opens = False
+            return None
+        self._opens = True
+        return connection
 
     def _current(self) -> list[Lease] | None:
         """The leases, or None when they cannot be read (then an existing connection goes on)."""

@@ -130,7 +130,8 @@ class DrafterPool:
     (they can be opened again); the others go on.
 
     Args:
-        drafters: distinct names, in the order in which they are asked: the cheapest first.
+        drafters: distinct names, in the order in which they are asked: the cheapest first. Without any,
+            no session is taken.
         max_sessions: open sessions at most; one more is refused with code "capacity".
         clock: seconds; replaying a trace gives its own.
     """
@@ -142,8 +143,8 @@ class DrafterPool:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         names = [d.name for d in drafters]
-        if not drafters or len(set(names)) != len(names):
-            raise ValueError("need at least one drafter, with distinct names")
+        if len(set(names)) != len(names):
+            raise ValueError("drafters need distinct names")
         self._drafters = tuple(drafters)
         self._by_name = dict(zip(names, self._drafters, strict=True))
         # Found once: checking a protocol costs more than the drafts of a lookup.
@@ -202,6 +203,8 @@ class DrafterPool:
             raise DrafterError("capacity", f"{self._max_sessions} sessions are open already")
         if not session.token_ids:
             raise DrafterError("unsupported", "a session needs at least one token")
+        if not self._drafters:
+            raise DrafterError("unsupported", "there are no drafters here")
         self.close(sid)
         state = _Session(session.epoch, session.token_ids[-1], session.trees)
         for drafter in self._drafters:
@@ -263,7 +266,8 @@ class DrafterPool:
         return [drafts.get(i) or SessionDraft(u.session_id, u.epoch) for i, u in enumerate(updates)]
 
     def _chains(self, waiting: Mapping[int, SessionUpdate], together: int) -> dict[int, SessionDraft]:
-        """For each the chain that promises most, or why there is none."""
+        """For each the chain that promises most, or why there is none. One that was drawn from a q is taken,
+        whatever it says: kept for what was drawn, it would not be a sample of that q any more."""
         drafts: dict[int, SessionDraft] = {}
         held: dict[int, SessionDraft] = {}
         for drafter in self._drafters:
@@ -271,6 +275,7 @@ class DrafterPool:
                 i: u
                 for i, u in waiting.items()
                 if self._eligible(drafter, u)
+                and not (i in held and held[i].q)
                 and self._worth.wants(
                     drafter.name, u.session_id, u.budget, held.get(i), together, len(waiting)
                 )
@@ -284,7 +289,7 @@ class DrafterPool:
             for i, draft in zip(asked, answers, strict=True):
                 if draft.token_ids:
                     before = held.get(i)
-                    if before is None or self._worth.of(draft) > self._worth.of(before):
+                    if before is None or draft.q or self._worth.of(draft) > self._worth.of(before):
                         held[i] = draft
                 elif draft.error is not None:
                     drafts[i] = draft

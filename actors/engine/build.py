@@ -34,8 +34,8 @@ def build_engine(
     pool = BlockPool(runner.num_blocks, BLOCK_SIZE, prefix_caching=engine.prefix_caching)
     limits = SchedulerLimits(engine.max_num_seqs, engine.max_batched_tokens, engine.prefill_chunk)
     timeouts = DraftTimeouts(speculation.draft_timeout_ms / 1e3, speculation.forced_draft_timeout_ms / 1e3)
-    max_model_len = runner.info.max_model_len
-    speculator = Speculator(source, Controller(CostModel()), timeouts, max_model_len)
+    max_model_len, vocab_size = runner.info.max_model_len, runner.info.vocab_size
+    speculator = Speculator(source, Controller(CostModel()), timeouts, max_model_len, vocab_size)
     defaults = SpeculationDefaults(
         speculation.enabled, speculation.max_draft_tokens, speculation.verification, speculation.tree
     )

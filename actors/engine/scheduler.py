@@ -59,10 +59,14 @@ class Scheduler:
         budget = self.limits.max_batched_tokens
         works: list[Work] = []
         decoding = [seq for seq in self.running.values() if seq.decoding]
+        prompts = bool(self.waiting) or len(decoding) < len(self.running)
+        # Drafts leave a row for each sequence that comes after, and a chunk for prompts.
+        reserved = len(decoding) + (self.limits.prefill_chunk if prompts else 0)
         for seq in decoding:
+            reserved -= 1
             if seq.request.request_id not in self.running:
                 continue  # preempted for an older one in this very loop
-            rows = self._fit_decode(seq, drafts.get(seq), budget)
+            rows = self._fit_decode(seq, drafts.get(seq), budget, reserved)
             if rows is not None:
                 works.append(rows)
                 budget -= rows.num_rows
@@ -78,12 +82,12 @@ class Scheduler:
         return works
 
     def _fit_decode(
-        self, seq: Sequence, drafted: tuple[SessionDraft, int] | None, budget: int
+        self, seq: Sequence, drafted: tuple[SessionDraft, int] | None, budget: int, reserved: int
     ) -> Work | None:
         if budget < 1:
             return None
         proposal, length = drafted if drafted is not None else (None, 0)
-        length = min(length, budget - 1)
+        length = max(0, min(length, budget - 1 - reserved))
         while length > 0 and self._missing_blocks(seq, 1 + length) > self.pool.num_free:
             length -= 1
         if not self._ensure_blocks(seq, 1 + length):

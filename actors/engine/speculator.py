@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -76,6 +77,7 @@ class Speculator:
         controller: Controller,
         timeouts: DraftTimeouts,
         max_model_len: int,
+        vocab_size: int,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.source = source
@@ -84,6 +86,7 @@ class Speculator:
         self._timeouts = timeouts
         self._clock = clock
         self._max_model_len = max_model_len
+        self._vocab_size = vocab_size
         self._shadow = ShadowScorer(controller.acceptance)
         self._assigned = UNRESTRICTED
         self._nested_wish: NestedWish | None = None
@@ -153,7 +156,9 @@ class Speculator:
             length = min(len(draft.token_ids), candidate.limit)
             if seq.sampler is not None:
                 try:
-                    length = seq.sampler.admissible(draft.token_ids[:length], tree=seq.tree_now)
+                    length = seq.sampler.admissible(
+                        draft.token_ids[:length], tree=seq.tree_now, drawn=bool(draft.q)
+                    )
                 except GrammarError:
                     length = 0  # judging meets the same error and ends the request
             usable.append((seq, draft, candidate, length))
@@ -171,10 +176,10 @@ class Speculator:
     def _fitting(self, seq: EngineSequence, draft: SessionDraft | None) -> SessionDraft | None:
         """A draft in the form that the sequence takes, noted for scoring; None when nothing is in it."""
         acceptance, request = self.controller.acceptance, seq.control.acceptance
+        if draft is not None:
+            draft = cut(draft, self._usable(draft.token_ids))
         if draft is not None and (draft.error is not None or not draft.token_ids):
             draft = None
-        if draft is not None:
-            draft = cut(draft, MAX_DRAFT_TOKENS)
         if seq.tree_now:
             # A tree is what it is also where a worker could only give a chain.
             draft = None if draft is None else replace(draft, parents=parents_of(draft))
@@ -183,6 +188,11 @@ class Speculator:
             draft = None if draft is None else best_chain(draft)
             acceptance.proposed(request, draft, self._names(seq))
         return draft
+
+    def _usable(self, token_ids: Sequence[int]) -> int:
+        """Tokens of a draft before the first that this target has not: its drafter may serve others too."""
+        usable = itertools.takewhile(lambda token: 0 <= token < self._vocab_size, token_ids)
+        return min(MAX_DRAFT_TOKENS, sum(1 for _ in usable))
 
     def wants_states(self, seq: EngineSequence) -> bool:
         """Whether the states of what a sequence emits are worth keeping: it has asked for drafts lately."""

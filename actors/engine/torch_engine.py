@@ -236,12 +236,12 @@ class TorchEngine:
                 first_position=first_position,
                 greedy=greedy,
             )
+        q = work.proposal.q[: len(work.drafts)] if work.proposal is not None else ()
         try:
-            scores = sampler.scores(logits, work.drafts)
+            scores = sampler.scores(logits, work.drafts, drawn=bool(q))
         except GrammarError as error:
             work.seq.finish_reason, work.seq.error = "error", str(error)
             return None
-        q = work.proposal.q[: len(work.drafts)] if work.proposal is not None else ()
         return rule.verify(
             scores, work.drafts, q, key=sampler.key, first_position=first_position, greedy=greedy
         )

@@ -139,10 +139,12 @@ class SequenceSampler:
             rule=rule,
         )
 
-    def admissible(self, drafts: Sequence[int], *, tree: bool = False) -> int:
+    def admissible(self, drafts: Sequence[int], *, tree: bool = False, drawn: bool = False) -> int:
         """How many of the drafts may be verified: up to the first that the grammar forbids (or that is no
         token at all), and none after a stop id. Of a `tree` (no grammar), up to the first that
-        is no token; the target stops at a stop id by itself. Changes no state."""
+        is no token; the target stops at a stop id by itself. Of drafts that were `drawn` from a q, also the
+        first that the grammar forbids: what is emitted in its place depends on its rejection. Changes no
+        state."""
         count = 0
         for token in drafts:
             if not 0 <= token < self._vocab_size:
@@ -151,7 +153,7 @@ class SequenceSampler:
             if token in self._stop_ids and not tree:
                 break
         if self._grammar is not None and count:
-            count = self._grammar.admissible(drafts[:count])
+            count = min(count, self._grammar.admissible(drafts[:count]) + drawn)
         return count
 
     def tree_scores(self, logits: Tensor, depths: Sequence[int]) -> Tensor:
@@ -165,12 +167,14 @@ class SequenceSampler:
             self._process(row, len(self._output) + depth, None)
         return out
 
-    def scores(self, logits: Tensor, drafts: Sequence[int]) -> Tensor:
+    def scores(self, logits: Tensor, drafts: Sequence[int], *, drawn: bool = False) -> Tensor:
         """Processed scores of a block.
 
         Args:
             logits: float32 [K + 1, V], raw; not modified. Row j follows `drafts[:j]`.
             drafts: K ids, all of them admissible.
+            drawn: from a q, so that the last may be one that the grammar forbids. No rule accepts it; the
+                row after it stays raw.
 
         Returns:
             float32 [K + 1, V], a new tensor; non-survivors are -inf. At least one token survives in each row.
@@ -193,6 +197,8 @@ class SequenceSampler:
                 if counts is not None:
                     counts[drafts[j]] += 1
                 if self._grammar is not None:
+                    if drawn and j + 1 == len(drafts) and not self._grammar.admissible(drafts[j:]):
+                        break
                     self._grammar.advance(drafts[j])
                     advanced += 1
         finally:

@@ -66,7 +66,8 @@ def generation_engine(runner: ModelRunner, batch: int, max_len: int) -> TorchEng
     pool = BlockPool(runner.num_blocks, BLOCK_SIZE, prefix_caching=True)
     limits = SchedulerLimits(batch, max(512, 2 * batch), 256)
     source = LocalDraftSource(DrafterPool((PromptLookupDrafter(),)))
-    speculator = Speculator(source, Controller(CostModel()), DraftTimeouts(0.015, 1.0), max_len)
+    timeouts = DraftTimeouts(0.015, 1.0)
+    speculator = Speculator(source, Controller(CostModel()), timeouts, max_len, runner.info.vocab_size)
     return TorchEngine(
         runner, Scheduler(pool, limits), speculator, SpeculationDefaults(False, 0, "coupled"), max_len, refuse
     )

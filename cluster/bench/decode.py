@@ -149,7 +149,7 @@ def drafting_engine(
             expected_drafters=pool.drafters,
             expected_candidates=CANDIDATES_WANTED,
         )
-        local = LocalDraftSource(local_drafters(_MAX_SESSIONS))
+        local = LocalDraftSource(local_drafters(pool.drafters, _MAX_SESSIONS))
         source = PlacedDraftSource(remote, local, adaptive=pool.local_drafting)
         engine = build_engine(loaded.runner, EngineConfig(), SpeculationConfig(), source, compiler.compile)
         try:

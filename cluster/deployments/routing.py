@@ -49,18 +49,18 @@ def engine_assignment(
 
     The router knows the nested drafter only: its cap is that of the nested drafter, unless there is no other
     in the pool, or an operator fixed it. Without a draft worker the drafters in the target's own process are
-    not its business either, and neither is the copy of a target that `holds_draft`: what it costs there is
-    measured there, and only what an operator fixed holds for it. Nor is anything scored in shadow for such a
-    target: the worker would do it on the cores that the target computes on, for a choice that is not made.
+    not its business either. The copy of a target that `holds_draft` never is, with a worker or without: what
+    it costs there is measured there, and only what an operator fixed holds for it. Nor is anything scored in
+    shadow for such a target: the worker would do it on the cores that the target computes on, for a choice
+    that is not made.
     """
     remote = assignment.worker_id is not None
-    own = holds_draft and remote
-    everything = assignment.cap_pinned or (only_nested and remote and not own)
-    shadow = None if own else assignment.shadow
+    everything = assignment.cap_pinned or (only_nested and remote and not holds_draft)
+    shadow = None if holds_draft else assignment.shadow
     return DraftAssignment(
         worker_id=assignment.worker_id,
-        exit_depth=None if own and not assignment.exits_pinned else assignment.depth or None,
-        nested_cap=None if own and not assignment.cap_pinned else assignment.cap,
+        exit_depth=None if holds_draft and not assignment.exits_pinned else assignment.depth or None,
+        nested_cap=None if holds_draft and not assignment.cap_pinned else assignment.cap,
         cap=assignment.cap if everything else MAX_DRAFT_TOKENS,
         shadow=None if shadow is None else Shadow(shadow.exit, shadow.length, shadow.share),
     )

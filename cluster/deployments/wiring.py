@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from actors.drafting.interface import Drafter, DraftSource, TargetIdentity
+from actors.drafting.interface import NESTED, Drafter, DraftSource, TargetIdentity
 from actors.drafting.local_source import LocalDraftSource
 from actors.drafting.placed_source import PlacedDraftSource
 from actors.drafting.prompt_lookup import PromptLookupDrafter
@@ -22,7 +22,7 @@ from actors.sampling.grammar import GrammarCompiler
 from actors.target_worker.generation import StreamInterval
 from actors.target_worker.startup import StartupClock
 from actors.target_worker.worker import TargetWorker
-from cluster.config import DraftPoolConfig, ModelConfig, NestedDrafterConfig
+from cluster.config import DrafterName, DraftPoolConfig, ModelConfig, NestedDrafterConfig
 
 logger = logging.getLogger(__name__)
 STREAM_INTERVAL = StreamInterval(least_ms=20.0)
@@ -35,14 +35,18 @@ work that takes as long on the same thread: the context of the embedded draft, a
 Leases = Callable[[], Sequence[Mapping[str, object]]]
 
 
-def local_drafters(max_sessions: int, nested: Drafter | None = None) -> DrafterPool:
-    """The model-free pair: what a target falls back to, and all it has without a draft pool. And a copy of
-    the nested drafter, where it holds one."""
-    drafters: list[Drafter] = [
-        PromptLookupDrafter(max_sessions=max_sessions),
-        TokenRecyclingDrafter(max_sessions=max_sessions),
-    ]
-    return DrafterPool(drafters if nested is None else [*drafters, nested], max_sessions)
+def local_drafters(
+    names: Sequence[DrafterName], max_sessions: int, nested: Drafter | None = None
+) -> DrafterPool:
+    """Those of the configured drafters that a target runs itself: what it falls back to, and all it has
+    without a draft pool. None but those without a model where it holds no copy of the nested one."""
+    made: dict[str, Callable[[], Drafter]] = {
+        "prompt_lookup": lambda: PromptLookupDrafter(max_sessions=max_sessions),
+        "token_recycling": lambda: TokenRecyclingDrafter(max_sessions=max_sessions),
+    }
+    if nested is not None:
+        made[nested.name] = lambda: nested
+    return DrafterPool([made[name]() for name in names if name in made], max_sessions)
 
 
 def own_nested(
@@ -73,14 +77,15 @@ def draft_source(
     own_nested_threads: int | None,
     identity: TargetIdentity,
 ) -> DraftSource:
-    """The draft pool with a local fallback, or local drafters alone when the pool is empty.
+    """The draft pool with a local fallback, or local drafters alone when the pool is empty: of
+    `pool.drafters`, those that run here.
 
     `own_nested_threads`: compute threads of a copy of the nested drafter in this process; None for no copy.
     """
     nested = None
-    if own_nested_threads is not None and pool.nested is not None:
+    if own_nested_threads is not None and pool.nested is not None and NESTED in pool.drafters:
         nested = own_nested(pool.nested, identity, max_sessions, own_nested_threads)
-    local = LocalDraftSource(local_drafters(max_sessions, nested))
+    local = LocalDraftSource(local_drafters(pool.drafters, max_sessions, nested))
     if not pool.replicas:
         return local
     remote = RemoteDraftSource(

@@ -137,6 +137,8 @@ class LeasedDraftPool:
                 )
         except grpc.aio.AioRpcError as error:
             body["error"] = error.code().name
+        except OSError as error:  # the files of the certificate, which are replaced from time to time
+            body["error"] = f"{grpc.StatusCode.UNAVAILABLE.name}: {error}"
         else:
             body |= state_body(state)
         return body

@@ -34,7 +34,7 @@ from cluster.simulator.replay_draft import WORKER_ID, ReplayClock, ReplayedSourc
 from cluster.simulator.trace import Trace, TracedAnswer
 
 _STEP_S = 1.0
-_MODEL_LEN = 1 << 20
+_MODEL_LEN = _ANY_TOKEN = 1 << 20
 
 
 class ReplaySettings(BaseModel):
@@ -137,7 +137,7 @@ class _Replay:
         verify_s = {rows: seconds * settings.scale for rows, seconds in card.verify_s.items()}
         self._controller = Controller(cost_model(verify_s))
         self._speculator = Speculator(
-            self._source, self._controller, timeouts, _MODEL_LEN, clock=self._clock.read
+            self._source, self._controller, timeouts, _MODEL_LEN, _ANY_TOKEN, clock=self._clock.read
         )
         self._cost = cost_model(verify_s)
         self._max_draft = min(card.chain, speculation.max_draft_tokens)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from actors.drafting.interface import DraftQuery, SessionDraft, SessionOpen
 from actors.drafting.nested import NestedDrafter
 from actors.drafting.prompt_lookup import PromptLookupDrafter
 from actors.drafting.token_recycling import TokenRecyclingDrafter
@@ -289,3 +290,32 @@ def test_measuring_again_while_idle_touches_nobodys_blocks(runner: TorchLlamaRun
     assert again.cached_tokens > 0
     assert again.token_ids == cold
     engine.close()
+
+
+class _Foreign:
+    """Guesses what a target of a larger vocabulary would say."""
+
+    name = "token_recycling"
+    learns = False
+
+    def open(self, session: SessionOpen) -> None: ...
+    def close(self, session_id: int) -> None: ...
+    def reset(self) -> None: ...
+    def commit(self, session_id: int, new_tokens: object, candidates: object = ()) -> None: ...
+
+    def propose(self, queries: Sequence[DraftQuery]) -> list[SessionDraft]:
+        return [SessionDraft(q.session_id, q.epoch, (7, 200_000, -5), drafter=self.name) for q in queries]
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 3}])
+@pytest.mark.parametrize("tree", [False, True])
+def test_ids_that_are_none_of_the_targets_are_not_verified(
+    runner: TorchLlamaRunner, engine: TorchEngine, sampling: dict[str, object], tree: bool
+) -> None:
+    foreign = make_engine(runner, [_Foreign()])
+    speculation = SpeculationParams(force=True, max_draft_tokens=3, tree=tree)
+    one = request("f", prompts(2)[1], speculation, **sampling)
+    result = run(foreign, [one])["f"]
+    foreign.close()
+    assert result.token_ids == solo(engine, one).token_ids
+    assert 0 < result.drafted <= len(result.rounds)

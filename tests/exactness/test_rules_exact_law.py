@@ -17,7 +17,9 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from actors.sampling.noise import DRAFT, GUMBEL, derive_key, gumbel, philox4x32, to_gumbel
+from actors.drafting.interface import DraftQuery, DraftSampling, SessionDraft, SessionOpen, SessionUpdate
+from actors.drafting.selector import DrafterPool
+from actors.sampling.noise import DRAFT, GUMBEL, derive_key, gumbel, philox4x32, to_gumbel, uniform
 from actors.sampling.truncation import keep_at_least, survival_threshold
 from actors.verification.registry import get_rule
 from actors.verification.rule import DraftDistribution, VerificationRule
@@ -204,3 +206,64 @@ def test_the_published_chain_defect_is_caught(keys: list[int]) -> None:
         counts[0 if verdict.accepted else verdict.next_token] += 1
     assert p_value(counts, p) < 1e-100
     assert counts / SAMPLES == pytest.approx([5 / 6, 0, 1 / 6], abs=0.01)
+
+
+class _Drawing:
+    """Draws from q, and says how likely it was to draw what it drew."""
+
+    name = "nested"
+    learns = False
+
+    def __init__(self, q: tuple[float, ...]) -> None:
+        self.q = q
+
+    def open(self, session: SessionOpen) -> None: ...
+    def close(self, session_id: int) -> None: ...
+    def reset(self) -> None: ...
+    def commit(self, session_id: int, new_tokens: object, candidates: object = ()) -> None: ...
+
+    def propose(self, queries: Sequence[DraftQuery]) -> list[SessionDraft]:
+        return [self._draft(query) for query in queries]
+
+    def _draft(self, query: DraftQuery) -> SessionDraft:
+        u, token = uniform(derive_key(query.session_id, 0), POSITION, DRAFT), 0
+        while u >= self.q[token]:
+            u, token = u - self.q[token], token + 1
+        return SessionDraft(
+            query.session_id, query.epoch, (token,), drafter=self.name, exit_depth=1,
+            confidence=(self.q[token],), q=((tuple(range(len(self.q))), self.q),),
+        )  # fmt: skip
+
+
+class _Certain(_Drawing):
+    """Always the same guess, without a distribution."""
+
+    name = "prompt_lookup"
+
+    def _draft(self, query: DraftQuery) -> SessionDraft:
+        return SessionDraft(query.session_id, query.epoch, (0,), drafter=self.name, confidence=(0.45,))
+
+
+@pytest.mark.parametrize("first", ["nested", "prompt_lookup"])
+def test_a_pool_of_drafters_keeps_the_law(first: str) -> None:
+    """A draft that was drawn must not be kept for what was drawn: 0.7 for the first token if it were."""
+    p, q = np.array([0.5, 0.5]), (0.6, 0.4)
+    drafters = [_Drawing(q), _Certain(q)]
+    pool = DrafterPool(drafters if first == "nested" else drafters[::-1], max_sessions=1)
+    rule = get_rule("leviathan")
+    scores = torch.tensor(np.log(np.stack((p, p)))).float()
+    counts, drawn = np.zeros(2, dtype=np.int64), 0
+    for sid in range(12_000):
+        sampling = DraftSampling(derive_key(sid, 0), 1.0, rule="leviathan")
+        pool.open(SessionOpen(sid, (1,), 1, sampling))
+        update = SessionUpdate(sid, 1, (), 1)
+        pool.apply(update)
+        (draft,) = pool.propose([update])
+        verdict = rule.verify(
+            scores, draft.token_ids, draft.q, key=sampling.key, first_position=POSITION, greedy=False
+        )
+        counts[draft.token_ids[0] if verdict.accepted else verdict.next_token] += 1
+        drawn += bool(draft.q)
+        pool.close(sid)
+    assert p_value(counts, p) >= P_MIN
+    assert drawn > 10_000

@@ -55,6 +55,10 @@ MODEL = {"name": "m", "source": "x"}
         ({"models": [{**MODEL, "name": "a b"}]}, "name"),
         ({"models": [{**MODEL, "dtype": "int3"}]}, "dtype"),
         ({"models": [{**MODEL, "engine": {"max_num_seqs": 0}}]}, "max_num_seqs"),
+        (
+            {"models": [{**MODEL, "engine": {"max_num_seqs": 64, "max_batched_tokens": 32}}]},
+            "max_batched_tokens",
+        ),
         ({"models": [MODEL], "draft_pool": {"drafters": ["nested"]}}, "nested"),
         ({"models": [MODEL], "draft_pool": {"port_range": [5, 4]}}, "port_range"),
         ({"models": [MODEL], "draft_pool": {"nested": {"source": "x", "exits": [4, 2]}}}, "exits"),

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import logging
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import grpc
 import pytest
@@ -21,6 +24,8 @@ from actors.draft_worker.server import DraftServer, build_draft_server
 from actors.draft_worker.vocabularies import DraftVocabulary
 from actors.drafting import codec
 from cluster.config import DraftPoolConfig
+from cluster.gateway.serve_clients import LeasedDraftPool
+from cluster.registry import Lease, RegistryClient
 from protos.s2d.v1 import drafting_pb2 as pb
 from protos.s2d.v1 import drafting_pb2_grpc as pb_grpc
 from tests.draft_rig import WAIT_S, Worker, drafted, model_free, session, until, wish
@@ -173,6 +178,42 @@ def test_mutual_tls(worker: Worker, sources, tmp_path: Path) -> None:  # type: i
     for refused in (stranger, unsure, plain):
         until(lambda: "UNAVAILABLE" in str(refused.stats()["last_error"]))  # noqa: B023
         assert not refused.connected
+
+
+def test_a_certificate_that_is_away_for_a_moment_is_waited_for(  # type: ignore[no-untyped-def]
+    worker: Worker, sources, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "actors.drafting.remote_link")
+    ours = _certificates(tmp_path, "ours")
+    worker.start(model_free(), tls=ours)
+    away = ours.key.rename(tmp_path / "away")
+    source = sources(worker, connect=False, tls=ours)
+    until(lambda: len(caplog.records) >= 3)
+    assert not source.connected
+    levels = [record.levelname for record in caplog.records]
+    assert (levels[0], set(levels[1:])) == ("WARNING", {"DEBUG"}), "said once"
+    assert ours.key.name in caplog.text
+    away.rename(ours.key)
+    until(lambda: source.connected)
+
+
+async def test_the_gateway_shows_workers_that_it_has_no_certificate_for(
+    worker: Worker, tmp_path: Path
+) -> None:
+    ours = _certificates(tmp_path, "ours")
+    worker.start(model_free(), tls=ours)
+
+    async def living(max_age_s: float) -> list[Lease]:
+        return [Lease("a", "1", worker.address)]
+
+    config = DraftPoolConfig.model_validate({"tls": {f: getattr(ours, f) for f in ("cert", "key", "ca")}})
+    pool = LeasedDraftPool(config, cast(RegistryClient, SimpleNamespace(living=living)))
+    (state,) = await pool.states()
+    assert (state["error"], state["worker_id"]) == (None, "worker")
+    ours.key.unlink()
+    (state,) = await pool.states()
+    assert str(state["error"]).startswith("UNAVAILABLE: ")
+    assert (state["id"], state["address"]) == ("a", worker.address)
 
 
 async def test_ports_and_configuration() -> None:

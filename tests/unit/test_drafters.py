@@ -25,7 +25,7 @@ from actors.drafting.local_source import LocalDraftSource
 from actors.drafting.placed_source import PlacedDraftSource
 from actors.drafting.prompt_lookup import PromptLookupDrafter
 from actors.drafting.selector import DrafterPool
-from actors.drafting.token_recycling import MAX_VOCAB, TokenRecyclingDrafter
+from actors.drafting.token_recycling import MAX_VOCAB, MAX_VOCABULARIES, TokenRecyclingDrafter
 from actors.sampling.params import MAX_DRAFT_TOKENS
 
 SAMPLING = DraftSampling(key=1)
@@ -147,6 +147,26 @@ def test_token_recycling_learns_and_follows_the_best_chain() -> None:
     drafter.reset()
     assert guess(drafter, 0) == ()
     assert drafter.known_rows == 0
+
+
+def test_token_recycling_keeps_vocabularies_apart() -> None:
+    drafter = TokenRecyclingDrafter(vocab_size=8)
+    for sid, vocabulary in enumerate(("small", "large", "small")):
+        drafter.open(replace(session(sid, [1]), vocabulary=vocabulary))
+    drafter.commit(0, [1], [(1, (2,))])
+    drafter.commit(1, [1], [(1, (200_000,)), (2, (3,))])
+    assert guess(drafter, 0) == guess(drafter, 2) == (2,)
+    assert guess(drafter, 1) == (200_000,)
+    assert [token for token, _ in drafter.continuations(2, 1)] == [2]
+    assert drafter.known_rows == 3
+    drafter.reset()
+    drafter.commit(0, [], [(1, (4,))])
+    assert guess(drafter, 2) == (4,), "what they share, they share after a reset too"
+    for index in range(MAX_VOCABULARIES):
+        drafter.open(replace(session(9, [1]), vocabulary=f"another {index}"))
+        drafter.commit(9, [], [(1, (2,))])
+    assert drafter.known_rows == MAX_VOCABULARIES
+    assert guess(drafter, 0) == (4,), "who uses a forgotten one keeps it"
 
 
 class Fixed:
@@ -430,3 +450,32 @@ def test_a_pinned_exit_is_drafted_where_free_drafts_are(pinned: dict[str, object
     source.open(session(0, [1, 2, 3]))
     _where(source, remote, 16, **pinned)
     assert _where(source, remote, 100, **pinned).count("target") >= 95
+
+
+def test_a_request_that_ends_takes_no_drafts_from_the_others() -> None:
+    """What leaves between rounds without an update is a close."""
+    remote = Slow(2e-3, ("prompt_lookup",))
+    source = PlacedDraftSource(remote, LocalDraftSource(DrafterPool([PromptLookupDrafter()])))
+    source.open(session(0, [1, 2, 3]))
+    _where(source, remote, 16)
+    drafts = 0
+    for _ in range(40):
+        epoch = next(_epochs)
+        source.submit([wish(0, epoch, new_tokens=(1,))])
+        here = not remote.asked
+        source.submit([])
+        (draft,) = source.collect({0: epoch}, 0.1).values()
+        assert (draft.drafter == "prompt_lookup") == here
+        drafts += here
+    assert drafts >= 30
+
+
+def test_a_pool_without_drafters_takes_no_session() -> None:
+    pool = DrafterPool([])
+    with pytest.raises(DrafterError) as caught:
+        pool.open(session(0, [1, 2]))
+    assert caught.value.code == "unsupported"
+    source = LocalDraftSource(pool)
+    source.open(session(0, [1, 2]))
+    source.submit([wish(0, 1)])
+    assert source.collect({0: 1}, 0.1)[0].error == "unsupported"

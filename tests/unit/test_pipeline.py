@@ -15,10 +15,11 @@ from torch import Tensor
 from actors.engine.messages import EngineRequest
 from actors.sampling.grammar import GrammarCompiler, GrammarError
 from actors.sampling.logprobs import token_logprobs
-from actors.sampling.noise import derive_key
+from actors.sampling.noise import DRAFT, derive_key, uniform
 from actors.sampling.params import GrammarSpec, ParameterError, SamplingParams, SpeculationParams
 from actors.sampling.pipeline import SequenceSampler
 from actors.sampling.truncation import keep_at_least, survival_threshold, surviving_ids
+from actors.verification.registry import get_rule
 from tests.toy import toy_tokenizer
 
 PROMPT = (3, 4, 4, 5)
@@ -332,6 +333,26 @@ class TestGrammar:
             subject.scores(logits[:3], [a, a])
         subject.commit([a, b])
         assert self.survivors(subject.scores(logits[:1], [])) == [{c}]
+
+    def test_a_drawn_token_that_is_forbidden_is_rejected_by_the_rule(self) -> None:
+        """Dropped before it was judged, its place would be a plain sample of p: 0.75 for the first here."""
+        b, c, x = self.ids("bcx")
+        subject = self.sampler(so_far=self.ids("a"), temperature=1.0)
+        logits = torch.full((2, self.vocab_size), -math.inf)
+        logits[:, [b, c, x]] = torch.tensor([1.0, 1.0, 3.0])
+        q = ((b, x), (0.5, 0.5))
+        rule = get_rule("leviathan")
+        assert subject.admissible([x]) == 0
+        counts = {b: 0, c: 0}
+        for seed in range(8000):
+            key = derive_key(seed, 0)
+            draft = b if uniform(key, 0, DRAFT) < 0.5 else x
+            assert subject.admissible([draft], drawn=True) == 1
+            scores = subject.scores(logits, [draft], drawn=True)
+            verdict = rule.verify(scores, [draft], [q], key=key, first_position=0, greedy=False)
+            counts[b if verdict.accepted else verdict.next_token] += 1
+        assert counts[b] / 8000 == pytest.approx(0.5, abs=4 * math.sqrt(0.25 / 8000))
+        assert subject.admissible([b, x, c], drawn=True) == 2
 
     def test_resuming_restores_the_grammar(self) -> None:
         subject = self.sampler(so_far=self.ids("ab"))

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,9 @@ def test_what_the_router_says_becomes_what_the_engine_obeys() -> None:
     assert engine_assignment(fixed, only_nested=False, holds_draft=True).exit_depth == 2
     alone = Assignment("t", None, (), 0, "no draft worker lives")
     assert engine_assignment(alone, only_nested=True).cap == MAX_DRAFT_TOKENS, "local drafters go on"
+    assert engine_assignment(alone, only_nested=True, holds_draft=True) == UNRESTRICTED, "its copy too"
+    banned = replace(alone, cap_pinned=True)
+    assert engine_assignment(banned, only_nested=True, holds_draft=True) == DraftAssignment(None, None, 0, 0)
 
 
 class DraftWorkers:

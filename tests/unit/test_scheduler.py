@@ -97,3 +97,28 @@ def test_admission_waits_for_slots_and_blocks() -> None:
     scheduler.remove(scheduler.running["a"])
     _run(scheduler)
     assert list(scheduler.running) == ["b"]
+
+
+def _drafts(scheduler: Scheduler, length: int) -> dict[Sequence, tuple[SessionDraft, int]]:
+    return {
+        seq: (SessionDraft(seq.session_id, 1, (1,) * length, drafter="d"), length)
+        for seq in scheduler.running.values()
+        if seq.decoding
+    }
+
+
+def test_drafts_leave_a_row_for_everybody_and_a_chunk_for_prompts() -> None:
+    scheduler = _scheduler(rows=64, chunk=16)
+    for index in range(8):
+        scheduler.add(_seq(f"s{index}", 5, first=100 * index))
+    _run(scheduler)
+    works = scheduler.schedule(_drafts(scheduler, 12))
+    assert len(works) == 8
+    assert sum(work.num_rows for work in works) == 64
+    for seq in list(scheduler.running.values())[6:]:
+        scheduler.remove(seq)
+    scheduler.add(_seq("late", 30, first=1000))
+    works = scheduler.schedule(_drafts(scheduler, 12))
+    assert [work.seq.request.request_id for work in works] == [*(f"s{index}" for index in range(6)), "late"]
+    assert works[-1].num_rows == 16
+    assert sum(work.num_rows for work in works) == 64

@@ -39,7 +39,7 @@ def _speculator() -> Speculator:
     for rows in (1, 2, 4, 8, 16):
         costs.observe(rows, 0.01 * rows)
     source = LocalDraftSource(DrafterPool([PromptLookupDrafter(), TokenRecyclingDrafter()]))
-    return Speculator(source, Controller(costs), DraftTimeouts(0.1, 1.0), 4096)
+    return Speculator(source, Controller(costs), DraftTimeouts(0.1, 1.0), 4096, 100)
 
 
 def _starts(speculator: Speculator, seq: Sequence) -> None:

@@ -36,7 +36,7 @@ def test_a_target_with_the_drafts_tokenizer_may_hold_a_copy(base: Path, tmp_path
     config = pool(base, tmp_path / "d.safetensors", replicas=0)
     source = draft_source(config, list, 4, 1, identity(base))
     assert isinstance(source, LocalDraftSource)
-    assert source.drafters == ("prompt_lookup", "token_recycling", "nested")
+    assert source.drafters == ("prompt_lookup", "nested")
     source.open(SessionOpen(0, (5, 6, 7), 3, DraftSampling(1)))
     source.submit([SessionUpdate(0, 1, (), 3, drafter="nested")])
     draft = source.collect({0: 1}, 1.0)[0]
@@ -47,9 +47,26 @@ def test_a_target_with_the_drafts_tokenizer_may_hold_a_copy(base: Path, tmp_path
 def test_no_copy_where_none_is_wanted_or_none_would_fit(base: Path, tmp_path: Path) -> None:
     toy_draft(tmp_path / "d.safetensors", base)
     config = pool(base, tmp_path / "d.safetensors", replicas=0)
-    model_free = ("prompt_lookup", "token_recycling")
-    assert draft_source(config, list, 4, None, identity(base)).drafters == model_free
-    assert draft_source(config, list, 4, 1, identity(base, "another")).drafters == model_free
+    assert draft_source(config, list, 4, None, identity(base)).drafters == ("prompt_lookup",)
+    assert draft_source(config, list, 4, 1, identity(base, "another")).drafters == ("prompt_lookup",)
+
+
+def test_a_target_runs_none_but_the_configured_drafters_in_their_order(base: Path, tmp_path: Path) -> None:
+    toy_draft(tmp_path / "d.safetensors", base)
+    for drafters, copies in (
+        (("nested",), ("nested",)),
+        (("nested", "token_recycling"), ("nested", "token_recycling")),
+        (("prompt_lookup",), ("prompt_lookup",)),
+    ):
+        config = pool(base, tmp_path / "d.safetensors", replicas=0, drafters=drafters)
+        source = draft_source(config, list, 4, 1, identity(base))
+        assert source.drafters == copies
+        assert (source.wants_candidates > 0) == ("token_recycling" in drafters)
+        source.close()
+    config = pool(base, tmp_path / "d.safetensors", drafters=("nested",), local_drafting=False)
+    source = draft_source(config, list, 4, None, identity(base))
+    assert tuple(source.drafters) == ("nested",), "a request that pins another is refused"
+    source.close()
 
 
 def test_with_a_pool_both_places_have_the_drafter(base: Path, tmp_path: Path) -> None:
@@ -58,5 +75,5 @@ def test_with_a_pool_both_places_have_the_drafter(base: Path, tmp_path: Path) ->
     assert isinstance(source, PlacedDraftSource)
     local = source.stats()["local"]
     assert isinstance(local, dict)
-    assert local["drafters"] == ["prompt_lookup", "token_recycling", "nested"]
+    assert local["drafters"] == ["prompt_lookup", "nested"]
     source.close()
