@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from actors.target_worker.messages import (
     GenerationChunk,
@@ -19,11 +20,15 @@ from actors.target_worker.messages import (
 from cluster.gateway.errors import ApiError, from_request_error, internal, not_ready
 from cluster.gateway.models import ModelClient
 from cluster.gateway.openai_params import Job
+from cluster.gateway.openai_schema import MAX_CHOICES
 from cluster.gateway.resume import generate
 from cluster.gateway.streams import merged
 
 logger = logging.getLogger(__name__)
 QUEUE_CHUNKS = 64
+OPEN_CHOICES = MAX_CHOICES
+"""Choices of one job at a worker at most, however many its prompts: as many as a single prompt may have. It
+keeps a batch full and leaves others more than half of a queue of the default size."""
 
 
 class InFlight:
@@ -67,18 +72,29 @@ async def run_job(
     max_resumes: int,
     on_resume: Callable[[], None] = lambda: None,
 ) -> AsyncGenerator[tuple[int, GenerationChunk], None]:
-    """Yield (prompt index, chunk) of all prompts as they come, resumed where a worker is lost.
+    """Yield (prompt index, chunk) of all prompts as they come, resumed where a worker is lost. Of a long list
+    a prompt begins when another has ended.
 
     Closing the generator cancels every request at its worker at once. Raises `ApiError` for an error chunk,
-    504 after `timeout_s`, 503 while draining and when resuming `max_resumes` times did not help.
+    429 when the queue is full for all prompts that begin first (else a prompt waits for a place), 504 after
+    `timeout_s`, 503 while draining and when resuming `max_resumes` times did not help.
     """
+    at_once = min(len(job.requests), max(1, OPEN_CHOICES // job.choices_per_prompt))
+    refused: set[int] = set()  # of the prompts that begin first, which found the queue full
+
+    def may_wait(index: int) -> bool:
+        if index < at_once:
+            refused.add(index)
+        return len(refused) < at_once
+
     streams = [
-        _reported(generate(client, request, max_resumes, on_resume), request) for request in job.requests
+        _reported(generate(client, request, max_resumes, on_resume, partial(may_wait, index)), request)
+        for index, request in enumerate(job.requests)
     ]
     # A deadline, because a generator may be resumed from another task than the one that began it.
     deadline = time.monotonic() + timeout_s
     with in_flight.track():
-        async with contextlib.aclosing(merged(streams, QUEUE_CHUNKS)) as chunks:
+        async with contextlib.aclosing(merged(streams, QUEUE_CHUNKS, at_once)) as chunks:
             while True:
                 try:
                     # asyncio.timeout, not wait_for, which may swallow a cancellation (Python 3.11).
@@ -91,6 +107,7 @@ async def run_job(
                     raise ApiError(504, message, type="timeout", code="timeout") from error
                 if chunk.error is not None:
                     raise from_request_error(chunk.error, job.param_names)
+                refused.discard(index)
                 yield index, chunk
 
 

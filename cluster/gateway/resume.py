@@ -34,10 +34,14 @@ async def generate(
     request: GenerationRequest,
     max_resumes: int,
     on_resume: Callable[[], None] = lambda: None,
+    may_wait: Callable[[], bool] = lambda: False,
 ) -> AsyncGenerator[GenerationChunk, None]:
     """Chunks of all choices, as `client.generate` yields them. When the worker becomes unavailable, what is
     unfinished is asked for again, `max_resumes` times at most; each time calls `on_resume`. Speculation
     statistics of a resumed choice cover what its last replica emitted.
+
+    A full queue refuses a fresh request, unless `may_wait` says at that moment that it waits for a place. A
+    resumed one always waits, for as long as the caller lets it.
 
     Raises ApiError: 503 when resuming did not help, others as they come.
     """
@@ -45,7 +49,7 @@ async def generate(
     resumes = 0
     while True:
         failure: ApiError = not_ready("the worker ended the stream early; send the request again")
-        async with aclosing(_chunks(client, _rest(request, choices))) as chunks:
+        async with aclosing(_chunks(client, _rest(request, choices), may_wait)) as chunks:
             try:
                 async for chunk in chunks:
                     if chunk.error is not None and chunk.error.kind == "unavailable":
@@ -64,9 +68,14 @@ async def generate(
         if resumes == max_resumes:
             raise failure
         resumes += 1
+        may_wait = _always
         on_resume()
         logger.warning("request %s is resumed (%d): %s", request.request_id, resumes, failure.message)
         await asyncio.sleep(min(LONGEST_DELAY_S, FIRST_DELAY_S * 2 ** (resumes - 1)))
+
+
+def _always() -> bool:
+    return True
 
 
 def _note(choice: _Choice, chunk: GenerationChunk) -> None:
@@ -93,17 +102,39 @@ def _rest(request: GenerationRequest, choices: Sequence[_Choice]) -> list[Genera
 
 
 async def _chunks(
-    client: ModelClient, requests: Sequence[GenerationRequest]
+    client: ModelClient, requests: Sequence[GenerationRequest], may_wait: Callable[[], bool]
 ) -> AsyncGenerator[GenerationChunk, None]:
     """Chunks of several requests as they come; the first failure ends all."""
-    if len(requests) == 1:
-        stream = client.generate(requests[0])
+    streams = [_admitted(client, request, may_wait) for request in requests]
+    if len(streams) == 1:
+        async with aclosing(streams[0]) as chunks:
+            async for chunk in chunks:
+                yield chunk
+        return
+    async with aclosing(merged(streams, _QUEUE_CHUNKS, len(streams))) as merger:
+        async for _, chunk in merger:
+            yield chunk
+
+
+async def _admitted(
+    client: ModelClient, request: GenerationRequest, may_wait: Callable[[], bool]
+) -> AsyncGenerator[GenerationChunk, None]:
+    """Chunks of one request, which is sent again while the queue is full and `may_wait` holds. Each choice of
+    a resumed request waits by itself, so that those with a place go on. The caller bounds the wait."""
+    while True:
+        stream = client.generate(request)
         try:
             async for chunk in stream:
+                if chunk.error is not None and chunk.error.kind == "overloaded" and may_wait():
+                    full = from_request_error(chunk.error)
+                    break
                 yield chunk
+            else:
+                return
+        except ApiError as error:
+            if error.status != 429 or not may_wait():
+                raise
+            full = error
         finally:
             await aclose(stream)
-        return
-    async with aclosing(merged([client.generate(request) for request in requests], _QUEUE_CHUNKS)) as chunks:
-        async for _, chunk in chunks:
-            yield chunk
+        await asyncio.sleep(full.retry_after_s or LONGEST_DELAY_S)

@@ -9,18 +9,24 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-async def merged(streams: Sequence[AsyncIterator[T]], size: int) -> AsyncGenerator[tuple[int, T], None]:
-    """(index of its stream, item) as they come, `size` of them read ahead at most.
+async def merged(
+    streams: Sequence[AsyncIterator[T]], size: int, at_once: int
+) -> AsyncGenerator[tuple[int, T], None]:
+    """(index of its stream, item) as they come, `size` of them read ahead at most. `at_once` streams are open
+    at most: the next begins when one ends.
 
     The first exception of a stream ends all and is raised, after what came before it. Closing the generator
     closes every stream.
     """
     queue: asyncio.Queue[tuple[int, T] | Exception | None] = asyncio.Queue(size)
+    turns = asyncio.Semaphore(at_once)
 
     async def pump(index: int, stream: AsyncIterator[T]) -> None:
         try:
+            await turns.acquire()
             async for item in stream:
                 await queue.put((index, item))
+            turns.release()  # one that fails keeps its turn: nothing more begins
             await queue.put(None)
         except Exception as error:
             await queue.put(error)

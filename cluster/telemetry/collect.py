@@ -58,9 +58,13 @@ def merge(texts: Iterable[str]) -> str:
 
 
 async def collect(urls: Sequence[str] | None = None, timeout_s: float = SCRAPE_TIMEOUT_S) -> str:
-    """Never raises for a node that is down. Values lag by Ray's report interval (10 s by default)."""
+    """Never raises for a node that is down, and is empty while Ray does not say which nodes there are. Values
+    lag by Ray's report interval (10 s by default)."""
     if urls is None:
-        async with asyncio.timeout(timeout_s):
-            urls = await asyncio.to_thread(node_urls)
+        try:
+            async with asyncio.timeout(timeout_s):
+                urls = await asyncio.to_thread(node_urls)
+        except TimeoutError:
+            return ""
     async with httpx.AsyncClient(timeout=timeout_s, trust_env=False) as client:
         return merge(await asyncio.gather(*(_scrape(client, url) for url in urls)))

@@ -53,6 +53,12 @@ def test_every_parameter_is_documented() -> None:
         assert f"`{field}`" in api, field
 
 
+def test_finish_reasons_are_those_that_can_arrive() -> None:
+    """What ends otherwise is resumed, or fails: its chunk has an error, and no client sees its reason."""
+    (reasons,) = re.findall(r"^`finish_reason` is (.*)$", text("docs/api.md"), re.MULTILINE)
+    assert re.findall(r"`(\w+)`", reasons) == ["stop", "length"]
+
+
 def test_every_endpoint_is_documented() -> None:
     api = text("docs/api.md")
     sources = "".join(text(f"cluster/gateway/{name}.py") for name in ("routes", "admin", "router_api"))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import httpx
@@ -13,8 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.target_worker.messages import GenerationChunk, GenerationRequest, RequestError
+from cluster.config import EngineConfig
+from cluster.gateway.admin import MetricsReader
 from cluster.gateway.http_app import build_http_app
+from cluster.gateway.openai_schema import MAX_CHOICES
 from cluster.gateway.routes import Gateway
+from cluster.telemetry import collect
 from tests.unit.fake_target import MODEL, FakeTarget, gateway, refuse
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
@@ -25,8 +32,8 @@ async def no_metrics() -> str:
     return "# TYPE s2d_x counter\ns2d_x 1\n"
 
 
-def client_of(served: Gateway) -> httpx.AsyncClient:
-    transport = httpx.ASGITransport(build_http_app(served, no_metrics), raise_app_exceptions=False)
+def client_of(served: Gateway, read_metrics: MetricsReader = no_metrics) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(build_http_app(served, read_metrics), raise_app_exceptions=False)
     return httpx.AsyncClient(transport=transport, base_url="http://test")
 
 
@@ -154,6 +161,81 @@ async def test_prompt_lists(client: httpx.AsyncClient, target: FakeTarget) -> No
     assert answer["usage"]["completion_tokens"] == 12
     assert {r.sampling.seed for r in target.requests} == {answer["seed"]}
     assert len({r.request_id for r in target.requests}) == 2
+
+
+@dataclass
+class SmallTarget(FakeTarget):
+    """Admits all choices of a request or none, as an engine does whose queue holds `capacity`. A prompt that
+    is "long" gets there later than others."""
+
+    capacity: int = EngineConfig().max_num_seqs + EngineConfig().max_queued
+    inside: int = 0
+    most: int = 0
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationChunk]:
+        if request.prompt_text == "long":
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        if self.inside + request.n > self.capacity:
+            yield GenerationChunk(error=RequestError("overloaded", "full", retry_after_s=0.01))
+            return
+        self.inside += request.n
+        self.most = max(self.most, self.inside)
+        try:
+            async for chunk in super().generate(request):
+                yield chunk
+        finally:
+            self.inside -= request.n
+
+
+@pytest.mark.parametrize(
+    ("prompts", "n", "more"),
+    [(512, 1, {}), (100, 3, {}), (3, MAX_CHOICES, {}), (400, 1, {"capacity": 40}), (9, 2, {"capacity": 5})],
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_list_of_prompts_may_be_longer_than_the_queue(
+    prompts: int, n: int, more: dict[str, Any], stream: bool
+) -> None:
+    target = SmallTarget(**more)
+    body = {"model": MODEL, "prompt": ["x"] * prompts, "n": n, "stream": stream}
+    async with client_of(gateway(target)) as http:
+        response = await post(http, "/v1/completions", body)
+    assert response.status_code == 200, response.text
+    texts = [""] * (prompts * n)
+    answers = events(response.text) if stream else [response.json()]
+    for choice in (choice for answer in answers for choice in answer["choices"]):
+        texts[choice["index"]] += choice["text"]
+    assert texts == ["".join(chr(97 + k + i) for i in range(4)) for k in range(n)] * prompts
+    assert (len(target.requests), target.inside) == (prompts, 0)
+    assert target.most <= MAX_CHOICES
+
+
+async def test_a_full_queue_refuses_a_list_of_prompts_at_once() -> None:
+    target = SmallTarget(inside=272)
+    async with client_of(gateway(target)) as http:
+        assert (await post(http, "/v1/completions", {**TEXT, "prompt": ["a", "b"]})).status_code == 429
+
+
+async def test_a_list_is_not_refused_because_of_its_own_prompts() -> None:
+    target = SmallTarget(capacity=1)
+    async with client_of(gateway(target)) as http:
+        answer = await post(http, "/v1/completions", {**TEXT, "prompt": ["long", "b"]})
+    assert [choice["text"] for choice in answer.json()["choices"]] == ["abcd", "abcd"]
+    assert [request.prompt_text for request in target.requests] == ["b", "long"]
+
+
+async def test_a_prompt_that_waits_for_a_place_waits_no_longer_than_its_request_may() -> None:
+    target = SmallTarget(capacity=1, hold=asyncio.Event())
+    async with client_of(gateway(target, request_timeout_s=0.05)) as http:
+        assert (await post(http, "/v1/completions", {**TEXT, "prompt": ["a", "b"]})).status_code == 504
+    assert (len(target.requests), target.running) == (1, 0)
+
+
+async def test_a_client_that_leaves_also_cancels_prompts_that_have_not_begun() -> None:
+    target = SmallTarget(length=500, hold=asyncio.Event())
+    body = {**TEXT, "prompt": ["x"] * 400, "stream": True, "max_tokens": 400}
+    await call_app(gateway(target), "/v1/completions", body, leave_after=1)
+    assert (len(target.requests), target.cancelled, target.running) == (MAX_CHOICES, MAX_CHOICES, 0)
 
 
 @pytest.mark.parametrize("prompt", ["x", [1, 2], ["x"], [[1, 2]], ["a", "b"], [[1], [2, 3]]])
@@ -580,6 +662,17 @@ async def test_state_metrics_reset(client: httpx.AsyncClient, target: FakeTarget
     assert metrics.headers["content-type"].startswith("text/plain; version=0.0.4")
     assert (await client.post("/admin/reset")).status_code == 200
     assert target.resets == 1
+
+
+async def test_live_counters_do_not_wait_for_ray(target: FakeTarget, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray does not say in time which nodes there are: their metrics are missing, not the engines'."""
+    over = threading.Event()
+    monkeypatch.setattr(collect, "node_urls", lambda: over.wait(5.0))
+    async with client_of(gateway(target), partial(collect.collect, timeout_s=0.05)) as http:
+        metrics = await http.get("/metrics")
+    over.set()
+    assert metrics.status_code == 200
+    assert metrics.text.startswith("# HELP vllm:spec_decode_num_drafts_total")
 
 
 async def test_reset_is_off_by_default() -> None:

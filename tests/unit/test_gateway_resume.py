@@ -1,5 +1,5 @@
 """Requests go on where a lost replica stopped: same tokens, nothing twice, each choice by itself, N times at
-most."""
+most, and also where the other replica's queue is full just then."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from actors.sampling.params import SamplingParams
 from actors.target_worker.messages import GenerationChunk, GenerationRequest, RequestError, Usage
 from cluster.gateway import resume
-from cluster.gateway.errors import ApiError, invalid, not_ready
+from cluster.gateway.errors import ApiError, invalid, not_ready, overloaded
 from tests.unit.fake_target import FakeTarget
 
 LENGTH = 6
@@ -24,14 +24,23 @@ GONE = RequestError("unavailable", "the engine was closed")
 @dataclass
 class Replicas(FakeTarget):
     """Token i of choice c is 97 + 10 c + i, whoever writes it. The replica of call n is lost after `lives[n]`
-    chunks: the call raises, its stream ends early, or the worker says that it is unavailable."""
+    chunks: the call raises, its stream ends early, or the worker says that it is unavailable. Calls of `full`
+    find the queue full."""
 
     lives: tuple[int, ...] = ()
     how: str = "raises"
+    full: frozenset[int] = frozenset()
+    retry_after_s: float = 0.001
     seen: list[GenerationRequest] = field(default_factory=list)
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationChunk]:
         self.seen.append(request)
+        if len(self.seen) - 1 in self.full:
+            if self.how == "raises":
+                raise overloaded("the queue is full", self.retry_after_s)
+            error = RequestError("overloaded", "the queue is full", retry_after_s=self.retry_after_s)
+            yield GenerationChunk(error=error)
+            return
         call = len(self.seen) - 1
         left = self.lives[call] if call < len(self.lives) else 1000
         for chunk in self._written(request):
@@ -120,6 +129,45 @@ async def test_at_most_so_many_times() -> None:
     assert len(target.seen) == 3
     with pytest.raises(ApiError):
         await collect(Replicas(lives=(0,)), max_resumes=0)
+
+
+@pytest.mark.parametrize("how", ["raises", "says"])
+async def test_a_full_queue_is_waited_for_once_a_replica_was_lost(how: str) -> None:
+    target = Replicas(lives=(2,), how=how, full=frozenset(range(1, 8)))
+    # Such a wait is no loss: it counts neither as a resume nor against `max_resumes`.
+    assert await collect(target, max_resumes=1) == (expected(1), 1, [1])
+    assert len(target.seen) == 9
+    assert {request.output_ids_so_far for request in target.seen[1:]} == {(97, 98)}
+
+    before_the_first_token = Replicas(lives=(0,), how=how, full=frozenset({1, 2}))
+    assert await collect(before_the_first_token) == (expected(1), 1, [1])
+
+
+async def test_a_choice_that_finds_the_queue_full_waits_alone() -> None:
+    target = Replicas(lives=(3,), full=frozenset({1, 4}))
+    assert await collect(target, 3) == (expected(3), 3, [1])
+    # The others went on: only the choice that was refused was asked for again.
+    assert [request.first_choice for request in target.seen[1:]] == [0, 1, 2, 0, 0]
+
+
+@pytest.mark.parametrize("how", ["raises", "says"])
+async def test_a_full_queue_refuses_a_fresh_request_at_once(how: str) -> None:
+    target = Replicas(how=how, full=frozenset({0}))
+    if how == "raises":
+        with pytest.raises(ApiError) as caught:
+            await collect(target)
+        assert caught.value.status == 429
+    else:
+        chunks = [chunk async for chunk in resume.generate(target, ask(), 3)]
+        assert [chunk.error is not None and chunk.error.kind for chunk in chunks] == ["overloaded"]
+    assert len(target.seen) == 1
+
+
+async def test_the_wait_for_a_full_queue_is_as_long_as_told_and_ends_with_the_request() -> None:
+    target = Replicas(lives=(1,), full=frozenset(range(1, 99)), retry_after_s=30.0)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(collect(target), 0.1)
+    assert len(target.seen) == 2
 
 
 async def test_other_failures_are_not_retried() -> None:
