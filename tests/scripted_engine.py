@@ -13,6 +13,7 @@ from actors.engine.messages import (
     EngineStats,
     FinishReason,
     RequestOutput,
+    ResetScope,
     RoundReport,
     TokenLogprobs,
 )
@@ -75,7 +76,7 @@ class ScriptedEngine:
         self.aborted: list[str] = []
         self.steps = 0
         self.asked = 0
-        self.resets = 0
+        self.resets: list[ResetScope] = []
         self.closed = False
         self.fail_at: set[int] = set()
         self.add_error: Exception | None = None
@@ -129,9 +130,9 @@ class ScriptedEngine:
             running=len(self.running), steps=self.steps, draft_source={"workers": [{"id": "w0", "late": 0}]}
         )
 
-    def reset_shared_state(self) -> None:
+    def reset_shared_state(self, scope: ResetScope = "all") -> None:
         self._same_thread()
-        self.resets += 1
+        self.resets.append(scope)
 
     def close(self) -> None:
         self._same_thread()

@@ -16,9 +16,11 @@ from actors.sampling.params import GREEDY_TEMPERATURE
 from actors.sampling.reduce import best_ids, top_entries
 from actors.sampling.truncation import survival_threshold
 from actors.verification.coupled import sample
+from actors.verification.registry import RULES
 
 MAX_Q = 64
-"""Support of a distribution that crosses the wire, at most (DESIGN: rules that need q)."""
+"""Support of a distribution that crosses the wire, at most."""
+_NEED_Q = frozenset(name for name, rule in RULES.items() if rule.needs_q)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,7 @@ def draw_tokens(
             ids, likely = greedy[row]
             draws.append(Draw(ids[0], likely[0], others=tuple(zip(ids[1:], likely[1:], strict=True))))
             continue
-        draw = _with_q if sampling.rule == "leviathan" else _coupled
+        draw = _with_q if sampling.rule in _NEED_Q else _coupled
         if common is None:
             draws.append(draw(logits[row], sampling, positions[row], vocabulary))
         else:

@@ -11,7 +11,7 @@ from typing import Literal
 from actors.drafting.assignment import DraftAssignment
 from actors.engine.interface import TargetEngine
 from actors.engine.loop import Abort, Add, Assign, Call, EngineLoop, Event, Rejected, Reply, Stop
-from actors.engine.messages import EngineRequest, EngineStats, RequestOutput
+from actors.engine.messages import EngineRequest, EngineStats, RequestOutput, ResetScope
 from actors.sampling.params import ParameterError
 
 HEALTH_POLL_S = 2.0
@@ -184,9 +184,9 @@ class AsyncEngine:
             raise EngineUnavailable("the engine gave no statistics")
         return stats
 
-    async def reset(self) -> None:
+    async def reset(self, scope: ResetScope = "all") -> None:
         """Drop what requests share. Raises TimeoutError or EngineUnavailable."""
-        await self._call("reset")
+        await self._call("reset", scope)
 
     def assign(self, assignment: DraftAssignment) -> None:
         """Draft as assigned from the next round on. Raises EngineUnavailable."""
@@ -246,14 +246,14 @@ class AsyncEngine:
         else:
             future.set_result(reply.stats)
 
-    async def _call(self, what: Literal["stats", "reset"]) -> EngineStats | None:
+    async def _call(self, what: Literal["stats", "reset"], scope: ResetScope = "all") -> EngineStats | None:
         self._start()
         if not self._thread.alive:
             raise EngineUnavailable("the engine has stopped")
         call_id = next(self._call_ids)
         future: asyncio.Future[EngineStats | None] = asyncio.get_running_loop().create_future()
         self._calls[call_id] = future
-        self._thread.send(Call(call_id, what))
+        self._thread.send(Call(call_id, what, scope))
         try:
             async with asyncio.timeout(self._call_timeout_s):
                 return await future

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from actors.drafting.assignment import DraftAssignment
-from actors.engine.messages import EngineRequest, EngineStats, RequestOutput
+from actors.engine.messages import EngineRequest, EngineStats, RequestOutput, ResetScope
 
 
 class TargetEngine(Protocol):
@@ -37,8 +37,8 @@ class TargetEngine(Protocol):
         """Draft as assigned from the next round on."""
         ...
 
-    def reset_shared_state(self) -> None:
-        """Drop what requests share: prefix cache, recycling matrices, acceptance averages."""
+    def reset_shared_state(self, scope: ResetScope = "all") -> None:
+        """Drop what requests share, see `ResetScope`."""
         ...
 
     def close(self) -> None: ...

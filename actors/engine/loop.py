@@ -16,7 +16,7 @@ from typing import Literal
 
 from actors.drafting.assignment import DraftAssignment
 from actors.engine.interface import TargetEngine
-from actors.engine.messages import EngineRequest, EngineStats, RequestOutput
+from actors.engine.messages import EngineRequest, EngineStats, RequestOutput, ResetScope
 from actors.sampling.params import ParameterError
 
 logger = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ class Call:
 
     call_id: int
     what: Literal["stats", "reset"]
+    scope: ResetScope = "all"
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +206,7 @@ class EngineLoop:
     def _call(self, call: Call) -> None:
         try:
             if call.what == "reset":
-                self._engine.reset_shared_state()
+                self._engine.reset_shared_state(call.scope)
                 reply = Reply(call.call_id)
             else:
                 reply = Reply(call.call_id, stats=replace(self._engine.stats(), idle_s=self._idle_s))

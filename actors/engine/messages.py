@@ -12,6 +12,9 @@ from actors.drafting.assignment import UNRESTRICTED, DraftAssignment
 from actors.sampling.params import SamplingParams, SpeculationParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+ResetScope = Literal["all", "caches"]
+"""Of what requests share: `caches` are prefix caches and what drafters remember of texts, `all` is these and
+what was measured of drafts (acceptance, the account)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from actors.drafting.interface import (
 )
 from actors.drafting.tree import best_chain, cut, depths, parents_of
 from actors.engine.controller import Candidate, Controller
-from actors.engine.messages import DrafterStats, DraftingMeasurements
+from actors.engine.messages import DrafterStats, DraftingMeasurements, ResetScope
 from actors.engine.sequence import Sequence as EngineSequence
 from actors.engine.sequence import Work
 from actors.engine.shadow import ShadowScorer
@@ -344,10 +344,11 @@ class Speculator:
         names = self._names(seq)
         return Candidate(seq.control, limit, names, seq.forced, seq.tree_now, context=seq.num_computed)
 
-    def reset(self) -> None:
+    def reset(self, scope: ResetScope = "all") -> None:
         self._resting = self._rested = 0
         self.source.reset()
-        self.controller.reset()
+        if scope == "all":
+            self.controller.reset()
 
     def measurements(self) -> DraftingMeasurements:
         """For reports; a copy."""

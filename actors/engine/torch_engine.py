@@ -19,7 +19,7 @@ from actors.drafting.tree import depths
 from actors.engine.batch import RowSpan, build_batch
 from actors.engine.controller import ControlState
 from actors.engine.costs import CostModel
-from actors.engine.messages import EngineRequest, EngineStats, RequestOutput, RoundReport
+from actors.engine.messages import EngineRequest, EngineStats, RequestOutput, ResetScope, RoundReport
 from actors.engine.phases import PhaseClock
 from actors.engine.profiling import CostProfiler
 from actors.engine.scheduler import Scheduler
@@ -412,9 +412,9 @@ class TorchEngine:
     def assign(self, assignment: DraftAssignment) -> None:
         self._speculator.assign(assignment)
 
-    def reset_shared_state(self) -> None:
+    def reset_shared_state(self, scope: ResetScope = "all") -> None:
         self._scheduler.pool.reset_cache()
-        self._speculator.reset()
+        self._speculator.reset(scope)
 
     def close(self) -> None:
         self._speculator.source.close()

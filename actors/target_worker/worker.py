@@ -12,7 +12,7 @@ from actors.drafting.assignment import DraftAssignment
 from actors.drafting.interface import DraftSource, TargetIdentity
 from actors.engine.async_engine import AsyncEngine
 from actors.engine.interface import TargetEngine
-from actors.engine.messages import EngineStats
+from actors.engine.messages import EngineStats, ResetScope
 from actors.models.cores import cores_of
 from actors.models.load import LoadedModel, load_runner
 from actors.models.runner import LayeredRunner
@@ -189,9 +189,9 @@ class TargetWorker:
         """Draft as assigned from the next round on. Raises EngineUnavailable."""
         self._engine.assign(assignment)
 
-    async def reset(self) -> None:
-        """Drop what requests share: prefix cache, recycling matrices, acceptance averages."""
-        await self._engine.reset()
+    async def reset(self, scope: ResetScope = "all") -> None:
+        """Drop what requests share."""
+        await self._engine.reset(scope)
 
     def check_health(self) -> None:
         """Raises RuntimeError when the engine thread is dead or hangs."""

@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from actors.engine.messages import ResetScope
 from cluster.bench.metrics import Slo
 from cluster.config import EMBEDDED_MODEL, DTypeName
 
@@ -40,6 +41,7 @@ class CommonSettings(SettingsModel):
     seed: int = Field(0, ge=0, description="Chooses questions, arrivals and, above temperature 0, samples.")
     threshold: float = Field(1.0, gt=0, description="Ratio that a comparison is tested against.")
     request_timeout_s: float = Field(300.0, gt=0)
+    reset: ResetScope = Field("all", description="What our own server forgets where engines are reset.")
     exclusive: bool = Field(False, description="Stop the other engines' processes during an engine's turn.")
     threads: int = Field(0, ge=0, description="Compute threads of every engine; 0 lets each choose.")
 

@@ -202,6 +202,7 @@ async def _session(settings: CommonSettings, api_key: str | None) -> AsyncIterat
         threads=settings.threads,
         max_model_len=context_needed(questions, renderer, settings),
         api_key=api_key,
+        reset=settings.reset,
     )
     engines = [create(engine, context) for engine in settings.engines]
     # Before any engine runs: the bandwidth is that of an idle machine.

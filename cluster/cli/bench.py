@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -111,6 +111,10 @@ def load(
         int, typer.Option(min=1, help="Closed loop: requests a block, per stream.")
     ] = 2,
     requests_per_rate: Annotated[int, typer.Option(min=2, help="Open loop: requests a block.")] = 16,
+    reset: Annotated[
+        Literal["all", "caches"],
+        typer.Option(help="Of our own server, before each block; caches keeps what was measured of drafts."),
+    ] = "all",
     temperature: Temperature = 0.0,
     pairs: Annotated[int, typer.Option(min=1, help="Blocks of every engine, at every point.")] = 15,
     slo_ttft_ms: Annotated[float | None, typer.Option(help="Goodput: longest time to first token.")] = None,
@@ -133,7 +137,7 @@ def load(
     settings = _settings(
         LoadSettings, engine, baseline=baseline, dataset=dataset, path=path, per_task=per_task, source=source,
         dtype=dtype, server_config=config, max_tokens=max_tokens, ignore_eos=not stop_at_eos,
-        requests_per_stream=requests_per_stream, requests_per_rate=requests_per_rate,
+        reset=reset, requests_per_stream=requests_per_stream, requests_per_rate=requests_per_rate,
         temperature=temperature, pairs=pairs, slo_ttft_ms=slo_ttft_ms, slo_tpot_ms=slo_tpot_ms, seed=seed,
         threshold=threshold, request_timeout_s=timeout, threads=threads, exclusive=exclusive,
         **points,

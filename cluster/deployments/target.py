@@ -9,6 +9,7 @@ from typing import Any
 
 from ray import serve
 
+from actors.engine.messages import ResetScope
 from actors.target_worker.messages import (
     ChatMessage,
     GenerationChunk,
@@ -98,8 +99,8 @@ class Target:
     async def state(self) -> TargetState:
         return await self._worker.state()
 
-    async def reset(self) -> None:
-        await self._worker.reset()
+    async def reset(self, scope: ResetScope) -> None:
+        await self._worker.reset(scope)
 
     async def check_health(self) -> None:
         self._worker.check_health()

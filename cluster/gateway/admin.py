@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.responses import Response
 
+from actors.engine.messages import ResetScope
 from cluster.gateway.errors import ApiError, not_ready
 from cluster.gateway.models import ServedModel
 from cluster.gateway.routes import Gateway
@@ -86,14 +87,14 @@ def build_admin_router(gateway: Gateway, read_metrics: MetricsReader) -> APIRout
     if gateway.config.admin_endpoints:
 
         @router.post("/admin/reset")
-        async def reset() -> Response:
-            """Drop what requests share: prefix caches, recycling matrices, acceptance averages."""
+        async def reset(scope: ResetScope = "all") -> Response:
+            """Drop what requests share, see `ResetScope`."""
             models = [m for m in gateway.directory.all() if m.presence is None or m.ready]
             try:
                 async with asyncio.timeout(RESET_TIMEOUT_S):
-                    await asyncio.gather(*(m.client.reset() for m in models))
+                    await asyncio.gather(*(m.client.reset(scope) for m in models))
             except TimeoutError as error:
                 raise not_ready("a model did not answer in time") from error
-            return JsonResponse({"status": "reset", "models": gateway.directory.names()})
+            return JsonResponse({"status": "reset", "scope": scope, "models": gateway.directory.names()})
 
     return router

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from actors.engine.messages import ResetScope
 from actors.target_worker.messages import (
     ChatMessage,
     GenerationChunk,
@@ -53,8 +54,8 @@ class ModelClient(Protocol):
         """One snapshot a replica, all replicas."""
         ...
 
-    async def reset(self) -> None:
-        """Drop shared caches in every replica."""
+    async def reset(self, scope: ResetScope) -> None:
+        """Drop what requests share in every replica."""
         ...
 
 

@@ -13,6 +13,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from actors.engine.messages import ResetScope
 from actors.sampling.params import ParameterError
 from actors.target_worker.messages import (
     ChatMessage,
@@ -93,17 +94,17 @@ class ServeModelClient:
         info: TargetInfo = await self._call("info")
         return info
 
-    async def _broadcast(self, method: str) -> list[Any]:
+    async def _broadcast(self, method: str, *args: object) -> list[Any]:
         try:
-            return await self._handle.broadcast(method).results_async(timeout_s=10.0)
+            return await self._handle.broadcast(method, *args).results_async(timeout_s=10.0)
         except (RayError, RayServeException) as error:
             raise to_api_error(error) from error
 
     async def states(self) -> Sequence[TargetState]:
         return await self._broadcast("state")
 
-    async def reset(self) -> None:
-        await self._broadcast("reset")
+    async def reset(self, scope: ResetScope) -> None:
+        await self._broadcast("reset", scope)
 
 
 class LeasedDraftPool:

@@ -30,7 +30,6 @@ class _Exit:
     rates: list[float] = field(default_factory=list)
     trials: list[float] = field(default_factory=list)
     seen: dict[str, int] = field(default_factory=dict)
-    fresh_at: float = float("-inf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +54,7 @@ class Evidence:
         self._fitted = None
         for report in reports:
             for depth, measured in report.acceptance.items():
-                self._merge(now, report, depth, measured)
+                self._merge(report, depth, measured)
 
     def _age(self, now: float) -> None:
         if self._aged_at is not None and now > self._aged_at:
@@ -64,7 +63,7 @@ class Evidence:
                 known.trials = [t * keep for t in known.trials]
         self._aged_at = now
 
-    def _merge(self, now: float, report: TargetReport, depth: int, measured: ExitAcceptance) -> None:
+    def _merge(self, report: TargetReport, depth: int, measured: ExitAcceptance) -> None:
         known = self._exits.setdefault((report.model, depth), _Exit())
         total = sum(measured.trials)
         before = known.seen.get(report.target_id, 0)
@@ -73,7 +72,6 @@ class Evidence:
         known.seen[report.target_id] = total
         if new <= 0:
             return
-        known.fresh_at = now
         for place, (rate, trials) in enumerate(zip(measured.rates, measured.trials, strict=True)):
             if place == len(known.rates):
                 known.rates.append(PRIOR)
@@ -150,8 +148,7 @@ class Evidence:
 
     def export(self) -> dict[str, Any]:
         rows = [
-            {"model": model, "exit": depth, "rates": e.rates, "trials": e.trials, "seen": e.seen,
-             "fresh_at": None if e.fresh_at == float("-inf") else e.fresh_at}
+            {"model": model, "exit": depth, "rates": e.rates, "trials": e.trials, "seen": e.seen}
             for (model, depth), e in self._exits.items()
         ]  # fmt: skip
         return {"aged_at": self._aged_at, "exits": rows}
@@ -161,8 +158,7 @@ class Evidence:
         self._fitted = None
         self._exits = {
             (row["model"], int(row["exit"])): _Exit(
-                list(row["rates"]), list(row["trials"]), dict(row["seen"]),
-                float("-inf") if row["fresh_at"] is None else row["fresh_at"],
+                list(row["rates"]), list(row["trials"]), dict(row["seen"])
             )
             for row in data["exits"]
         }  # fmt: skip

@@ -212,11 +212,15 @@ class Router:
         reason = reasons.explain(c, choice, given_up, memory, changed, moved, self.settings)
         memory.worker_id, memory.exit, memory.length = c.worker_id, choice.exit, choice.length
         memory.decided, memory.reason = True, reason
+        exits: tuple[int, ...] = (choice.exit,) if choice.length > 0 else ()
+        cap = choice.length
+        if c.worker_id is None:  # what an operator fixed holds for a target's own copy of the draft
+            exits, cap = c.pin.exits or (), c.pin.cap or 0
         return Assignment(
             target_id=c.target_id,
             worker_id=c.worker_id,
-            exits=(choice.exit,) if choice.length > 0 else (),
-            cap=choice.length,
+            exits=exits,
+            cap=cap,
             reason=reason,
             gain=choice.gain,
             load=choice.load,

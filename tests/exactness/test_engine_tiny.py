@@ -179,6 +179,18 @@ def test_warm_prefix_cache_equals_cold(engine: TorchEngine) -> None:
     assert cold.token_ids == warm.token_ids
 
 
+def test_a_reset_of_caches_keeps_what_was_measured(engine: TorchEngine) -> None:
+    one = request("k", tuple(range(100)), forced(3, "nested", 2))
+    run(engine, [one])
+    measured = engine.stats().drafting.acceptance_by_exit
+    assert measured
+    engine.reset_shared_state("caches")
+    assert engine.stats().drafting.acceptance_by_exit == measured
+    assert run(engine, [one])["k"].cached_tokens == 0
+    engine.reset_shared_state()
+    assert engine.stats().drafting.acceptance_by_exit == {}
+
+
 def test_kv_for_three_serves_sixteen(runner: TorchLlamaRunner, folder: Path) -> None:
     small = make_engine(torch_runner(folder, num_blocks=12, max_model_len=128), [PromptLookupDrafter()])
     batch = [request(f"k{i}", p[:60], max_tokens=60) for i, p in enumerate(prompts(16, seed=3))]

@@ -7,6 +7,7 @@ import math
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
+from actors.engine.messages import ResetScope
 from actors.target_worker.messages import (
     ChatMessage,
     GenerationChunk,
@@ -65,7 +66,7 @@ class FakeTarget:
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
     running: int = 0
     cancelled: int = 0
-    resets: int = 0
+    resets: list[ResetScope] = field(default_factory=list)
 
     def chunks(self, request: GenerationRequest) -> list[GenerationChunk]:
         if self.script is not None:
@@ -142,8 +143,8 @@ class FakeTarget:
         }
         return [TargetState(info(self.name), "replica-1", engine), TargetState(info(self.name), "replica-2")]
 
-    async def reset(self) -> None:
-        self.resets += 1
+    async def reset(self, scope: ResetScope) -> None:
+        self.resets.append(scope)
 
 
 class FakeDraftPool:

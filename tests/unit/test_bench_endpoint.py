@@ -48,7 +48,7 @@ async def test_against_our_own_gateway() -> None:
     assert asked.sampling.seed == 3
     assert not asked.speculation.enabled
     await engine.reset()
-    assert target.resets == 1
+    assert target.resets == ["all"]
     assert engine.describe()["sent"] == "prompt ids"
     assert engine.describe()["model"] == MODEL
     await engine.stop()

@@ -247,7 +247,8 @@ async def test_stats_and_reset_are_answered_while_it_runs(rig: Rig) -> None:
     assert first.running == 1
     assert second.steps >= first.steps > 0
     await rig.engine.reset()
-    assert rig.fake.resets == 1
+    await rig.engine.reset("caches")
+    assert rig.fake.resets == ["all", "caches"]
     await outputs.aclose()
 
 

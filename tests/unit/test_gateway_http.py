@@ -661,7 +661,9 @@ async def test_state_metrics_reset(client: httpx.AsyncClient, target: FakeTarget
     assert counter in metrics.text
     assert metrics.headers["content-type"].startswith("text/plain; version=0.0.4")
     assert (await client.post("/admin/reset")).status_code == 200
-    assert target.resets == 1
+    assert (await client.post("/admin/reset?scope=caches")).status_code == 200
+    assert (await client.post("/admin/reset?scope=nothing")).status_code in (400, 422)
+    assert target.resets == ["all", "caches"]
 
 
 async def test_live_counters_do_not_wait_for_ray(target: FakeTarget, monkeypatch: pytest.MonkeyPatch) -> None:

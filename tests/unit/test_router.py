@@ -165,6 +165,20 @@ def test_what_never_pays_is_not_drafted_and_says_so() -> None:
     assert Router().step(0.0, [target("t")], [])["t"].reason.startswith("no drafting: no draft worker lives")
 
 
+def test_without_a_worker_only_what_is_pinned_is_said() -> None:
+    """A target that holds a copy of the draft obeys it."""
+    router = Router()
+    for name, pin in {"a": Pin(cap=3), "b": Pin(exits=(4,)), "c": Pin(cap=0)}.items():
+        router.pin(name, pin)
+    found = router.step(0.0, [target(name) for name in "abcd"], [])
+    assert {name: (a.worker_id, a.exits, a.cap) for name, a in found.items()} == {
+        "a": (None, (), 3),
+        "b": (None, (4,), 0),
+        "c": (None, (), 0),
+        "d": (None, (), 0),
+    }
+
+
 def test_what_no_longer_pays_is_given_up_although_nothing_better_is_there() -> None:
     router = Router(RouterSettings(dwell_s=1000.0))
     assert router.step(0.0, [target("t", trials=40)], [worker()])["t"].cap > 0

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from actors.engine.messages import ResetScope
 from cluster.bench.engines.interface import BenchEngine, EngineUnavailableError
 from cluster.bench.engines.openai_endpoint import OpenAIEndpoint
 from cluster.bench.engines.peers import PEERS, PeerOptions
@@ -27,7 +28,8 @@ class EngineContext:
     folder: the model as a Hugging Face folder with weights. source: as in the server's configuration.
     concurrency: requests that may be in flight at once. server_config: what our own server is started with.
     threads: compute threads, 0 lets each engine choose. max_model_len: context that the requests need at
-    least; our own server takes its configuration's. api_key: for endpoints given by URL.
+    least; our own server takes its configuration's. api_key: for endpoints given by URL. reset: what our own
+    server forgets when it is reset.
     """
 
     folder: Path
@@ -38,6 +40,7 @@ class EngineContext:
     threads: int = 0
     max_model_len: int = 2048
     api_key: str | None = None
+    reset: ResetScope = "all"
     _servers: dict[tuple[DrafterName, ...], S2DServer] = field(default_factory=dict)
 
     def server(self, pool: Pool = "configured") -> S2DServer:
@@ -74,7 +77,7 @@ Factory = Callable[[str, EngineContext], BenchEngine]
 
 
 def _s2d(pool: Pool = "configured", **speculation: Any) -> Factory:
-    return lambda name, context: S2DEngine(name, context.server(pool), speculation)
+    return lambda name, context: S2DEngine(name, context.server(pool), speculation, context.reset)
 
 
 def _peer(build: Callable[[PeerOptions], BenchEngine]) -> Factory:

@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 
+from actors.engine.messages import ResetScope
 from cluster.bench.engines.interface import BenchRequest, BenchResponse, EngineUnavailableError
 from cluster.bench.engines.openai_endpoint import OpenAIEndpoint
 from cluster.bench.engines.s2d_server import S2DServer
@@ -17,10 +18,13 @@ RESET_PATH = "/admin/reset"
 class S2DEngine:
     """`speculation` is sent with every request, as the field of the same name."""
 
-    def __init__(self, name: str, server: S2DServer, speculation: Mapping[str, Any]) -> None:
+    def __init__(
+        self, name: str, server: S2DServer, speculation: Mapping[str, Any], reset: ResetScope = "all"
+    ) -> None:
         self._name = name
         self._server = server
         self._speculation = dict(speculation)
+        self._reset = reset
         self._endpoint: OpenAIEndpoint | None = None
         self._holds_server = False
 
@@ -51,7 +55,7 @@ class S2DEngine:
             self._server.model,
             api_key=self._server.api_key,
             extra_body={"speculation": self._speculation},
-            reset_path=RESET_PATH,
+            reset_path=f"{RESET_PATH}?scope={self._reset}",
             extra={"kind": "s2d serve", **{k: info[k] for k in known if k in info}},
         )
         await endpoint.start()
