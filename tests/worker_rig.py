@@ -38,14 +38,21 @@ class FakeRunner:
 
 
 class FakeSource:
-    drafters = ("prompt_lookup", "nested")
+    def __init__(self, drafters: tuple[str, ...]) -> None:
+        self.drafters = drafters
 
 
 class Rig:
     """A worker around a scripted engine."""
 
     def __init__(
-        self, folder: Path, script: Script, step_s: float = 0.0, interval_ms: float = 0.0, **engine: Any
+        self,
+        folder: Path,
+        script: Script,
+        step_s: float = 0.0,
+        interval_ms: float = 0.0,
+        drafters: tuple[str, ...] = ("prompt_lookup", "nested"),
+        **engine: Any,
     ) -> None:
         self.fake = ScriptedEngine(script, step_s)
         self.identity: TargetIdentity | None = None
@@ -60,7 +67,7 @@ class Rig:
 
         def source(target: TargetIdentity) -> Any:
             self.identity = target
-            return FakeSource()
+            return FakeSource(drafters)
 
         self.worker = TargetWorker(
             ModelConfig(

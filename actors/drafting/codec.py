@@ -18,7 +18,7 @@ from actors.drafting.interface import (
 )
 from protos.s2d.v1 import drafting_pb2 as pb
 
-_UINT64 = (1 << 64) - 1
+_UINT32, _UINT64 = (1 << 32) - 1, (1 << 64) - 1
 _TO_WIRE: dict[DraftErrorCode, pb.DraftError] = {
     "unknown_session": pb.DRAFT_ERROR_UNKNOWN_SESSION,
     "stale_epoch": pb.DRAFT_ERROR_STALE_EPOCH,
@@ -39,7 +39,7 @@ def open_to_proto(session: SessionOpen) -> pb.SessionOpen:
         sampling=pb.DraftSampling(
             key=s.key & _UINT64,
             temperature=s.temperature,
-            top_k=s.top_k,
+            top_k=min(s.top_k, _UINT32),  # more tokens than any vocabulary has: no limit, as asked for
             top_p=s.top_p,
             min_p=s.min_p,
             rule=s.rule,

@@ -26,9 +26,6 @@ class RowSpan:
     def deciding(self, logits: Tensor) -> Tensor:
         return logits[self.last - self.decisions : self.last]
 
-    def prompt(self, logits: Tensor) -> Tensor:
-        return logits[self.first : self.last - self.decisions]
-
 
 def build_batch(works: Sequence[Work], device: torch.device) -> tuple[RaggedBatch, list[RowSpan]]:
     """Pack the works in order. Only rows whose logits somebody needs are asked for."""

@@ -7,6 +7,10 @@ ratio grows (goodput as in TurboSpec, arXiv 2406.14066; one budget over requests
 Zero is always among the choices. The decision is made twice: before asking (is a draft worth waiting for?)
 and after the drafts came (the wait is spent; which positions are worth verifying?). What it brought is booked
 (`DraftAccount`); while drafting is in debt nobody is asked.
+
+Rounds that also compute prompts take long, and time is as dear in them as in others: the requests whose
+prompts these are wait too. They count among R, and what their prompts take is left out of the cost; else
+a round that is long anyway would make any guess worth its rows.
 """
 
 from __future__ import annotations
@@ -101,7 +105,8 @@ class Controller:
         self._last_wait_s = 0.0
         self._plain_s = 0.0
         self._attention_s = 0.0
-        self._emitting = 1
+        self._waiting, self._joining = 1, 0
+        """Requests that the round keeps waiting, and those of them whose prompts are computed."""
         self._rounds_to_look = 0
         self._rounds_to_probe = 0
         self._probes = self._verified = self._drafting_rounds = 0
@@ -142,18 +147,20 @@ class Controller:
 
     def observe_accepted(self, accepted: int) -> None:
         """Draft tokens of one request, not forced, that the round which `trim` planned brought."""
-        self.account.earn(accepted, self._plain_s, self._emitting)
+        self.account.earn(accepted, self._plain_s, self._waiting)
 
-    def plan(self, candidates: Sequence[Candidate], other_rows: int = 0) -> list[int]:
-        """Draft tokens to ask for, per candidate. `other_rows` share the round and do not draft."""
+    def plan(self, candidates: Sequence[Candidate], other_rows: int = 0, joining: int = 0) -> list[int]:
+        """Draft tokens to ask for, per candidate. `other_rows` share the round: of the prompts of `joining`
+        requests."""
         if not candidates:
             return []
         budgets = [c.limit if c.forced else 0 for c in candidates]
         probes: set[int] = set()
         sequences = len(candidates)
         self._attention_s = sum(self.costs.attention_s(c.context, 1, sequences) for c in candidates)
-        plain_s = self.costs.seconds(len(candidates) + other_rows) + self._attention_s
-        self.account.round(plain_s, len(candidates))
+        self._waiting, self._joining = len(candidates) + joining, joining
+        plain_s = self.costs.seconds(self._waiting) + self._attention_s
+        self.account.round(plain_s, self._waiting)
         if self.account.solvent:
             probes = self._plan_free(candidates, budgets, other_rows)
         else:
@@ -216,8 +223,8 @@ class Controller:
         if self._rounds_to_look > 0 and due is None and not forced:
             self._rounds_to_look -= 1
             return set()
-        base = len(candidates) + sum(budgets) + other_rows
-        lengths, gain, wait = self._worth_asking([c for _, c in free], base, len(candidates), forced)
+        base = len(candidates) + sum(budgets)
+        lengths, gain, wait = self._worth_asking([c for _, c in free], base, other_rows, forced)
         pays = any(lengths)
         self._rounds_to_look = 0 if pays else self._look_pause(len(candidates))
         self._reason = self._explain(gain, wait, len(free))
@@ -243,13 +250,14 @@ class Controller:
                 budgets[index] = candidate.limit
             elif length > 0 or index in probes:
                 length = length or max(lengths)
-                budgets[index] = self._asked_for(candidate, length, alone=len(candidates) == 1)
+                budgets[index] = self._asked_for(candidate, length, alone=self._waiting == 1)
         return probes
 
     def _worth_asking(
-        self, free: Sequence[Candidate], base: int, requests: int, forced: bool
+        self, free: Sequence[Candidate], base: int, other_rows: int, forced: bool
     ) -> tuple[list[int], float, float]:
         """Lengths that pay, the gain that they promise and the wait that this takes into account."""
+        requests = self._waiting
         curves, contexts = [self._expected(c) for c in free], [c.context for c in free]
         beside_s = len(free) * self._overhead.asking_s
         if self.reads_in_rounds and requests > 1:
@@ -259,7 +267,7 @@ class Controller:
         def admitted(most: int, wait_of: Callable[[int, int], float]) -> tuple[list[int], float, float]:
             wait = 0.0 if forced else wait_of(len(free), most) + beside_s
             cut = [curve[:most] for curve in curves]
-            return (*self._admit(cut, contexts, base, requests, wait), wait)
+            return (*self._admit(cut, contexts, base, other_rows, wait), wait)
 
         most = max(c.limit for c in free)
         found = admitted(most, self._waits.expected)
@@ -309,7 +317,8 @@ class Controller:
         contexts = [candidate.context for _, (candidate, _, _) in free]
         if self._hoping:  # verified or not, they are scored
             curves = [[] for _ in free]
-        chosen, _ = self._admit(curves, contexts, base_rows + sum(lengths), emitting, 0.0)
+        self._waiting = emitting + self._joining
+        chosen, _ = self._admit(curves, contexts, emitting + sum(lengths), base_rows - emitting, 0.0)
         probed = any(chosen)
         for (index, (candidate, _, _)), curve, length in zip(free, curves, chosen, strict=True):
             state = candidate.state
@@ -328,10 +337,8 @@ class Controller:
         if any(chosen) and base_rows == emitting:  # rounds with prompts say nothing of costs
             self._look_further([index for index, _ in free], curves, lengths)
         if all(not c.forced for c, _, _ in drafts):
-            self._emitting = emitting
-            without = self.costs.seconds(base_rows)
-            self._plain_s = without + self._attention_s
-            extra_s = self.costs.seconds(base_rows + sum(lengths)) - without
+            self._plain_s = self.costs.seconds(self._waiting) + self._attention_s
+            extra_s = self.costs.seconds(base_rows + sum(lengths)) - self.costs.seconds(base_rows)
             for (candidate, _, _), length in zip(drafts, lengths, strict=True):
                 extra_s += length * self.costs.drafted_attention_s(candidate.context)
             self.account.spend(self._last_wait_s + extra_s)
@@ -359,23 +366,25 @@ class Controller:
         curves: Sequence[Sequence[float]],
         contexts: Sequence[int],
         base_rows: int,
-        emitting: int,
+        other_rows: int,
         wait_s: float,
     ) -> tuple[list[int], float]:
-        """Greedy admission of positions; returns a length per curve and the predicted gain over none."""
-        emitting = max(1, emitting)
-        attention_s = self._attention_s
-        baseline = emitting / max(self.costs.seconds(base_rows) + attention_s, 1e-9)
+        """Greedy admission of positions; returns a length per curve and the predicted gain over none.
+        `other_rows` beside `base_rows` are of prompts."""
+        seconds_of = self.costs.seconds
+        attention_s, waiting = self._attention_s, self._waiting
+        rows, without = base_rows + other_rows, base_rows + self._joining
+        prompts_s = seconds_of(rows) - seconds_of(without)
+        baseline = waiting / max(seconds_of(without) + attention_s, 1e-9)
         positions = sorted(
             (-value, place, index) for index, curve in enumerate(curves) for place, value in enumerate(curve)
         )
         row_attention_s = [self.costs.drafted_attention_s(context) for context in contexts]
-        expected, best, admitted = float(emitting), baseline * _MIN_GAIN, 0
-        seconds_of = self.costs.seconds
+        expected, best, admitted = float(waiting), baseline * _MIN_GAIN, 0
         for count, (minus_value, _, index) in enumerate(positions, start=1):
             expected -= minus_value
             attention_s += row_attention_s[index]
-            rate = expected / (seconds_of(base_rows + count) + attention_s + wait_s or 1e-9)
+            rate = expected / (seconds_of(rows + count) - prompts_s + attention_s + wait_s or 1e-9)
             if rate > best:
                 best, admitted = rate, count
         lengths = [0] * len(curves)

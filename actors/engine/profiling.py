@@ -36,7 +36,7 @@ class CostProfiler:
     def profile(self) -> None:
         """Measure everything once."""
         self._profile_attention()
-        usable = self._pool.num_blocks * BLOCK_SIZE - _SHORT_CONTEXT
+        usable = self._longest - _SHORT_CONTEXT
         row_counts = [rows for rows in _ROWS if rows <= usable]
         if not row_counts:
             return

@@ -243,6 +243,7 @@ class Speculator:
         A sequence that wants no draft keeps its news to itself for a while, so that plain decoding stays as
         cheap as it is without drafters.
         """
+        running = list(running)
         decoding = [seq for seq in running if seq.session_open and seq.decoding]
         if self._resting and decoding == self._batch and not self._closed_since_submit:
             self._resting -= 1
@@ -253,7 +254,7 @@ class Speculator:
             self.controller.rested([seq.control for seq in self._batch], self._rested)
         self._turn += 1
         for seq in decoding:
-            seq.tree_now = _takes_tree(seq, alone=len(decoding) == 1)
+            seq.tree_now = _takes_tree(seq, alone=len(running) == 1)
         turn, waits = divmod(self._turn, _LEARN_INTERVAL if len(decoding) > 1 else 1)
         self._learner = decoding[turn % len(decoding)] if decoding and not waits else None
         rounds = self._rests(decoding, prompt_rows)
@@ -261,7 +262,9 @@ class Speculator:
         if rounds:
             budgets: Sequence[int] = [0] * len(decoding)
         else:
-            budgets = self.controller.plan([self._candidate(seq) for seq in decoding], prompt_rows)
+            joining = sum(not seq.decoding for seq in running)
+            candidates = [self._candidate(seq) for seq in decoding]
+            budgets = self.controller.plan(candidates, prompt_rows, joining)
         shadowed = self._shadow_round(decoding)
         updates = []
         for seq, budget in zip(decoding, budgets, strict=True):
@@ -367,8 +370,9 @@ class Speculator:
 
 
 def _takes_tree(seq: EngineSequence, *, alone: bool) -> bool:
-    """Whether its next draft is a tree. In a batch all wait for each other's drafts and rows, and what stands
-    beside the best chain brings less than it takes (measured: docs/methods/draft-trees.md)."""
+    """Whether its next draft is a tree. In a batch, also one of prompts that are computed, all wait for each
+    other's drafts and rows, and what stands beside the best chain brings less than it takes (measured:
+    docs/methods/draft-trees.md)."""
     return seq.trees and (alone or seq.request.speculation.tree is True)
 
 

@@ -5,6 +5,7 @@ Plain decoding is the same round with no drafts in it, so speculation on and off
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -36,6 +37,8 @@ from actors.sampling.reduce import best_ids, top_ids
 from actors.verification.coupled import CoupledRule, accept_equal, accept_path
 from actors.verification.registry import get_rule
 from actors.verification.rule import Verdict, VerificationRule
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,28 +226,17 @@ class TorchEngine:
 
     @staticmethod
     def _judge_sampled(work: Work, sampler: SequenceSampler, logits: Tensor) -> Verdict | None:
-        """None when the request's grammar fails at run time, which ends that request alone."""
-        rule, greedy = work.seq.rule, work.seq.request.sampling.greedy
-        first_position = len(work.seq.token_ids)
-        if work.parents and isinstance(rule, CoupledRule):
-            scores = sampler.tree_scores(logits, depths(work.parents))
-            return rule.verify_tree(
-                scores,
-                work.drafts,
-                work.parents,
-                key=sampler.key,
-                first_position=first_position,
-                greedy=greedy,
-            )
-        q = work.proposal.q[: len(work.drafts)] if work.proposal is not None else ()
+        """None when the request's grammar fails at run time, or anything else that is its own: that ends the
+        request alone, and not those which share the round."""
         try:
-            scores = sampler.scores(logits, work.drafts, drawn=bool(q))
+            return _verdict(work, sampler, logits)
         except GrammarError as error:
-            work.seq.finish_reason, work.seq.error = "error", str(error)
-            return None
-        return rule.verify(
-            scores, work.drafts, q, key=sampler.key, first_position=first_position, greedy=greedy
-        )
+            message = str(error)
+        except Exception:
+            logger.exception("request %s could not be sampled for", work.seq.request.request_id)
+            message = "the next token could not be sampled"
+        work.seq.finish_reason, work.seq.error = "error", message
+        return None
 
     def _collect_candidates(self, works: Sequence[Work], spans: Sequence[RowSpan], logits: Tensor) -> None:
         """Most probable next ids of rows, those of rejected drafts included, for learning drafters."""
@@ -418,6 +410,25 @@ class TorchEngine:
 
     def close(self) -> None:
         self._speculator.source.close()
+
+
+def _verdict(work: Work, sampler: SequenceSampler, logits: Tensor) -> Verdict:
+    """Of a request that samples, or has conditions on what it emits. Raises GrammarError."""
+    rule, greedy = work.seq.rule, work.seq.request.sampling.greedy
+    first_position = len(work.seq.token_ids)
+    if work.parents and isinstance(rule, CoupledRule):
+        scores = sampler.tree_scores(logits, depths(work.parents))
+        return rule.verify_tree(
+            scores,
+            work.drafts,
+            work.parents,
+            key=sampler.key,
+            first_position=first_position,
+            greedy=greedy,
+        )
+    q = work.proposal.q[: len(work.drafts)] if work.proposal is not None else ()
+    scores = sampler.scores(logits, work.drafts, drawn=bool(q))
+    return rule.verify(scores, work.drafts, q, key=sampler.key, first_position=first_position, greedy=greedy)
 
 
 def _attention_s(costs: CostModel, works: Sequence[Work]) -> float:

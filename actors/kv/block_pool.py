@@ -106,6 +106,6 @@ class BlockPool:
         self._key_of.clear()
 
     def check(self) -> None:
-        """Assert the pool's invariants (run by tests and by the engine when idle)."""
+        """Assert the pool's invariants, for tests."""
         assert all((refs == 0) == (block in self._free) for block, refs in enumerate(self._refs))
         assert all(self._key_of[block] == key for key, block in self._block_of.items())

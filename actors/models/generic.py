@@ -39,10 +39,11 @@ class Float32Head(nn.Module):
     def __init__(self, linear: nn.Linear, kind: ProductKind) -> None:
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
+        self._outputs = linear.out_features
         self._product: MatrixProduct = _pack(linear, kind, float32_output=True)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self._product(hidden.flatten(0, -2).float()).float().view(*hidden.shape[:-1], -1)
+        return _multiplied(self._product, hidden, self._outputs).float()
 
 
 class PackedLinear(nn.Module):
@@ -50,10 +51,19 @@ class PackedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, kind: ProductKind) -> None:
         super().__init__()
+        self._outputs = linear.out_features
         self._product: MatrixProduct = _pack(linear, kind)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._product(x.flatten(0, -2).float()).view(*x.shape[:-1], -1).to(x.dtype)
+        return _multiplied(self._product, x, self._outputs).to(x.dtype)
+
+
+def _multiplied(product: MatrixProduct, x: Tensor, outputs: int) -> Tensor:
+    """x: [..., K], of which there may be no row: a chunk of a prompt asks for no logits. Returns
+    [..., outputs]."""
+    rows = x.flatten(0, -2).float()
+    out = product(rows) if len(rows) else rows.new_empty((0, outputs))
+    return out.view(*x.shape[:-1], outputs)
 
 
 def _pack(linear: nn.Linear, kind: ProductKind, *, float32_output: bool = False) -> MatrixProduct:

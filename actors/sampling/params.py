@@ -14,6 +14,10 @@ from typing import Literal
 GREEDY_TEMPERATURE = 1e-5
 """Below this temperature the target emits the highest-scoring survivor without noise."""
 
+MAX_TEMPERATURE = 1e6
+REPETITION_PENALTIES = (1e-4, 1e4)
+"""Scores stay finite float32 numbers: infinities would leave nothing to compare."""
+
 VerificationName = Literal["coupled", "leviathan"]
 GrammarKind = Literal["json_object", "json_schema", "regex", "lark"]
 MAX_LOGPROBS = 20
@@ -135,14 +139,19 @@ class SamplingParams:
         _require(self.max_tokens >= 0, "max_tokens", "must not be negative")
         _require(self.min_tokens >= 0, "min_tokens", "must not be negative")
         _require(self.min_tokens <= self.max_tokens, "min_tokens", "must not exceed max_tokens")
-        _require(self.temperature >= 0.0, "temperature", "must not be negative")
+        _require(
+            0.0 <= self.temperature <= MAX_TEMPERATURE, "temperature", f"must be 0 to {MAX_TEMPERATURE:g}"
+        )
         _require(0.0 < self.top_p <= 1.0, "top_p", "must be in (0, 1]")
         _require(self.top_k >= 0, "top_k", "must be 0 (off) or a positive number")
         _require(0.0 <= self.min_p <= 1.0, "min_p", "must be in [0, 1]")
         _require(INT64_MIN <= self.seed <= INT64_MAX, "seed", "must be a 64-bit integer")
         _require(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", "must be in [-2, 2]")
         _require(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "must be in [-2, 2]")
-        _require(self.repetition_penalty > 0.0, "repetition_penalty", "must be positive")
+        least, most = REPETITION_PENALTIES
+        _require(
+            least <= self.repetition_penalty <= most, "repetition_penalty", f"must be {least:g} to {most:g}"
+        )
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             _require(value is None or 0 <= value <= MAX_LOGPROBS, name, f"must be in [0, {MAX_LOGPROBS}]")

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from actors.drafting.assignment import DraftAssignment
-from actors.drafting.interface import DraftSource, TargetIdentity
+from actors.drafting.interface import NESTED, DraftSource, TargetIdentity
 from actors.engine.async_engine import AsyncEngine
 from actors.engine.interface import TargetEngine
 from actors.engine.messages import EngineStats, ResetScope
@@ -109,11 +109,12 @@ class TargetWorker:
             )
         )
         compiler = GrammarCompiler(self._tokenizer.hf, model.vocab_size, self._tokenizer.eos_token_ids)
+        names = tuple(source.drafters if drafters is None else drafters)
         self._limits = ModelLimits(
             max_model_len=model.max_model_len,
             vocab_size=model.vocab_size,
-            drafters=tuple(source.drafters if drafters is None else drafters),
-            exits=tuple(exits),
+            drafters=names,
+            exits=tuple(exits) if NESTED in names else (),
         )
         clock.mark("tokenizer and drafts")
         engine = build_engine(loaded, config, source, compiler)

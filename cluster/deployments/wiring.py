@@ -54,8 +54,11 @@ def own_nested(
 ) -> Drafter | None:
     """A copy of the nested drafter for this process; None for a target with another tokenizer, which only a
     draft worker re-tokenises for."""
+    import torch
+
     from actors.drafting.nested_load import load_nested
 
+    targets_threads = torch.get_num_threads()
     loaded = load_nested(
         config,
         max_sessions,
@@ -64,6 +67,7 @@ def own_nested(
         catch_up=OWN_CATCH_UP,
         absorb_from=OWN_CATCH_UP,
     )
+    torch.set_num_threads(targets_threads)  # loading a model sets what it wants, of the whole process
     if loaded.tokenizer.vocab_hash != identity.tokenizer_hash:
         logger.info("%s has another tokenizer than the draft: a draft worker drafts for it", identity.model)
         return None

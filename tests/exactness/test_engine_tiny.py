@@ -18,7 +18,9 @@ from actors.drafting.token_recycling import TokenRecyclingDrafter
 from actors.engine.messages import EngineRequest
 from actors.engine.torch_engine import TorchEngine
 from actors.models.torch_llama import TorchLlamaRunner
+from actors.sampling.noise import derive_key
 from actors.sampling.params import ParameterError, SamplingParams, SpeculationParams
+from actors.sampling.pipeline import SequenceSampler
 from tests.exactness.harness import Result, make_engine, run, tiny_llama, torch_runner
 
 OFF = SpeculationParams(enabled=False)
@@ -331,3 +333,31 @@ def test_ids_that_are_none_of_the_targets_are_not_verified(
     foreign.close()
     assert result.token_ids == solo(engine, one).token_ids
     assert 0 < result.drafted <= len(result.rounds)
+
+
+def test_a_request_that_cannot_be_sampled_for_ends_alone(
+    engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = SequenceSampler.scores
+
+    def failing(self: SequenceSampler, *args: object, **options: object) -> torch.Tensor:
+        if len(self.output_ids) == 5 and self.key == derive_key(13, 0):
+            raise IndexError("nothing is left")
+        return scores(self, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(SequenceSampler, "scores", failing)
+    requests = [
+        request(name, prompts(3)[1], temperature=1.0, seed=seed) for name, seed in (("a", 13), ("b", 5))
+    ]
+    results = run(engine, requests)
+    assert (len(results["a"].token_ids), results["a"].finish_reason) == (5, "error")
+    assert results["b"].token_ids == solo(engine, requests[1]).token_ids
+    assert engine.stats().kv_blocks_used == 0
+
+
+def test_a_context_shorter_than_what_is_profiled(folder: Path) -> None:
+    short = torch_runner(folder, max_model_len=48)
+    engine = make_engine(short, [PromptLookupDrafter()])
+    one = request("s", (1, 2, 3) * 5, forced(3, "prompt_lookup"), max_tokens=20)
+    assert run(engine, [one])["s"].token_ids == solo(engine, one).token_ids
+    engine.close()

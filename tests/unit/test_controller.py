@@ -131,6 +131,34 @@ def test_one_budget_over_the_batch_prefers_the_better_draft() -> None:
     assert lengths[0] == 0
 
 
+@pytest.mark.parametrize("joining", [0, 1, 15])
+def test_a_round_that_is_long_for_prompts_makes_no_guess_worth_its_rows(joining: int) -> None:
+    """Whose prompts are computed wait too: what rows cost is weighed as in rounds without prompts."""
+
+    def verified(wrong: int, rows: int, joining: int) -> int:
+        controller, state = _controller(first_row=5.0, per_row=1.0, wait=0.1), ControlState()
+        for _ in range(60):
+            _teach(controller, state, accepted=0, times=wrong)
+            _teach(controller, state, accepted=4, times=1)
+        candidate = Candidate(state, 4, ("d",))
+        controller.plan([candidate], rows, joining)
+        return controller.trim([(candidate, DRAFT, 4)], 1 + rows, 1)[0]
+
+    rows = 128 if joining else 0
+    assert verified(9, rows, joining) == 0, "right one time in ten, and a row is a hundredth of the round"
+    assert verified(0, rows, joining) == 4, "always right"
+    controller, state = _controller(first_row=5.0, per_row=1.0, wait=0.1), ControlState()
+    _teach(controller, state, accepted=4)
+    controller.plan([Candidate(state, 4, ("d",))], rows, joining)
+    before = controller.account.balance_s
+    controller.trim([(Candidate(state, 4, ("d",)), DRAFT, 4)], 1 + rows, 1)
+    controller.observe_accepted(1)
+    waiting = 1 + joining
+    earned = controller.costs.seconds(waiting) / waiting
+    spent = controller.costs.seconds(rows + 5) - controller.costs.seconds(rows + 1) + 0.1e-3
+    assert controller.account.balance_s == pytest.approx(before + earned - spent, rel=0.05)
+
+
 def test_a_probe_is_verified_a_little() -> None:
     controller, state = _controller(first_row=0.1, per_row=10.0), ControlState()
     _teach(controller, state, accepted=0)

@@ -22,6 +22,8 @@ from tests.draft_rig import session, wish
 def test_messages_survive_the_wire() -> None:
     opened = replace(session(2**63, [1, 2**31], epoch=9), trees=True)
     assert codec.open_from_proto(_again(codec.open_to_proto(opened))) == opened
+    many = replace(opened, sampling=replace(opened.sampling, top_k=2**40))
+    assert codec.open_from_proto(_again(codec.open_to_proto(many))).sampling.top_k == 2**32 - 1
     update = SessionUpdate(4, 7, (1, 2), 5, 3, 2, ((8, (9, 10)), (11, ())), "nested", 12, chain=True)
     assert codec.update_from_proto(_again(codec.update_to_proto(update))) == update
     assert codec.update_from_proto(codec.update_to_proto(wish(0, 1))) == wish(0, 1)

@@ -291,6 +291,25 @@ def test_layer_ranges_equal_forward_bit_for_bit(name: str, folders: Callable[[st
         runner.run_layers(hidden, 2, 5, batch)
 
 
+@pytest.mark.parametrize(
+    ("backend", "name"), [("torch", "llama"), ("auto", "llama"), ("generic", "gpt2"), ("generic", "gemma3")]
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_a_chunk_of_a_prompt_may_ask_for_no_logits(
+    backend: str, name: str, dtype: str, folders: Callable[[str], Path]
+) -> None:
+    if (backend, dtype) == ("generic", "int8") and name == "gpt2":
+        pytest.skip("its layers are no linear ones")
+    runner = load(folders(name), backend, dtype).runner
+    (ids,) = random_ids(20)
+    with_logits, without = make_batch([(0, ids[:12], 0)]), make_batch([(1, ids[:12], 0)])
+    without.logit_rows = torch.zeros(0, dtype=torch.int64)
+    width = runner.forward(with_logits).shape[1]
+    assert runner.forward(without).shape == (0, width)
+    expected, rest = (runner.forward(make_batch([(s, ids[12:], 12)])) for s in (0, 1))
+    torch.testing.assert_close(rest, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_the_first_layers_alone(folders: Callable[[str], Path]) -> None:
     whole: LayeredRunner = load(folders("llama"), "torch").runner  # type: ignore[assignment]
     cut: LayeredRunner = load(folders("llama"), "torch", num_layers=2).runner  # type: ignore[assignment]

@@ -16,7 +16,13 @@ from actors.engine.messages import EngineRequest
 from actors.sampling.grammar import GrammarCompiler, GrammarError
 from actors.sampling.logprobs import token_logprobs
 from actors.sampling.noise import DRAFT, derive_key, uniform
-from actors.sampling.params import GrammarSpec, ParameterError, SamplingParams, SpeculationParams
+from actors.sampling.params import (
+    REPETITION_PENALTIES,
+    GrammarSpec,
+    ParameterError,
+    SamplingParams,
+    SpeculationParams,
+)
 from actors.sampling.pipeline import SequenceSampler
 from actors.sampling.truncation import keep_at_least, survival_threshold, surviving_ids
 from actors.verification.registry import get_rule
@@ -409,3 +415,26 @@ class TestLogprobs:
         assert token_logprobs(torch.zeros(0, 3), [], 5) == []
         with pytest.raises(ValueError, match="rows"):
             token_logprobs(row, [1, 2], 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("temperature", 1e39), ("repetition_penalty", 1e-38), ("repetition_penalty", 1e38)]
+)
+def test_what_would_leave_no_finite_scores_is_refused(name: str, value: float) -> None:
+    with pytest.raises(ParameterError) as caught:
+        SamplingParams(**{name: value})
+    assert caught.value.param == name
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1e6])
+@pytest.mark.parametrize("penalty", REPETITION_PENALTIES)
+def test_scores_stay_finite_at_the_limits(temperature: float, penalty: float) -> None:
+    subject = sampler(
+        temperature=temperature, repetition_penalty=penalty, top_p=0.9, min_p=1e-6, top_k=2**40, min_tokens=5,
+        logit_bias={4: 100.0, 3: -100.0}, stop_token_ids=(2,),
+    )  # fmt: skip
+    (row,) = subject.scores(torch.linspace(-50.0, 50.0, 16)[None], [])
+    kept = surviving_ids(row)
+    assert len(kept) > 0
+    assert 2 not in kept
+    assert row[kept].isfinite().all()

@@ -133,7 +133,8 @@ def test_a_request_alone_is_given_trees_a_batch_chains_and_who_insists_trees() -
         seq.token_ids[:] = [1, 4, 5, 1, 2, 3, 1]
         speculator.open(seq)
         seq.num_computed = len(seq.token_ids) - 1
-    teacher = seqs[0]
+    teacher, prompt = seqs[0], _sequence()
+    assert not prompt.decoding
     teacher.unsent_candidates.append((1, (4, 2, 7)))
     speculator.submit(seqs[:1], 0)
     tree, _ = speculator.collect(seqs[:1], 0)[teacher]
@@ -146,3 +147,5 @@ def test_a_request_alone_is_given_trees_a_batch_chains_and_who_insists_trees() -
     found = speculator.collect(seqs, 0)
     assert found[teacher][0].parents == ()
     assert found[seqs[1]][0].parents
+    speculator.submit([teacher, prompt], 100)
+    assert not teacher.tree_now, "one whose prompt is computed waits too"

@@ -223,6 +223,16 @@ async def test_info_state_reset(rig: Rig, tokenizer: TextTokenizer) -> None:
     assert rig.fake.resets == ["all"]
 
 
+async def test_exits_are_refused_where_nobody_drafts_at_them(folder: Path) -> None:
+    """The configuration names exits, but the nested draft has another tokenizer than this model."""
+    async with Rig(folder, scripted([[5]]), drafters=("prompt_lookup",)) as rig:
+        (chunk,) = await rig.chunks(ask(speculation=SpeculationParams(exit_depth=4)))
+        assert rig.fake.added == []
+    assert chunk.error is not None
+    assert (chunk.error.kind, chunk.error.param) == ("invalid", "speculation.exit_depth")
+    assert "this model has: none" in chunk.error.message
+
+
 @pytest.mark.parametrize("max_tokens", [1, 4])
 async def test_never_more_than_max_tokens(folder: Path, max_tokens: int) -> None:
     """Whatever the engine sends."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from actors.drafting.interface import DraftSampling, SessionOpen, SessionUpdate, TargetIdentity
 from actors.drafting.local_source import LocalDraftSource
@@ -34,7 +35,12 @@ def identity(base: Path, tokenizer_hash: str | None = None) -> TargetIdentity:
 def test_a_target_with_the_drafts_tokenizer_may_hold_a_copy(base: Path, tmp_path: Path) -> None:
     toy_draft(tmp_path / "d.safetensors", base)
     config = pool(base, tmp_path / "d.safetensors", replicas=0)
+    before = torch.get_num_threads()
+    threads = 2  # another number than the copy wants
+    torch.set_num_threads(threads)
     source = draft_source(config, list, 4, 1, identity(base))
+    assert torch.get_num_threads() == threads, "loading the copy changes nothing for the target"
+    torch.set_num_threads(before)
     assert isinstance(source, LocalDraftSource)
     assert source.drafters == ("prompt_lookup", "nested")
     source.open(SessionOpen(0, (5, 6, 7), 3, DraftSampling(1)))
