@@ -80,9 +80,10 @@ def build_app(args: dict[str, Any] | ClusterConfig) -> Application:
 
 
 def serve_options(config: ClusterConfig) -> dict[str, Any]:
-    """Keyword arguments of `serve.start`: both ports, the client service, gRPC reflection."""
+    """Keyword arguments of `serve.start`: both ports, the client service, gRPC reflection. The proxies wait
+    longer than a request may take that first wakes its model: the gateway answers what takes too long."""
     gateway = config.gateway
-    timeout = gateway.request_timeout_s + 10.0
+    timeout = gateway.cold_start_timeout_s + gateway.request_timeout_s + 10.0
     return {
         "proxy_location": "HeadOnly",
         "http_options": {"host": gateway.host, "port": gateway.http_port, "request_timeout_s": timeout},

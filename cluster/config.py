@@ -276,7 +276,9 @@ class DraftPoolConfig(ConfigModel):
 class GatewayConfig(ConfigModel):
     """What clients talk to."""
 
-    host: str = Field("127.0.0.1", description="Address of the HTTP and gRPC proxies.")
+    host: str = Field(
+        "127.0.0.1", description="Address of the HTTP proxy; the gRPC proxy listens on every interface."
+    )
     http_port: int = Field(8000, ge=1, le=65535)
     grpc_port: int = Field(9000, ge=1, le=65535)
     api_key: str | None = Field(None, description="Bearer token that clients must send; null for none.")

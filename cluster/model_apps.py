@@ -18,7 +18,14 @@ from pydantic import Field
 from ray import serve
 from ray.serve.deployment import Application
 
-from cluster.config import ClusterConfig, ConfigModel, DraftPoolConfig, ModelConfig, RouterConfig
+from cluster.config import (
+    ClusterConfig,
+    ConfigModel,
+    DraftPoolConfig,
+    GatewayConfig,
+    ModelConfig,
+    RouterConfig,
+)
 from cluster.deployments.target import Target
 
 APP_NAME = "s2d"
@@ -65,14 +72,17 @@ def _replicas(model: ModelConfig) -> dict[str, Any]:
     return {"autoscaling_config": options}
 
 
-def target_app(model: ModelConfig, config: ClusterConfig, stream_interval_ms: float | None) -> Application:
-    """The init arguments name this model and no other."""
+def target_app(
+    model: ModelConfig, config: ClusterConfig, stream_interval_ms: float | None, grace_s: float = GRACE_S
+) -> Application:
+    """The init arguments name this model and no other. A replica that Serve stops ends when nothing runs on
+    it, after `grace_s` at the latest."""
     deployment = serve.deployment(
         name=deployment_name(model.name),
         **_replicas(model),
         max_ongoing_requests=_ongoing_limit(model),
         graceful_shutdown_wait_loop_s=0.5,
-        graceful_shutdown_timeout_s=GRACE_S,
+        graceful_shutdown_timeout_s=grace_s,
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
         max_constructor_retry_count=3,
@@ -98,6 +108,11 @@ class ModelAppConfig(ConfigModel):
     draft_pool: DraftPoolConfig = Field(default_factory=DraftPoolConfig)
     router: RouterConfig = Field(default_factory=RouterConfig)
     stream_interval_ms: float | None = Field(None, ge=0, description="As in the cluster's gateway.")
+    request_timeout_s: float = Field(
+        GatewayConfig().request_timeout_s,
+        gt=0,
+        description="As in the cluster's gateway: unloading waits that long for running requests.",
+    )
 
     @classmethod
     def joining(cls, cluster: ClusterConfig, model: ModelConfig) -> ModelAppConfig:
@@ -106,6 +121,7 @@ class ModelAppConfig(ConfigModel):
             draft_pool=cluster.draft_pool,
             router=cluster.router,
             stream_interval_ms=cluster.gateway.stream_interval_ms,
+            request_timeout_s=cluster.gateway.request_timeout_s,
         )
 
 
@@ -126,4 +142,4 @@ def build_model_app(args: dict[str, Any] | ModelAppConfig) -> Application:
         draft_pool=config.draft_pool,
         router=config.router,
     )
-    return target_app(config.model, cluster, config.stream_interval_ms)
+    return target_app(config.model, cluster, config.stream_interval_ms, config.request_timeout_s)

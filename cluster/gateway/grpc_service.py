@@ -104,7 +104,7 @@ class GenerationServicer:
             job = build(info)
             totals = JobTotals(job)
             context.set_trailing_metadata(_trailers(request_id))
-            run = self._gateway.run(job, model.client)
+            run = self._gateway.run(job, model.client, request_id)
             unfinished = job.choices
             async for _, chunk in run:
                 totals.add(chunk)

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -16,15 +17,14 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.gateway.admin import MetricsReader, build_admin_router
-from cluster.gateway.errors import ApiError, internal
+from cluster.gateway.errors import ApiError, internal, invalid
 from cluster.gateway.models_api import build_models_api
 from cluster.gateway.router_api import build_router_api
-from cluster.gateway.routes import Gateway, build_router
+from cluster.gateway.routes import REQUEST_ID, Gateway, build_router
 from cluster.gateway.sse import ClientGoneError, JsonResponse
 
 logger = logging.getLogger(__name__)
 OPEN_PATHS = frozenset({"/health", "/ready"})
-REQUEST_ID = "x-request-id"
 MAX_REQUEST_ID = 256
 
 
@@ -110,6 +110,13 @@ def build_http_app(gateway: Gateway, read_metrics: MetricsReader, *, echo_reques
         message = f"{request.method} {request.url.path}: {error.detail}"
         refused = ApiError(error.status_code, message, code=kind)
         return JsonResponse(refused.body(), error.status_code, error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def bad_parameter(_: Request, error: RequestValidationError) -> Response:
+        """Of the query: bodies are not FastAPI's to read."""
+        first = error.errors()[0]
+        param = ".".join(str(part) for part in first["loc"][1:])
+        return error_response(invalid(param, first["msg"][:1].lower() + first["msg"][1:]))
 
     @app.exception_handler(ClientGoneError)
     @app.exception_handler(ClientDisconnect)

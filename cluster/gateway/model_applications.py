@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve._private.common import DeploymentStatusTrigger, ReplicaState
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus
@@ -24,7 +26,10 @@ from cluster.model_apps import (
     model_of,
 )
 
-_FAILED = {ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY}
+logger = logging.getLogger(__name__)
+_FAILED = {"DEPLOY_FAILED", "UNHEALTHY"}
+_SETTLED = {"RUNNING", "HEALTHY"}
+"""Values of Serve's statuses of applications, or of deployments."""
 SERVE_CALL_S = 10.0
 
 
@@ -80,16 +85,18 @@ class ModelApplications:
 
 
 def _presence(application: Any, deployment: str) -> Presence:
+    """By the deployment alone: others of its application may fail, or start, and say nothing of this one."""
     status = application.deployments.get(deployment)
     counts = {} if status is None else status.replica_states
     if counts.get(ReplicaState.RUNNING, 0):
         return Presence("ready")
-    if application.status in _FAILED:
+    judged = (application if status is None else status).status.value
+    if judged in _FAILED:
         message = (status.message if status is not None else "") or application.message
         return Presence("failed", message.strip().splitlines()[-1] if message.strip() else "")
     # A worker that starts because of a request that waits for it is not what the model still lacks.
     woken = status is not None and status.status_trigger is DeploymentStatusTrigger.AUTOSCALING
-    state: ModelState = "asleep" if application.status is ApplicationStatus.RUNNING or woken else "starting"
+    state: ModelState = "asleep" if judged in _SETTLED or woken else "starting"
     return Presence(state)
 
 
@@ -100,5 +107,8 @@ async def _in_thread(call: Any, *args: Any, **options: Any) -> Any:
             return await asyncio.to_thread(call, *args, **options)
     except TimeoutError as error:
         raise not_ready("Ray Serve does not answer") from error
+    except RayError as error:  # its text may hold a stack trace
+        logger.warning("a call to Ray Serve failed: %s", error)
+        raise not_ready("Ray Serve does not answer", retry_after_s=5.0) from error
     except RayServeException as error:
         raise not_ready(str(error), retry_after_s=5.0) from error

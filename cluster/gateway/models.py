@@ -79,7 +79,7 @@ class Presence:
 
 class ModelDiscovery(Protocol):
     """Models whose presence Ray Serve tells: loaded while the cluster runs, or scaled to zero at times. They
-    are not probed: a call would keep them awake."""
+    are asked once when they have become ready, and not probed: calls would keep them awake."""
 
     async def presences(self) -> Mapping[str, Presence]:
         """By name. Raises `ApiError` while Serve does not answer."""
@@ -98,7 +98,8 @@ class ModelLoader(Protocol):
 
 @dataclass
 class ServedModel:
-    """A model and what the last probes, or Ray Serve, said about it. `loaded`: while the cluster ran."""
+    """A model and what the last probes, or Ray Serve, said about it. `loaded`: while the cluster ran.
+    `asked`: for its info, since Ray Serve last said that it had become ready."""
 
     name: str
     client: ModelClient
@@ -107,6 +108,7 @@ class ServedModel:
     failures: int = 0
     presence: Presence | None = None
     loaded: bool = False
+    asked: bool = False
 
     @property
     def state(self) -> ModelState:
@@ -124,7 +126,9 @@ class ServedModel:
         try:
             async with asyncio.timeout(timeout_s):
                 self.last_info = await self.client.info()
-        except (ApiError, TimeoutError):
+        except Exception as error:
+            if not isinstance(error, ApiError | TimeoutError):
+                logger.error("asking the model `%s` for its info failed", self.name, exc_info=error)
             self.failures += 1
             return False
         self.failures = 0
@@ -160,6 +164,8 @@ class ModelDirectory:
         self._wake_timeout_s = wake_timeout_s
         self._prober: asyncio.Task[None] | None = None
         self._refreshed_at = float("-inf")
+        self._looks = 0
+        self._outdated = 0  # this look at Ray Serve and all before it
         self._waking: dict[str, _Waking] = {}
 
     def all(self) -> list[ServedModel]:
@@ -179,6 +185,7 @@ class ModelDirectory:
         """Serve a loaded model no longer; what runs goes on."""
         if name in self._models and self._models[name].loaded:
             del self._models[name]
+            self._outdated = self._looks  # a look that has begun may still have seen it
 
     async def ready_model(self, name: str) -> tuple[ServedModel, TargetInfo]:
         """Wakes a model that sleeps. Raises 404, or 503 when the model does not answer."""
@@ -208,7 +215,7 @@ class ModelDirectory:
                 f"the model `{model.name}` was asleep and did not wake within {self._wake_timeout_s:g} s",
                 retry_after_s=10.0,
             )
-        model.presence = Presence("ready")
+        model.presence, model.asked = Presence("ready"), True
         return model.last_info
 
     async def _wake(self, model: ServedModel) -> bool:
@@ -271,23 +278,43 @@ class ModelDirectory:
         if self._discovery is None:
             return
         self._refreshed_at = time.monotonic()
+        self._looks += 1
+        look = self._looks
         try:
             async with asyncio.timeout(PROBE_TIMEOUT_S):
                 found = await self._discovery.presences()
         except (ApiError, TimeoutError) as error:
             logger.warning("Ray Serve does not say which models there are: %s", str(error) or "timed out")
             return
+        if look <= self._outdated:  # a model was forgotten meanwhile, or a later look came first
+            return
+        self._outdated = look
         for name, presence in found.items():
             if name not in self._models:
                 self._models[name] = ServedModel(name, self._discovery.client(name), loaded=True)
-            self._models[name].presence = presence
-        for name in [n for n, model in self._models.items() if model.loaded and n not in found]:
+            model = self._models[name]
+            if presence.state != "ready":
+                model.asked = False
+            if presence.state in ("starting", "failed"):  # what comes next may say something else
+                model.last_info = None
+            model.presence = presence
+        for name in [n for n, m in self._models.items() if m.loaded and n not in found]:
             del self._models[name]
 
     async def _probe_forever(self) -> None:
         while True:
-            if time.monotonic() - self._refreshed_at >= DISCOVERY_INTERVAL_S or self._changing:
-                await self.refresh()
-            probed = [model for model in self.all() if model.presence is None]
-            await asyncio.gather(*(model.probe(PROBE_TIMEOUT_S) for model in probed))
+            try:
+                await self._probe_once()
+            except Exception:  # without a next time, nothing would become ready again
+                logger.exception("probing the models failed")
             await asyncio.sleep(PROBE_INTERVAL_S)
+
+    async def _probe_once(self) -> None:
+        if time.monotonic() - self._refreshed_at >= DISCOVERY_INTERVAL_S or self._changing:
+            await self.refresh()
+        probed = [model for model in self.all() if model.presence is None]
+        for model in [m for m in self.all() if m.presence is not None and m.ready and not m.asked]:
+            model.asked = True
+            probed.append(model)
+        # Serve also passes on a CancelledError of a worker, which must not end this task.
+        await asyncio.gather(*(model.probe(PROBE_TIMEOUT_S) for model in probed), return_exceptions=True)

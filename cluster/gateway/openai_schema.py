@@ -99,7 +99,10 @@ def _logit_bias(value: Any) -> dict[int, float]:
             raise ValueError("keys must be token ids")
         if isinstance(bias, bool) or not isinstance(bias, int | float):
             raise ValueError("values must be numbers")
-        biases[int(key)] = float(bias)
+        try:
+            biases[int(key)] = float(bias)
+        except OverflowError as error:  # JSON's integers have any size
+            raise ValueError("values are too large") from error
     return biases
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -12,7 +14,7 @@ from fastapi import APIRouter, Request
 from pydantic import ValidationError
 from starlette.responses import Response
 
-from actors.target_worker.messages import GenerationChunk, TargetInfo
+from actors.target_worker.messages import GenerationChunk, GenerationRequest, TargetInfo
 from cluster.config import GatewayConfig
 from cluster.gateway import openai_chat, openai_completions
 from cluster.gateway.errors import ApiError, from_validation_error, invalid, not_ready
@@ -28,14 +30,19 @@ from cluster.gateway.openai_params import (
 )
 from cluster.gateway.openai_schema import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from cluster.gateway.sse import EventStreamResponse, JsonResponse, until_disconnect
+from cluster.gateway.streams import merged
 
 if TYPE_CHECKING:
     from cluster.gateway.router_api import RouterControl
 
 B = TypeVar("B", bound=Body)
+logger = logging.getLogger(__name__)
+REQUEST_ID = "x-request-id"
 DRAIN_BODY_FACTOR = 16
 DRAIN_BODY_S = 5.0
 UNARY_TIMEOUT_S = 30.0
+TOKENIZED_AT_ONCE = 16
+"""Prompts of one job whose ids a worker is asked for at the same time."""
 
 
 @dataclass
@@ -53,7 +60,13 @@ class Gateway:
     loader: ModelLoader | None = None
     """None where models come and go with the application only."""
 
-    def run(self, job: Job, client: ModelClient) -> AsyncGenerator[tuple[int, GenerationChunk], None]:
+    def run(
+        self, job: Job, client: ModelClient, client_id: str | None
+    ) -> AsyncGenerator[tuple[int, GenerationChunk], None]:
+        """`client_id`: what the client calls the request. The log names it beside the job's id once."""
+        if client_id:
+            # Quoted and cut: it may be any text.
+            logger.info("request %s is the client's %.256r", job.job_id, client_id)
         return run_job(
             job,
             client,
@@ -141,16 +154,25 @@ async def unary(work: Any, request: Request) -> Any:
 
 async def known_prompt_ids(job: Job, client: ModelClient) -> list[tuple[int, ...] | None]:
     """Ids of each prompt where the job asks to return them and the worker would not send them."""
-    ids: list[tuple[int, ...] | None] = []
-    for request in job.requests:
-        if not job.return_token_ids or request.echo:
-            ids.append(None)
-        elif request.messages is not None:
-            ids.append(await client.render_ids(request.messages, True))
+    ids: list[tuple[int, ...] | None] = [None] * len(job.requests)
+    if not job.return_token_ids:
+        return ids
+
+    # As streams of one each: `merged` bounds how many run, and ends all with the first that fails.
+    async def answer(request: GenerationRequest) -> AsyncGenerator[tuple[int, ...] | None, None]:
+        if request.echo:
+            return
+        if request.messages is not None:
+            yield await client.render_ids(request.messages, True)
         elif request.prompt_text is not None:
-            ids.append(await client.tokenize(request.prompt_text, True))
+            yield await client.tokenize(request.prompt_text, True)
         else:
-            ids.append(request.prompt_ids)
+            yield request.prompt_ids
+
+    calls = [answer(request) for request in job.requests]
+    async with aclosing(merged(calls, TOKENIZED_AT_ONCE, TOKENIZED_AT_ONCE)) as answers:
+        async for index, prompt_ids in answers:
+            ids[index] = prompt_ids
     return ids
 
 
@@ -162,7 +184,7 @@ async def answer_job(
     chat = isinstance(body, ChatBody)
     answer_id = job.job_id
     prompt_ids: Sequence[tuple[int, ...] | None] = await unary(known_prompt_ids(job, client), request)
-    run = gateway.run(job, client)
+    run = gateway.run(job, client, request.headers.get(REQUEST_ID))
     if not body.stream:
         collected = (
             openai_chat.collect(job, run, answer_id, prompt_ids[0])

@@ -9,10 +9,11 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import grpc
-from ray.exceptions import RayActorError, RayError, RayTaskError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from actors.engine.async_engine import EngineUnavailable
 from actors.engine.messages import ResetScope
 from actors.sampling.params import ParameterError
 from actors.target_worker.messages import (
@@ -29,16 +30,23 @@ from protos.s2d.v1 import drafting_pb2, drafting_pb2_grpc
 
 logger = logging.getLogger(__name__)
 DRAFT_STATE_TIMEOUT_S = 1.0
+_AWAY = (DeploymentUnavailableError, RayActorError, EngineUnavailable, TimeoutError)
+_AWAY_CODES = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED}
+"""What gRPC says of a worker that ends, or has ended."""
 
 
 def to_api_error(error: BaseException) -> ApiError:
-    """What a failed Serve call means to a client."""
+    """What a failed Serve call means to a client. What a worker raised comes as a RayTaskError, or as it is
+    where calls go over gRPC."""
     cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, ApiError):
+        return cause
     if isinstance(cause, ParameterError):
         return from_parameter_error(cause)
     if isinstance(error, BackPressureError):
         return overloaded("too many requests are waiting for this model")
-    if isinstance(error, DeploymentUnavailableError | RayActorError):
+    broken = isinstance(cause, grpc.aio.AioRpcError) and cause.code() in _AWAY_CODES
+    if broken or isinstance(cause, _AWAY):
         return not_ready("the target worker is not available; send the request again", retry_after_s=2.0)
     logger.error("a call to a target worker failed", exc_info=error)
     return internal("the target worker failed")
@@ -58,7 +66,7 @@ class ServeModelClient:
             async for chunk in response:
                 yield chunk
             finished = True
-        except (RayError, RayServeException) as error:
+        except Exception as error:
             finished = True
             raise to_api_error(error) from error
         finally:
@@ -72,7 +80,7 @@ class ServeModelClient:
             result = await response
             finished = True
             return result
-        except (RayError, RayServeException) as error:
+        except Exception as error:
             finished = True
             raise to_api_error(error) from error
         finally:
@@ -97,7 +105,7 @@ class ServeModelClient:
     async def _broadcast(self, method: str, *args: object) -> list[Any]:
         try:
             return await self._handle.broadcast(method, *args).results_async(timeout_s=10.0)
-        except (RayError, RayServeException) as error:
+        except Exception as error:
             raise to_api_error(error) from error
 
     async def states(self) -> Sequence[TargetState]:

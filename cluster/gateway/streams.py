@@ -30,6 +30,12 @@ async def merged(
             await queue.put(None)
         except Exception as error:
             await queue.put(error)
+        except asyncio.CancelledError as error:
+            own = asyncio.current_task()
+            if own is None or own.cancelling():
+                raise
+            # A stream's own, say of a worker's call: without an entry the reader would wait for ever.
+            await queue.put(RuntimeError(f"a stream was cancelled: {error}"))
         finally:
             await aclose(stream)
 

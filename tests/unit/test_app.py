@@ -12,7 +12,14 @@ from ray.serve.schema import ServeDeploySchema
 
 from cluster.app import GRPC_HEALTH, GRPC_SERVICER, build_app, serve_options
 from cluster.config import ClusterConfig
-from cluster.model_apps import APP_NAME, _ongoing_limit, deployment_name, thread_env
+from cluster.model_apps import (
+    APP_NAME,
+    ModelAppConfig,
+    _ongoing_limit,
+    build_model_app,
+    deployment_name,
+    thread_env,
+)
 from cluster.registry import MAX_LEASES, Lease, LeaseTable
 from cluster.telemetry.collect import collect, merge
 
@@ -79,6 +86,21 @@ def test_serve_config_is_accepted_by_ray() -> None:
     application = {"name": APP_NAME, "import_path": "cluster.app:build_app", "route_prefix": "/"}
     args = ClusterConfig.default().model_dump(mode="json")
     ServeDeploySchema.model_validate({**options, "applications": [{**application, "args": args}]})
+
+
+def test_proxies_outwait_a_request_that_wakes_its_model() -> None:
+    data = {"gateway": {"cold_start_timeout_s": 50, "request_timeout_s": 70}}
+    options = serve_options(ClusterConfig.model_validate(ClusterConfig.default().model_dump() | data))
+    for proxy in ("http_options", "grpc_options"):
+        assert options[proxy]["request_timeout_s"] > 120
+
+
+def test_unloading_a_model_waits_for_what_runs_on_it() -> None:
+    data = {"gateway": {"request_timeout_s": 70}}
+    config = ClusterConfig.model_validate(ClusterConfig.default().model_dump() | data)
+    args = ModelAppConfig.joining(config, config.models[0]).model_dump(mode="json")
+    built = build_model_app(args)._bound_deployment
+    assert built._deployment_config.graceful_shutdown_timeout_s == 70
 
 
 def test_leases_expire_unless_renewed() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -249,3 +250,17 @@ async def test_request_id_comes_back_in_the_trailers() -> None:
         call = stub.Generate(pb.GenerateRequest(model=MODEL, text="x", request_id="mine"))
         assert [c async for c in call]
         assert ("x-request-id", "mine") in [tuple(t) for t in await call.trailing_metadata()]
+
+
+async def test_the_log_joins_the_clients_id_and_ours(caplog: pytest.LogCaptureFixture) -> None:
+    """In one line, whatever the id is."""
+    caplog.set_level(logging.INFO, "cluster.gateway.routes")
+    target = FakeTarget()
+    async with serving(gateway(target)) as client:
+        for given in ("mine", "a\nforged line" + 1000 * "x"):
+            assert [c async for c in client.generate(MODEL, "x", request_id=given)]
+    first, second = [r.getMessage() for r in caplog.records if r.name == "cluster.gateway.routes"]
+    assert first == f"request {target.requests[0].request_id} is the client's 'mine'"
+    assert target.requests[1].request_id in second
+    assert "\n" not in second
+    assert len(second) < 400

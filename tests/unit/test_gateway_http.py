@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import threading
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -18,9 +19,10 @@ from hypothesis import strategies as st
 from actors.target_worker.messages import GenerationChunk, GenerationRequest, RequestError
 from cluster.config import EngineConfig
 from cluster.gateway.admin import MetricsReader
+from cluster.gateway.errors import not_ready
 from cluster.gateway.http_app import build_http_app
 from cluster.gateway.openai_schema import MAX_CHOICES
-from cluster.gateway.routes import Gateway
+from cluster.gateway.routes import TOKENIZED_AT_ONCE, Gateway
 from cluster.telemetry import collect
 from tests.unit.fake_target import MODEL, FakeTarget, gateway, refuse
 
@@ -238,6 +240,45 @@ async def test_a_client_that_leaves_also_cancels_prompts_that_have_not_begun() -
     assert (len(target.requests), target.cancelled, target.running) == (MAX_CHOICES, MAX_CHOICES, 0)
 
 
+@dataclass
+class SlowTokenizer(FakeTarget):
+    """Answers for prompt "0" later than for others, and fails for the prompt `broken`."""
+
+    broken: str | None = None
+    inside: int = 0
+    most: int = 0
+
+    async def tokenize(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
+        self.inside += 1
+        self.most = max(self.most, self.inside)
+        try:
+            await asyncio.sleep(0.05 if text == "0" else 0.001)
+            if text == self.broken:
+                raise not_ready("gone")
+            return await super().tokenize(text, add_special_tokens)
+        finally:
+            self.inside -= 1
+
+
+async def test_ids_of_a_list_of_prompts_are_asked_for_together() -> None:
+    target = SlowTokenizer()
+    prompts = [str(number) for number in range(3 * TOKENIZED_AT_ONCE)]
+    async with client_of(gateway(target)) as http:
+        answer = await post(http, "/v1/completions", {**TEXT, "prompt": prompts, "return_token_ids": True})
+    ids = [choice["prompt_token_ids"] for choice in answer.json()["choices"]]
+    assert ids == [[1, *map(ord, prompt)] for prompt in prompts]
+    assert target.most == TOKENIZED_AT_ONCE
+
+
+async def test_a_prompt_without_ids_fails_its_request_and_ends_the_other_calls() -> None:
+    target = SlowTokenizer(broken="7")
+    body = {**TEXT, "prompt": [str(number) for number in range(100)], "return_token_ids": True}
+    async with client_of(gateway(target)) as http:
+        answer = await post(http, "/v1/completions", body)
+    assert (answer.status_code, answer.json()["error"]["message"]) == (503, "gone")
+    assert (target.inside, target.requests) == (0, [])
+
+
 @pytest.mark.parametrize("prompt", ["x", [1, 2], ["x"], [[1, 2]], ["a", "b"], [[1], [2, 3]]])
 async def test_prompt_forms(client: httpx.AsyncClient, target: FakeTarget, prompt: object) -> None:
     response = await post(client, "/v1/completions", {"model": MODEL, "prompt": prompt})
@@ -340,6 +381,7 @@ BAD = [
     ({"temperature": "hot"}, "temperature"),
     ({"temperature": -1}, "temperature"),
     ({"temperature": True}, "temperature"),
+    ({"temperature": 10**400}, "temperature"),
     ({"top_p": 0}, "top_p"),
     ({"top_k": -2}, "top_k"),
     ({"min_p": 2}, "min_p"),
@@ -350,6 +392,7 @@ BAD = [
     ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens"),
     ({"max_tokens": 3, "min_tokens": 4}, "min_tokens"),
     ({"seed": 2**63}, "seed"),
+    ({"seed": 10**400}, "seed"),
     ({"seed": "1"}, "seed"),
     ({"stop": 3}, "stop"),
     ({"stop": [""]}, "stop"),
@@ -357,6 +400,8 @@ BAD = [
     ({"stop_token_ids": [10**6]}, "stop_token_ids"),
     ({"logit_bias": {"x": 1}}, "logit_bias"),
     ({"logit_bias": {"5": 101}}, "logit_bias"),
+    ({"logit_bias": {"5": 10**400}}, "logit_bias"),
+    ({"logit_bias": {"5": -(10**400)}}, "logit_bias"),
     ({"logit_bias": {"1000": 1}}, "logit_bias"),
     ({"presence_penalty": 3}, "presence_penalty"),
     ({"frequency_penalty": -3}, "frequency_penalty"),
@@ -662,7 +707,8 @@ async def test_state_metrics_reset(client: httpx.AsyncClient, target: FakeTarget
     assert metrics.headers["content-type"].startswith("text/plain; version=0.0.4")
     assert (await client.post("/admin/reset")).status_code == 200
     assert (await client.post("/admin/reset?scope=caches")).status_code == 200
-    assert (await client.post("/admin/reset?scope=nothing")).status_code in (400, 422)
+    error = await refused(client, "/admin/reset?scope=nothing", {}, "scope")
+    assert error["message"] == "scope: input should be 'all' or 'caches'"
     assert target.resets == ["all", "caches"]
 
 
@@ -687,6 +733,17 @@ async def test_request_id(client: httpx.AsyncClient) -> None:
     assert answer.headers.get_list("x-request-id") == ["mine"]
     first, second = await client.get("/health"), await client.get("/v1/nothing")
     assert first.headers["x-request-id"] != second.headers["x-request-id"]
+
+
+async def test_the_log_joins_the_clients_id_and_ours(
+    client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "cluster.gateway.routes")
+    for path, body in (("/v1/chat/completions", CHAT), ("/v1/completions", TEXT)):
+        caplog.clear()
+        answer = await post(client, path, body, headers={"X-Request-Id": "mine"})
+        lines = [r.getMessage() for r in caplog.records if r.name == "cluster.gateway.routes"]
+        assert lines == [f"request {answer.json()['id']} is the client's 'mine'"]
 
 
 async def test_api_key() -> None:

@@ -79,3 +79,20 @@ async def test_one_that_fails_ends_the_others() -> None:
         await read()
     assert sorted(got) == [(0, 0), (1, 1)]
     assert (streams.open, streams.begun) == (set(), [0, 1])
+
+
+async def test_a_stream_that_is_cancelled_from_within_ends_all() -> None:
+    async def cancelled() -> AsyncIterator[int]:
+        yield 1
+        raise asyncio.CancelledError
+
+    streams = Streams(held=frozenset({0}))
+
+    async def read() -> None:
+        async with asyncio.timeout(5.0):
+            async for _ in merged([streams.one(0), cancelled()], 4, 2):
+                pass
+
+    with pytest.raises(RuntimeError, match="cancelled"):
+        await read()
+    assert streams.open == set()

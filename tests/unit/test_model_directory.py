@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from ray.serve._private.common import DeploymentStatusTrigger, ReplicaState
+from ray.exceptions import ActorDiedError, RayTaskError
+from ray.serve._private.common import DeploymentStatus, DeploymentStatusTrigger, ReplicaState
 from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 
 from actors.target_worker.messages import TargetInfo
@@ -20,7 +21,7 @@ from cluster.config import ClusterConfig, ModelConfig
 from cluster.gateway.errors import ApiError, not_ready
 from cluster.gateway.generation import InFlight
 from cluster.gateway.http_app import build_http_app
-from cluster.gateway.model_applications import _presence
+from cluster.gateway.model_applications import _in_thread, _presence
 from cluster.gateway.models import ModelClient, ModelDirectory, Presence
 from cluster.gateway.routes import Gateway
 from cluster.model_apps import ModelAppConfig, application_name, build_model_app, model_of
@@ -48,11 +49,15 @@ class FakeServe:
         self.found: dict[str, Presence] = {}
         self.sleepers: dict[str, Sleeper] = {}
         self.away = False
+        self.late: asyncio.Event | None = None
 
     async def presences(self) -> Mapping[str, Presence]:
         if self.away:
             raise not_ready("Ray Serve does not answer")
-        return dict(self.found)
+        found, late = dict(self.found), self.late
+        if late is not None:  # what it was when asked, a while later
+            await late.wait()
+        return found
 
     def client(self, name: str) -> ModelClient:
         return self.sleepers.setdefault(name, Sleeper(name))
@@ -201,28 +206,66 @@ def test_autoscaling_reaches_serve() -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "trigger", "counts", "state"),
+    ("application", "status", "trigger", "counts", "state"),
     [
-        ("RUNNING", "AUTOSCALING", {"RUNNING": 1}, "ready"),
-        ("UNHEALTHY", "REPLICA_STARTUP_FAILED", {"RUNNING": 1, "STARTING": 1}, "ready"),
-        ("RUNNING", "AUTOSCALING", {}, "asleep"),
-        ("DEPLOYING", "AUTOSCALING", {"STARTING": 1}, "asleep"),
-        ("DEPLOYING", "CONFIG_UPDATE_STARTED", {"STARTING": 1}, "starting"),
-        ("DEPLOY_FAILED", "REPLICA_STARTUP_FAILED", {}, "failed"),
+        ("RUNNING", "HEALTHY", "AUTOSCALING", {"RUNNING": 1}, "ready"),
+        ("UNHEALTHY", "UNHEALTHY", "REPLICA_STARTUP_FAILED", {"RUNNING": 1, "STARTING": 1}, "ready"),
+        ("RUNNING", "HEALTHY", "DOWNSCALE_COMPLETED", {}, "asleep"),
+        ("RUNNING", "UPSCALING", "AUTOSCALING", {"STARTING": 1}, "asleep"),
+        ("RUNNING", "DOWNSCALING", "AUTOSCALING", {"STOPPING": 1}, "asleep"),
+        ("DEPLOYING", "UPDATING", "CONFIG_UPDATE_STARTED", {"STARTING": 1}, "starting"),
+        ("DEPLOY_FAILED", "DEPLOY_FAILED", "REPLICA_STARTUP_FAILED", {}, "failed"),
+        ("UNHEALTHY", "UNHEALTHY", "HEALTH_CHECK_FAILED", {}, "failed"),
+        # Others of the application fail or start.
+        ("UNHEALTHY", "HEALTHY", "DOWNSCALE_COMPLETED", {}, "asleep"),
+        ("DEPLOYING", "HEALTHY", "CONFIG_UPDATE_COMPLETED", {}, "asleep"),
+        ("DEPLOY_FAILED", "UPSCALING", "AUTOSCALING", {"STARTING": 1}, "asleep"),
+        ("DEPLOY_FAILED", "UPDATING", "CONFIG_UPDATE_STARTED", {"STARTING": 1}, "starting"),
     ],
 )
-def test_presence_as_serve_tells_it(status: str, trigger: str, counts: dict[str, int], state: str) -> None:
+def test_presence_as_serve_tells_it(
+    application: str, status: str, trigger: str, counts: dict[str, int], state: str
+) -> None:
     deployment = SimpleNamespace(
+        status=DeploymentStatus(status),
         status_trigger=DeploymentStatusTrigger(trigger),
         replica_states={ReplicaState(name): count for name, count in counts.items()},
         message="one\nlast line",
     )
-    application = SimpleNamespace(
-        status=ApplicationStatus(status), message="", deployments={"target-m": deployment}
+    found = _presence(
+        SimpleNamespace(
+            status=ApplicationStatus(application), message="", deployments={"target-m": deployment}
+        ),
+        "target-m",
     )
-    found = _presence(application, "target-m")
     assert found.state == state
     assert found.message == ("last line" if state == "failed" else "")
+
+
+@pytest.mark.parametrize(
+    ("status", "state"), [("RUNNING", "asleep"), ("DEPLOYING", "starting"), ("DEPLOY_FAILED", "failed")]
+)
+def test_presence_of_what_is_not_deployed_yet_is_its_applications(status: str, state: str) -> None:
+    application = SimpleNamespace(status=ApplicationStatus(status), message="no such module", deployments={})
+    found = _presence(application, "target-m")
+    assert (found.state, found.message) == (state, "no such module" if state == "failed" else "")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ActorDiedError(),
+        RayTaskError("status", "secret", ValueError("secret"), ip="::1"),  # type: ignore[no-untyped-call]
+    ],
+)
+async def test_a_controller_that_is_gone_is_a_503(error: Exception) -> None:
+    def status() -> None:
+        raise error
+
+    with pytest.raises(ApiError, match="Ray Serve does not answer") as refused:
+        await _in_thread(status)
+    assert refused.value.status == 503
+    assert "secret" not in refused.value.message
 
 
 async def test_a_configured_model_that_may_sleep_counts_for_readiness() -> None:
@@ -271,3 +314,140 @@ async def test_a_look_at_a_model_that_may_sleep_is_never_old(monkeypatch: pytest
     monkeypatch.setattr("cluster.gateway.models.PROBE_INTERVAL_S", 0.0)
     with pytest.raises(ApiError, match="did not wake"):
         await models.ready_model("guest")
+
+
+class Broken(FakeTarget):
+    """Fails in ways that no client should."""
+
+    error: BaseException | None = None
+
+    async def info(self) -> TargetInfo:
+        if self.error is not None:
+            raise self.error
+        return await super().info()
+
+
+async def until(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5.0):
+        while not true():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), asyncio.CancelledError()])
+async def test_probing_survives_what_a_client_raises(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.gateway.models.PROBE_INTERVAL_S", 0.01)
+    odd, well = Broken("odd"), FakeTarget("well")
+    odd.error = error
+    models = ModelDirectory({"odd": odd, "well": well})
+    models.start()
+    await until(lambda: models.find("well").ready)
+    well.alive = False
+    await until(lambda: not models.find("well").ready)
+    assert not models.find("odd").ready
+    odd.error = None
+    await until(lambda: models.find("odd").ready)
+    await models.close()
+
+
+async def test_probing_survives_what_serve_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.gateway.models.PROBE_INTERVAL_S", 0.01)
+    monkeypatch.setattr("cluster.gateway.models.DISCOVERY_INTERVAL_S", 0.0)
+    serve = FakeServe()
+    models = directory(serve)
+    with monkeypatch.context() as broken:
+
+        async def presences() -> Mapping[str, Presence]:
+            raise ValueError("an answer that nobody understands")
+
+        broken.setattr(serve, "presences", presences)
+        models.start()
+        await asyncio.sleep(0.05)
+    await until(lambda: models.find("steady").ready)
+    await models.close()
+
+
+async def test_a_model_is_asked_for_its_info_once_when_it_becomes_ready(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("cluster.gateway.models.PROBE_INTERVAL_S", 0.01)
+    monkeypatch.setattr("cluster.gateway.models.DISCOVERY_INTERVAL_S", 0.0)
+    serve = FakeServe()
+    serve.found["guest"] = Presence("starting")
+    models = directory(serve)
+    models.start()
+    await until(lambda: "guest" in models.names())
+    guest, worker = models.find("guest"), serve.sleepers["guest"]
+    worker.awake.set()
+    await asyncio.sleep(0.05)
+    assert worker.calls == 0, "one that starts would only answer later"
+    serve.found["guest"] = Presence("ready")
+    await until(lambda: guest.last_info is not None)
+    await asyncio.sleep(0.05)
+    assert worker.calls == 1, "calls keep a model awake"
+    serve.found["guest"] = Presence("asleep")
+    await until(lambda: guest.state == "asleep")
+    assert guest.last_info is not None, "what sleeps is still described"
+    serve.found["guest"] = Presence("starting")
+    await until(lambda: guest.state == "starting")
+    assert guest.last_info is None
+    serve.found["guest"] = Presence("ready")
+    await until(lambda: worker.calls == 2)
+    await models.close()
+
+
+async def test_a_redeployed_model_is_not_described_as_it_was() -> None:
+    serve = FakeServe()
+    serve.found["guest"] = Presence("asleep")
+    models = directory(serve)
+    await models.refresh()
+    serve.sleepers["guest"].awake.set()
+    await models.ready_model("guest")
+    serve.found["guest"] = Presence("starting")
+    await models.refresh()
+    assert models.find("guest").last_info is None
+
+
+async def test_a_model_that_was_woken_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.gateway.models.PROBE_INTERVAL_S", 0.01)
+    serve = FakeServe()
+    serve.found["guest"] = Presence("asleep")
+    models = directory(serve)
+    await models.refresh()
+    serve.sleepers["guest"].awake.set()
+    await models.ready_model("guest")
+    serve.found["guest"] = Presence("ready")
+    models.start()
+    await asyncio.sleep(0.05)
+    assert serve.sleepers["guest"].calls == 1
+    await models.close()
+
+
+async def test_what_was_unloaded_is_not_listed_by_an_older_look_at_serve() -> None:
+    serve = FakeServe()
+    serve.found["guest"] = Presence("ready")
+    models = directory(serve)
+    await models.refresh()
+    serve.late = late = asyncio.Event()
+    looking = asyncio.create_task(models.refresh())
+    await asyncio.sleep(0)
+    await serve.unload("guest")
+    models.forget("guest")
+    late.set()
+    await looking
+    assert models.names() == ["steady"]
+
+
+async def test_an_older_look_at_serve_hides_nothing_that_a_later_one_found() -> None:
+    serve = FakeServe()
+    models = directory(serve)
+    serve.late = late = asyncio.Event()
+    looking = asyncio.create_task(models.refresh())
+    await asyncio.sleep(0)
+    serve.late = None
+    serve.found["guest"] = Presence("starting")
+    await models.refresh()
+    late.set()
+    await looking
+    assert models.names() == ["steady", "guest"]
