@@ -15,6 +15,7 @@ from actors.drafting.draft_ahead import AheadCounts
 from actors.drafting.errors import DrafterError
 from actors.drafting.interface import SCOPE_SHIFT, SessionDraft, SessionOpen, SessionUpdate
 from actors.drafting.selector import DrafterPool
+from actors.turn_watch import TurnWatch
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +25,6 @@ MAX_BATCH_TOKENS = 256
 """Draft tokens of the rounds that are drafted together, at most; a single round may have more."""
 TURN_LIMIT_S = 120.0
 """Longest turn of the drafting thread; one that takes longer hangs. An engine's step has as long."""
-MAX_CONSECUTIVE_FAILURES = 3
-"""Failed batches in a row after which the drafting thread counts as unhealthy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +113,9 @@ class DraftBatcher:
         self._rounds = 0
         self._drafted = 0
         self._busy_s = 0.0
-        self._busy_since: float | None = None
-        self._failures = 0
         self._shadows: dict[int, tuple[Round, SessionUpdate]] = {}
         self._thread = threading.Thread(target=self._run, name="s2d-drafting", daemon=True)
+        self._watch = TurnWatch(self._thread)
 
     @property
     def pool(self) -> DrafterPool:
@@ -176,22 +174,17 @@ class DraftBatcher:
             drafted_tokens=self._drafted,
             busy_s=self._busy_s,
             ahead=self._pool.ahead_counts,
-            healthy=self._healthy(),
+            healthy=self._watch.healthy(self._turn_limit_s),
         )
-
-    def _healthy(self) -> bool:
-        since = self._busy_since
-        hung = since is not None and time.monotonic() - since > self._turn_limit_s
-        return self._thread.is_alive() and not hung and self._failures < MAX_CONSECUTIVE_FAILURES
 
     def _run(self) -> None:
         idle = False
         while True:
             with self._changed:
                 if idle and not (self._queue or self._ended or self._closing or self._stopped):
-                    self._busy_since = None
+                    self._watch.rests()
                     self._changed.wait(_IDLE_S)
-                self._busy_since = time.monotonic()
+                self._watch.begins()
                 stopped = self._stopped
                 rounds = self._queue.take(sys.maxsize if stopped else self._max_batch_tokens)
                 ended, self._ended = self._ended, []
@@ -237,10 +230,10 @@ class DraftBatcher:
                 waiting = [a for a in waiting if a not in ready]
                 self._reply(ready)
             self._propose(waiting)
-            self._failures = 0
+            self._watch.ended(failed=False)
         except Exception as error:
             logger.exception("a batch of %d rounds failed", len(waiting))
-            self._failures += 1
+            self._watch.ended(failed=True)
             failure = _internal(error)
             for answer in waiting:
                 for place, update in enumerate(answer.round.updates):

@@ -19,10 +19,9 @@ from actors.draft_worker.batcher import BatcherState, DraftBatcher
 from actors.draft_worker.service import AheadPolicy, DraftService
 from actors.draft_worker.vocabularies import DraftVocabulary
 from actors.drafting.interface import Drafter
-from actors.drafting.prompt_lookup import PromptLookupDrafter
+from actors.drafting.model_free import MODEL_FREE
 from actors.drafting.remote_link import MAX_MESSAGE_BYTES, TLSFiles
 from actors.drafting.selector import DrafterPool
-from actors.drafting.token_recycling import TokenRecyclingDrafter
 from actors.models.cores import Cores
 from protos.s2d.v1 import drafting_pb2 as pb
 from protos.s2d.v1 import drafting_pb2_grpc as pb_grpc
@@ -253,10 +252,8 @@ def build_pool(config: PoolConfig) -> LoadedPool:
     vocabulary: DraftVocabulary | None = None
     cores = Cores()
     for name in config.drafters:
-        if name == "prompt_lookup":
-            drafters.append(PromptLookupDrafter(max_sessions=config.max_sessions))
-        elif name == "token_recycling":
-            drafters.append(TokenRecyclingDrafter(max_sessions=config.max_sessions))
+        if name in MODEL_FREE:
+            drafters.append(MODEL_FREE[name](config.max_sessions))
         elif name == "nested" and config.nested is not None:
             # Imported here because a worker without a model needs neither torch nor transformers.
             from actors.drafting.draft_ahead import AheadDrafter

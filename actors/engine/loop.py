@@ -18,6 +18,7 @@ from actors.drafting.assignment import DraftAssignment
 from actors.engine.interface import TargetEngine
 from actors.engine.messages import EngineRequest, EngineStats, RequestOutput, ResetScope
 from actors.sampling.params import ParameterError
+from actors.turn_watch import TurnWatch
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +26,6 @@ IDLE_WAIT_S = 5.0
 """Longest sleep on an empty queue; waking up finds nothing to do and sleeps again."""
 IDLE_WORK_EVERY_S = 0.5
 """The same while the engine has work for idle moments."""
-MAX_CONSECUTIVE_FAILURES = 3
-"""Failed steps in a row after which the engine counts as unhealthy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,13 +103,12 @@ class EngineLoop:
         self._emit = emit
         self._inbox: queue.Queue[Message] = queue.Queue()  # bounded by the admission of requests
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._watch = TurnWatch(self._thread)
         self._live: dict[str, _Delivery] = {}
         self._events: list[Event] = []
         self._urgent = False
         self._has_work = False
         self._idle_work = True
-        self._busy_since: float | None = None
-        self._failures = 0
         self._idle_s = 0.0
 
     def start(self) -> None:
@@ -131,9 +129,7 @@ class EngineLoop:
 
     def healthy(self, step_limit_s: float) -> bool:
         """False when the thread has ended, one turn takes longer than the limit, or steps keep failing."""
-        since = self._busy_since
-        hung = since is not None and time.monotonic() - since > step_limit_s
-        return self._thread.is_alive() and not hung and self._failures < MAX_CONSECUTIVE_FAILURES
+        return self._watch.healthy(step_limit_s)
 
     def _run(self) -> None:
         try:
@@ -145,7 +141,7 @@ class EngineLoop:
             logger.exception("the engine thread ends: it cannot recover")
             self._fail_live("the engine stopped")
         finally:
-            self._busy_since = None
+            self._watch.rests()
             try:
                 self._flush()
             except RuntimeError:
@@ -157,7 +153,7 @@ class EngineLoop:
         try:
             message = self._next()
             while True:
-                self._busy_since = time.monotonic()
+                self._watch.begins()
                 if isinstance(message, Stop):
                     self._fail_live("the engine was closed", "abort")
                     return False
@@ -219,20 +215,20 @@ class EngineLoop:
         """One engine step, if there is work."""
         try:
             if self._has_work and self._engine.has_work():
-                self._busy_since = time.monotonic()
+                self._watch.begins()
                 for output in self._engine.step():
                     self._take(output)
-                self._failures = 0
+                self._watch.ended(failed=False)
             self._has_work = self._engine.has_work()
         except Exception as error:
             logger.exception("an engine step failed; its %d requests end with an error", len(self._live))
-            self._failures += 1
+            self._watch.ended(failed=True)
             for request_id in self._live:
                 self._engine.abort(request_id)
             self._fail_live(f"{type(error).__name__}: {error}")
             self._has_work = self._engine.has_work()
         if not self._has_work:
-            self._busy_since = None
+            self._watch.rests()
 
     def _take(self, output: RequestOutput) -> None:
         """Queue an output, and note whether what is queued must leave now."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
+from actors.engine.messages import ResetScope
 from cluster.bench.peers.install import install_command
 from cluster.cli.bench_choice import choice, replay, trace
 from cluster.cli.bench_common import checked, run_measurement
@@ -112,7 +113,7 @@ def load(
     ] = 2,
     requests_per_rate: Annotated[int, typer.Option(min=2, help="Open loop: requests a block.")] = 16,
     reset: Annotated[
-        Literal["all", "caches"],
+        ResetScope,
         typer.Option(help="Of our own server, before each block; caches keeps what was measured of drafts."),
     ] = "all",
     temperature: Temperature = 0.0,

@@ -8,12 +8,11 @@ from functools import partial
 
 from actors.drafting.interface import NESTED, Drafter, DraftSource, TargetIdentity
 from actors.drafting.local_source import LocalDraftSource
+from actors.drafting.model_free import MODEL_FREE
 from actors.drafting.placed_source import PlacedDraftSource
-from actors.drafting.prompt_lookup import PromptLookupDrafter
 from actors.drafting.remote_link import LinkOptions
 from actors.drafting.remote_source import RemoteDraftSource
 from actors.drafting.selector import CANDIDATES_WANTED, DrafterPool
-from actors.drafting.token_recycling import TokenRecyclingDrafter
 from actors.engine.build import build_engine
 from actors.engine.interface import TargetEngine
 from actors.models.load import LoadedModel, choose_device, load_runner
@@ -40,13 +39,13 @@ def local_drafters(
 ) -> DrafterPool:
     """Those of the configured drafters that a target runs itself: what it falls back to, and all it has
     without a draft pool. None but those without a model where it holds no copy of the nested one."""
-    made: dict[str, Callable[[], Drafter]] = {
-        "prompt_lookup": lambda: PromptLookupDrafter(max_sessions=max_sessions),
-        "token_recycling": lambda: TokenRecyclingDrafter(max_sessions=max_sessions),
-    }
-    if nested is not None:
-        made[nested.name] = lambda: nested
-    return DrafterPool([made[name]() for name in names if name in made], max_sessions)
+    drafters: list[Drafter] = []
+    for name in names:
+        if name in MODEL_FREE:
+            drafters.append(MODEL_FREE[name](max_sessions))
+        elif nested is not None and name == nested.name:
+            drafters.append(nested)
+    return DrafterPool(drafters, max_sessions)
 
 
 def own_nested(

@@ -12,9 +12,10 @@ from typing import cast
 
 import pytest
 
-from actors.draft_worker.batcher import MAX_CONSECUTIVE_FAILURES, DraftBatcher, Round
+from actors.draft_worker.batcher import DraftBatcher, Round
 from actors.drafting.interface import DraftQuery, NestedWish, SessionDraft, SessionUpdate
 from actors.drafting.selector import DrafterPool
+from actors.turn_watch import MAX_CONSECUTIVE_FAILURES
 from cluster.deployments.draft import DraftPool
 from tests.draft_rig import WAIT_S, SlowDrafter, Worker, drafted, session, until, wish
 

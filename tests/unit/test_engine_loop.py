@@ -9,9 +9,10 @@ from collections.abc import AsyncIterator
 import pytest
 
 from actors.engine.async_engine import AsyncEngine, EngineUnavailable, Overloaded
-from actors.engine.loop import MAX_CONSECUTIVE_FAILURES, Add, EngineLoop, Event, Stop
+from actors.engine.loop import Add, EngineLoop, Event, Stop
 from actors.engine.messages import EngineRequest, RequestOutput
 from actors.sampling.params import ParameterError, SamplingParams
+from actors.turn_watch import MAX_CONSECUTIVE_FAILURES
 from tests.scripted_engine import ScriptedEngine, rounds, until
 
 pytestmark = pytest.mark.timeout(30)

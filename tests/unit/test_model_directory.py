@@ -333,6 +333,17 @@ async def until(true: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
+async def woken_guest() -> tuple[FakeServe, ModelDirectory]:
+    """`guest` slept, and a request woke it."""
+    serve = FakeServe()
+    serve.found["guest"] = Presence("asleep")
+    models = directory(serve)
+    await models.refresh()
+    serve.sleepers["guest"].awake.set()
+    await models.ready_model("guest")
+    return serve, models
+
+
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), asyncio.CancelledError()])
 async def test_probing_survives_what_a_client_raises(
     error: BaseException, monkeypatch: pytest.MonkeyPatch
@@ -398,12 +409,7 @@ async def test_a_model_is_asked_for_its_info_once_when_it_becomes_ready(
 
 
 async def test_a_redeployed_model_is_not_described_as_it_was() -> None:
-    serve = FakeServe()
-    serve.found["guest"] = Presence("asleep")
-    models = directory(serve)
-    await models.refresh()
-    serve.sleepers["guest"].awake.set()
-    await models.ready_model("guest")
+    serve, models = await woken_guest()
     serve.found["guest"] = Presence("starting")
     await models.refresh()
     assert models.find("guest").last_info is None
@@ -411,12 +417,7 @@ async def test_a_redeployed_model_is_not_described_as_it_was() -> None:
 
 async def test_a_model_that_was_woken_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cluster.gateway.models.PROBE_INTERVAL_S", 0.01)
-    serve = FakeServe()
-    serve.found["guest"] = Presence("asleep")
-    models = directory(serve)
-    await models.refresh()
-    serve.sleepers["guest"].awake.set()
-    await models.ready_model("guest")
+    serve, models = await woken_guest()
     serve.found["guest"] = Presence("ready")
     models.start()
     await asyncio.sleep(0.05)
