@@ -41,7 +41,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 class SlowDrafter:
-    """Proposes the last token again, after `delay_s`; remembers the sessions that it holds."""
+    """Proposes the last token again, after `delay_s`; remembers its sessions and what it was asked for."""
 
     name = "slow"
     learns = False
@@ -53,6 +53,7 @@ class SlowDrafter:
         self.entered = threading.Event()
         self.tokens: dict[int, list[int]] = {}
         self.batches: list[int] = []
+        self.queries: list[DraftQuery] = []
 
     def open(self, session: SessionOpen) -> None:
         self.tokens[session.session_id] = list(session.token_ids)
@@ -65,6 +66,7 @@ class SlowDrafter:
         self.gate.wait(WAIT_S)
         time.sleep(self.delay_s)
         self.batches.append(len(queries))
+        self.queries += queries
         return [
             SessionDraft(q.session_id, q.epoch, (self.tokens[q.session_id][-1],) * q.budget, drafter="slow")
             for q in queries
@@ -73,7 +75,7 @@ class SlowDrafter:
     def close(self, session_id: int) -> None:
         del self.tokens[session_id]
 
-    def reset(self) -> None: ...
+    def reset(self, scope: str = "all") -> None: ...
 
 
 class Worker:

@@ -13,7 +13,7 @@ from actors.draft_worker.fair_queue import FairQueue
 from actors.drafting import codec
 from actors.drafting.draft_ahead import AheadCounts
 from actors.drafting.errors import DrafterError
-from actors.drafting.interface import SCOPE_SHIFT, SessionDraft, SessionOpen, SessionUpdate
+from actors.drafting.interface import SCOPE_SHIFT, ResetScope, SessionDraft, SessionOpen, SessionUpdate
 from actors.drafting.selector import DrafterPool
 from actors.turn_watch import TurnWatch
 
@@ -40,7 +40,7 @@ class Round:
     opens: tuple[SessionOpen, ...] = ()
     closes: tuple[int, ...] = ()
     updates: tuple[SessionUpdate, ...] = ()
-    reset: bool = False
+    reset: ResetScope | None = None
     deadline: float = float("inf")
     shadow_reply: ReplyCallback | None = None
     """Called at most once, after `reply`, with a draft for scoring, empty when there is none."""
@@ -60,6 +60,8 @@ class BatcherState:
     ahead: AheadCounts = field(default_factory=AheadCounts)
     healthy: bool = True
     """False when the drafting thread has ended, hangs, or its batches keep failing."""
+    failing: tuple[str, ...] = ()
+    """Drafters that fail whatever session they draft for."""
 
 
 @dataclass(slots=True, eq=False)
@@ -175,6 +177,7 @@ class DraftBatcher:
             busy_s=self._busy_s,
             ahead=self._pool.ahead_counts,
             healthy=self._watch.healthy(self._turn_limit_s),
+            failing=self._pool.failing,
         )
 
     def _run(self) -> None:
@@ -272,8 +275,8 @@ class DraftBatcher:
     def _tell(self, answer: _Answers) -> Iterator[tuple[int, SessionUpdate]]:
         """Apply one round; yields (place, update) of what wants a draft."""
         round_ = answer.round
-        if round_.reset:
-            self._pool.reset()
+        if round_.reset is not None:
+            self._pool.reset(round_.reset)
         for sid in round_.closes:
             self._close(sid)
         refused: dict[int, DrafterError] = {}

@@ -250,7 +250,7 @@ class _Stream:
                 opens=tuple(self._open(session) for session in message.opens),
                 closes=tuple(self._scope + session_id for session_id in message.closes),
                 updates=tuple(codec.update_from_proto(update, self._scope) for update in message.updates),
-                reset=message.reset_shared_state,
+                reset=codec.reset_from_proto(message.reset_shared_state),
                 deadline=deadline,
                 shadow_reply=shadow_reply,
             )

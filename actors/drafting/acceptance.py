@@ -46,7 +46,8 @@ class RunningAcceptance:
             copy._accepted[bucket], copy._tried[bucket] = self._accepted[bucket] * share, tried * share
         return copy
 
-    def observe(self, feature: int, accepted: bool) -> None:
+    def observe(self, feature: int, accepted: float) -> None:
+        """`accepted`: 1 or 0, or how likely it is where nobody knows."""
         b = self._bucket(feature)
         self._accepted[b] = self._accepted[b] * self._decay + accepted
         self._tried[b] = self._tried[b] * self._decay + 1.0

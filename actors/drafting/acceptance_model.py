@@ -2,7 +2,8 @@
 
 Every proposal is scored against the tokens that the target goes on to emit, whether or not it was verified.
 Under the coupled rule a draft is accepted exactly when it equals the target's token, so scoring drafts that
-nobody verified costs nothing and lets a drafter that is switched off prove itself again.
+nobody verified costs nothing and lets a drafter that is switched off prove itself again. Of drafts that were
+drawn for another rule, only what was verified counts.
 
 What is sampled at a high temperature is hard to foresee: requests of like temperature have averages of their
 own, which begin as those of all.
@@ -97,13 +98,14 @@ class _Averages:
     def faded(self) -> _Averages:
         return _Averages(self.rates(), [min(n, _KIND_TRIALS) for n in self.trials])
 
-    def at_exit(self, exits: _Averages, overall: _Averages) -> _Averages:
-        """Those of another exit, as much better or worse than its overall ones as these are."""
+    def at_exit(self, exits: _Averages, overall: _Averages, most_trials: int) -> _Averages:
+        """Those of another exit, as much better or worse than its overall ones as these are, which counts for
+        so many drafts at most."""
         accept = [
             min(_MAX_RATE, other * (mine / max(usual, _LEAST_RATE)))
             for mine, other, usual in zip(self.rates(), exits.rates(), overall.rates(), strict=True)
         ]
-        return _Averages(accept, list(exits.trials))
+        return _Averages(accept, [min(n, most_trials) for n in exits.trials])
 
     def record(self, at: int, hit: bool) -> None:
         while self.reached <= at:
@@ -139,7 +141,7 @@ class _Local:
     hits: float = 0.0
     expected: float = 0.0
 
-    def add(self, hits: int, expected: float) -> None:
+    def add(self, hits: float, expected: float) -> None:
         self.hits = self.hits * _LOCAL_DECAY + hits
         self.expected = self.expected * _LOCAL_DECAY + expected
 
@@ -165,7 +167,7 @@ class _OwnRecords:
         """How much better than expected a request fares."""
         return local.scale(self.prior_weight)
 
-    def observe(self, local: _Local, hits: int, expected: float) -> None:
+    def observe(self, local: _Local, hits: float, expected: float) -> None:
         """So many accepted tokens came of a draft of which the averages expect `expected`."""
         for at, weight in enumerate(_PRIOR_WEIGHTS):
             scale = local.scale(weight)
@@ -180,6 +182,9 @@ class _Pending:
     token_ids: tuple[int, ...]
     exit_depth: int | None = None
     position: int = 0
+    drawn: bool = False
+    """Whether it was drawn from a distribution that the target verifies it by. What is accepted is then not
+    what equals the target's own token, so that what was not verified says nothing."""
 
 
 @dataclass(slots=True)
@@ -213,17 +218,19 @@ class AcceptanceModel:
 
     def proposed(self, request: RequestAcceptance, draft: SessionDraft | None, names: Iterable[str]) -> None:
         """Start scoring a proposal (None or empty: nobody had a guess)."""
+        self._end_tree(request)
         answered = draft.drafter if draft is not None and draft.token_ids else None
         for name in names:
             self._asked(request, name, name == answered)
         if answered is not None and draft is not None:
             request.drafters.setdefault(answered, self._local(request, answered))
-            request.pending = _Pending(answered, draft.token_ids, draft.exit_depth)
+            request.pending = _Pending(answered, draft.token_ids, draft.exit_depth, drawn=bool(draft.q))
         else:
             request.pending = None
 
     def proposed_tree(self, request: RequestAcceptance, draft: SessionDraft | None, name: str) -> None:
         """The same for a request whose proposals are trees (with their parents), recorded as `name`."""
+        self._end_tree(request)
         answered = draft is not None and bool(draft.token_ids)
         self._asked(request, name, answered)
         request.pending = PendingTree(name, draft) if draft is not None and answered else None
@@ -237,16 +244,20 @@ class AcceptanceModel:
         local.available += _LOCAL_SMOOTHING * (answered - local.available)
         self._shares[name].record(answered)
 
-    def emitted(self, request: RequestAcceptance, token_ids: Iterable[int]) -> None:
-        """Score the pending proposal with tokens that the target emitted."""
+    def emitted(self, request: RequestAcceptance, token_ids: Iterable[int], verified: int = 0) -> None:
+        """Score the pending proposal with tokens that the target emitted in a round that verified so many of
+        its tokens."""
+        if isinstance(request.pending, _Pending) and request.pending.drawn:
+            request.pending.token_ids = request.pending.token_ids[:verified]
+            if not verified:
+                request.pending = None
         for token in token_ids:
             pending = request.pending
             if pending is None:
                 return
             if isinstance(pending, PendingTree):
                 if not pending.advance(token):
-                    self._record_tree(request, pending)
-                    request.pending = None
+                    self._end_tree(request)
                 continue
             hit = pending.token_ids[pending.position] == token
             self._record(request, pending, hit)
@@ -265,13 +276,17 @@ class AcceptanceModel:
         if pending.exit_depth is not None:
             self.observe_exit(pending.exit_depth, at, hit)
 
-    def _record_tree(self, request: RequestAcceptance, pending: PendingTree) -> None:
+    def _end_tree(self, request: RequestAcceptance) -> None:
+        """Score a tree that the target has left, or that another proposal follows before it has."""
+        pending, request.pending = request.pending, None
+        if not isinstance(pending, PendingTree) or not (pending.left or pending.path):
+            return
         local = request.drafters[pending.name]
         known = self._trees[pending.name]
         record = known.to_record(request.kind)
         known.overall.record(pending)
-        expected = record.record(pending)
-        self._own_records[pending.name].observe(local, len(pending.path), expected)
+        hits, expected = record.record(pending)
+        self._own_records[pending.name].observe(local, hits, expected)
         if pending.draft.exit_depth is not None:
             for place, hit in enumerate(pending.exit_hits()):
                 self.observe_exit(pending.draft.exit_depth, place, hit)
@@ -284,7 +299,9 @@ class AcceptanceModel:
         """`drafter` goes on at another exit: what is known of that exit, if anything, holds for it."""
         exits = self._exits.get(exit_depth) or _Averages()
         before = self._averages[drafter]
-        kinds = {kind: known.at_exit(exits, before.overall) for kind, known in before.kinds.items()}
+        # Of a kind that is the only one, what is known of the exit holds as it is.
+        most = _KIND_TRIALS if len(before.kinds) > 1 else max(exits.trials)
+        kinds = {kind: known.at_exit(exits, before.overall, most) for kind, known in before.kinds.items()}
         self._averages[drafter] = _ByKind(deepcopy(exits), kinds)
 
     def survival(self, request: RequestAcceptance, drafter: str, length: int) -> list[float]:

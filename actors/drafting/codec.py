@@ -12,6 +12,7 @@ from actors.drafting.interface import (
     DraftErrorCode,
     DraftSampling,
     NestedWish,
+    ResetScope,
     SessionDraft,
     SessionOpen,
     SessionUpdate,
@@ -28,6 +29,18 @@ _TO_WIRE: dict[DraftErrorCode, pb.DraftError] = {
 }
 _FROM_WIRE: dict[int, DraftErrorCode] = {int(wire): code for code, wire in _TO_WIRE.items()}
 assert set(_TO_WIRE) == set(get_args(DraftErrorCode))
+RESET_SCOPES: dict[ResetScope, pb.ResetScope] = {
+    "all": pb.RESET_SCOPE_ALL,
+    "caches": pb.RESET_SCOPE_CACHES,
+}
+assert set(RESET_SCOPES) == set(get_args(ResetScope))
+
+
+def reset_from_proto(scope: int) -> ResetScope | None:
+    """None for nothing; all for a scope that is not known here, which may be of a newer target."""
+    if scope == pb.RESET_SCOPE_UNSPECIFIED:
+        return None
+    return "caches" if scope == pb.RESET_SCOPE_CACHES else "all"
 
 
 def open_to_proto(session: SessionOpen) -> pb.SessionOpen:

@@ -32,6 +32,10 @@ MAX_HELD_STATES = 64
 SCOPE_SHIFT = 64
 """Ids of sessions in a draft worker have their stream's number above so many bits."""
 
+ResetScope = Literal["all", "caches"]
+"""Of what requests share: `caches` are prefix caches and what drafters remember of texts, `all` is these and
+what was measured of drafts (acceptance, what drafters are worth, the account)."""
+
 DraftErrorCode = Literal["unknown_session", "stale_epoch", "capacity", "unsupported", "internal"]
 
 
@@ -200,8 +204,8 @@ class Drafter(Protocol):
 
     def close(self, session_id: int) -> None: ...
 
-    def reset(self) -> None:
-        """Forget what sessions share (a recycling matrix); sessions stay open."""
+    def reset(self, scope: ResetScope = "all") -> None:
+        """Forget what sessions share, see `ResetScope`; sessions stay open."""
         ...
 
 
@@ -221,6 +225,20 @@ class TargetIdentity:
     states_hash: str = field(default="", compare=False)
     cores: Cores = field(default_factory=Cores, compare=False)
     weight: float = field(default=1.0, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ServedRounds:
+    """What draft workers have done for a target so far.
+
+    rounds: that they answered with drafts. seconds: from a round's arrival there to its answer, over all of
+    them. steps: of the nested drafter for them, one after the other. tokens: of nested drafts.
+    """
+
+    rounds: int = 0
+    seconds: float = 0.0
+    steps: int = 0
+    tokens: int = 0
 
 
 class DraftSource(Protocol):
@@ -271,9 +289,13 @@ class DraftSource(Protocol):
         remote."""
         ...
 
+    def served(self) -> ServedRounds:
+        """By draft workers; zeros where nothing is remote."""
+        ...
+
     def close_session(self, session_id: int) -> None: ...
 
-    def reset(self) -> None: ...
+    def reset(self, scope: ResetScope = "all") -> None: ...
 
     def stats(self) -> dict[str, object]: ...
 

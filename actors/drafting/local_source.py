@@ -11,6 +11,8 @@ from actors.drafting.errors import DrafterError
 from actors.drafting.interface import (
     MAX_HELD_CANDIDATES,
     MAX_HELD_STATES,
+    ResetScope,
+    ServedRounds,
     SessionDraft,
     SessionOpen,
     SessionUpdate,
@@ -139,12 +141,15 @@ class LocalDraftSource:
     def latency_s(self) -> Mapping[str, float]:
         return {}
 
+    def served(self) -> ServedRounds:
+        return ServedRounds()
+
     def close_session(self, session_id: int) -> None:
         self._pool.close(session_id)
         self._sessions.pop(session_id, None)
 
-    def reset(self) -> None:
-        self._pool.reset()
+    def reset(self, scope: ResetScope = "all") -> None:
+        self._pool.reset(scope)
 
     def stats(self) -> dict[str, object]:
         return {

@@ -15,7 +15,14 @@ from actors.drafting.draw import CutVocabulary, Draw, draw_tokens
 from actors.drafting.early_stop import EarlyStop
 from actors.drafting.errors import DrafterError
 from actors.drafting.exit_heads import ExitHeads
-from actors.drafting.interface import NESTED, SCOPE_SHIFT, DraftQuery, SessionDraft, SessionOpen
+from actors.drafting.interface import (
+    NESTED,
+    SCOPE_SHIFT,
+    DraftQuery,
+    ResetScope,
+    SessionDraft,
+    SessionOpen,
+)
 from actors.drafting.nested_session import Proposal, Session
 from actors.drafting.step_times import StepTimes
 from actors.drafting.tree import ROOT
@@ -199,7 +206,7 @@ class NestedDrafter:
         if session is not None:
             self._kv.release(session.seq)
 
-    def reset(self) -> None:
+    def reset(self, scope: ResetScope = "all") -> None:
         """Sessions share nothing but the weights."""
 
     def propose(self, queries: Sequence[DraftQuery]) -> list[SessionDraft]:

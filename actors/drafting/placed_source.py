@@ -12,7 +12,15 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from actors.drafting.interface import NESTED, DraftSource, SessionDraft, SessionOpen, SessionUpdate
+from actors.drafting.interface import (
+    NESTED,
+    DraftSource,
+    ResetScope,
+    ServedRounds,
+    SessionDraft,
+    SessionOpen,
+    SessionUpdate,
+)
 
 _TRIALS = 8
 """Rounds that each place is given before the two are compared."""
@@ -178,13 +186,16 @@ class PlacedDraftSource:
     def latency_s(self) -> Mapping[str, float]:
         return self._remote.latency_s()
 
+    def served(self) -> ServedRounds:
+        return self._remote.served()
+
     def close_session(self, session_id: int) -> None:
         self._remote.close_session(session_id)
         self._local.close_session(session_id)
 
-    def reset(self) -> None:
-        self._remote.reset()
-        self._local.reset()
+    def reset(self, scope: ResetScope = "all") -> None:
+        self._remote.reset(scope)
+        self._local.reset(scope)
 
     def stats(self) -> dict[str, object]:
         """Waits in ms, the shortest of the last; `prefers`: where sessions go that both can serve."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from actors.drafting.acceptance import RunningAcceptance, confirmed_prefix
 from actors.drafting.errors import DrafterError
-from actors.drafting.interface import DraftQuery, SessionDraft, SessionOpen
+from actors.drafting.interface import DraftQuery, ResetScope, SessionDraft, SessionOpen
 
 _FOLLOWERS = (0.25, 0.1, 0.06)
 """Before anything was measured: P(the next token is the last, the last but one, ... that came after this)."""
@@ -100,9 +100,11 @@ class PromptLookupDrafter:
     def close(self, session_id: int) -> None:
         self._sessions.pop(session_id, None)
 
-    def reset(self) -> None:
-        self._acceptance.reset()
-        self._followers.reset()
+    def reset(self, scope: ResetScope = "all") -> None:
+        """Sessions share no texts."""
+        if scope == "all":
+            self._acceptance.reset()
+            self._followers.reset()
 
     def _get(self, session_id: int) -> _Session:
         try:

@@ -7,7 +7,14 @@ import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
 
-from actors.drafting.interface import SessionDraft, SessionOpen, SessionUpdate, TargetIdentity
+from actors.drafting.interface import (
+    ResetScope,
+    ServedRounds,
+    SessionDraft,
+    SessionOpen,
+    SessionUpdate,
+    TargetIdentity,
+)
 from actors.drafting.remote_link import (
     Connection,
     LeaseProvider,
@@ -15,6 +22,7 @@ from actors.drafting.remote_link import (
     RemoteLink,
 )
 from actors.drafting.session_ledger import SessionLedger
+from actors.drafting.tree import depths, parents_of
 from protos.s2d.v1 import drafting_pb2 as pb
 
 logger = logging.getLogger(__name__)
@@ -63,6 +71,7 @@ class RemoteDraftSource:
         self._round_trip_s: float | None = None
         self._service_s: float | None = None
         self._draft_s = 0.0
+        self._served = ServedRounds()
         self._last_error = ""
         self._link = RemoteLink(leases, identity, options or LinkOptions(), self)
         self._link.start()
@@ -131,14 +140,17 @@ class RemoteDraftSource:
         with self._changed:
             return dict(self._latency_s)
 
+    def served(self) -> ServedRounds:
+        return self._served
+
     def close_session(self, session_id: int) -> None:
         with self._changed:
             self._ledger.close(session_id)
             self._drafts.pop(session_id, None)
 
-    def reset(self) -> None:
+    def reset(self, scope: ResetScope = "all") -> None:
         with self._changed:
-            self._ledger.reset()
+            self._ledger.reset(scope)
 
     def stats(self) -> dict[str, object]:
         """Averages are exponential, in milliseconds; None before the first round. `draft_s`: seconds that the
@@ -193,10 +205,10 @@ class RemoteDraftSource:
             self._candidates = reply.candidates_wanted
             now = time.monotonic()
             self._shadows += [s for draft in reply.shadows if (s := self._ledger.shadow(draft)) is not None]
-            for draft in reply.drafts:
-                answer = self._ledger.answer(draft, now)
-                if answer is not None:
-                    self._drafts[answer.session_id] = answer
+            answers = [a for draft in reply.drafts if (a := self._ledger.answer(draft, now)) is not None]
+            self._drafts.update((answer.session_id, answer) for answer in answers)
+            if waited is not None and not all(draft.error for draft in reply.drafts):
+                self._served = _plus(self._served, reply.service_us * 1e-6, answers)
             self._changed.notify_all()
 
     def _observe_latency(self, worker_id: str, seconds: float) -> None:
@@ -224,6 +236,17 @@ class RemoteDraftSource:
             self._connection = None
             self._ledger.disconnected()
             self._changed.notify_all()
+
+
+def _plus(served: ServedRounds, seconds: float, answers: Sequence[SessionDraft]) -> ServedRounds:
+    """One round more. Of a tree in which a nested draft is all tokens count, whoever guessed them."""
+    nested = [answer for answer in answers if answer.exit_depth is not None]
+    return ServedRounds(
+        served.rounds + 1,
+        served.seconds + seconds,
+        served.steps + max((max(depths(parents_of(a)), default=0) for a in nested), default=0),
+        served.tokens + sum(len(a.token_ids) for a in nested),
+    )
 
 
 def _average(average: float | None, value: float) -> float:

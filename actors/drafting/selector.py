@@ -17,6 +17,7 @@ from actors.drafting.interface import (
     Drafter,
     DraftErrorCode,
     DraftQuery,
+    ResetScope,
     SessionDraft,
     SessionOpen,
     SessionUpdate,
@@ -29,6 +30,9 @@ from actors.sampling.params import MAX_DRAFT_TOKENS
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
+
+FAILING_AFTER = 3
+"""Sessions that a drafter fails one after the other from which on it is not theirs but its own failure."""
 
 CANDIDATES_WANTED = 8
 """Candidates a verified row for drafters that learn (Token Recycling's k)."""
@@ -159,6 +163,8 @@ class DrafterPool:
         self._sessions: dict[int, _Session] = {}
         self._clock = clock
         self._worth = DraftWorth(clock)
+        self._failed_for: dict[str, set[int]] = {name: set() for name in names}
+        """Sessions that a drafter failed since it last drafted."""
 
     @property
     def drafters(self) -> tuple[str, ...]:
@@ -186,6 +192,11 @@ class DrafterPool:
         return len(self._sessions)
 
     @property
+    def failing(self) -> tuple[str, ...]:
+        """Drafters that fail whatever session they draft for. Safe from any thread."""
+        return tuple(name for name, failed in self._failed_for.items() if len(failed) >= FAILING_AFTER)
+
+    @property
     def kv_blocks(self) -> tuple[int, int]:
         """(used, free) over all drafters with a KV pool."""
         paged = [d for d in self._drafters if isinstance(d, PagedDrafter)]
@@ -210,11 +221,12 @@ class DrafterPool:
         for drafter in self._drafters:
             error = self._guarded(drafter.name, partial(drafter.open, session))
             if isinstance(error, DrafterError):
+                self._note_failure(drafter, sid, error)
                 state.missing[drafter.name] = error
         if len(state.missing) == len(self._drafters):
             raise next(iter(state.missing.values()))
         self._sessions[sid] = state
-        self._worth.opened(sid)
+        self._worth.opened(sid, session.sampling.temperature)
 
     def apply(self, update: SessionUpdate) -> None:
         """Commit a verdict in every drafter. Raises `DrafterError` "unknown_session" or "stale_epoch"."""
@@ -314,7 +326,8 @@ class DrafterPool:
             chosen = [i for i, u in eligible.items() if i in pinned or u.session_id in worth_it]
             asked: dict[int, DraftQuery] = {}
             for i in chosen:
-                least = self._worth.least_survival(drafter.name, bool(going_on[i]), together, len(chosen))
+                sid, others = waiting[i].session_id, bool(going_on[i])
+                least = self._worth.least_survival(drafter.name, sid, others, together, len(chosen))
                 asked[i] = replace(self._query(drafter, waiting[i]), tree=True, min_survival=least)
             if not asked:
                 continue
@@ -390,11 +403,12 @@ class DrafterPool:
                 if drafter.name not in state.missing:
                     self._guarded(drafter.name, partial(drafter.close, session_id))
 
-    def reset(self) -> None:
-        """Forget what sessions share, in every drafter."""
-        self._worth.reset()
+    def reset(self, scope: ResetScope = "all") -> None:
+        """Forget what sessions share, in every drafter, and of `all` also what these are worth."""
+        if scope == "all":
+            self._worth.reset()
         for drafter in self._drafters:
-            self._guarded(drafter.name, drafter.reset)
+            self._guarded(drafter.name, partial(drafter.reset, scope))
 
     def work(self) -> bool:
         """Do one bounded piece of background work; False when there is none."""
@@ -435,6 +449,7 @@ class DrafterPool:
         """Ask one drafter for a batch; when the batch fails, each session alone, to find the culprit."""
         answer = self._guarded(drafter.name, partial(drafter.propose, queries))
         if not isinstance(answer, DrafterError):
+            self._failed_for[drafter.name].clear()
             return answer
         if len(updates) > 1:
             return [self._ask(drafter, [u], [q])[0] for u, q in zip(updates, queries, strict=True)]
@@ -454,9 +469,15 @@ class DrafterPool:
 
     def _drop(self, drafter: Drafter, sid: int, state: _Session, error: DrafterError) -> None:
         """The drafter lost step with the session: say so once, then ask for it to be opened again."""
+        self._note_failure(drafter, sid, error)
         self._guarded(drafter.name, partial(drafter.close, sid))
         code: DraftErrorCode = error.code if error.code == "capacity" else "unknown_session"
         state.missing[drafter.name] = DrafterError(code, f"{drafter.name} lost the session: {error.message}")
+
+    def _note_failure(self, drafter: Drafter, sid: int, error: DrafterError) -> None:
+        failed = self._failed_for[drafter.name]
+        if error.code == "internal" and len(failed) < FAILING_AFTER:
+            failed.add(sid)
 
     def _guarded(self, name: str, call: Callable[[], _T]) -> _T | DrafterError:
         """Run a method of drafter `name`; whatever it raises concerns this drafter alone."""

@@ -13,6 +13,7 @@ from actors.drafting import codec
 from actors.drafting.interface import (
     MAX_HELD_CANDIDATES,
     DraftSampling,
+    ResetScope,
     SessionDraft,
     SessionOpen,
     SessionUpdate,
@@ -59,7 +60,7 @@ class SessionLedger:
         self._flush_tokens = flush_tokens
         self._sessions: dict[int, _Session] = {}
         self._closes: list[int] = []
-        self._reset = False
+        self._reset: ResetScope | None = None
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -76,9 +77,10 @@ class SessionLedger:
         if session is not None and session.opened:
             self._closes.append(session_id)
 
-    def reset(self) -> None:
+    def reset(self, scope: ResetScope = "all") -> None:
         """Ask the worker, with the next message, to forget what sessions share."""
-        self._reset = True
+        if self._reset != "all":
+            self._reset = scope
 
     def disconnected(self) -> None:
         """The worker's sessions ended with the stream: open them again when next wanted."""
@@ -203,8 +205,9 @@ class SessionLedger:
     def _add_pending(self, message: pb.DraftRound) -> None:
         message.closes.extend(self._closes)
         self._closes.clear()
-        message.reset_shared_state = self._reset
-        self._reset = False
+        if self._reset is not None:
+            message.reset_shared_state = codec.RESET_SCOPES[self._reset]
+            self._reset = None
 
 
 def _decoded(draft: pb.SessionDraft, epoch: int) -> SessionDraft:

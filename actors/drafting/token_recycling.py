@@ -16,7 +16,7 @@ import numpy as np
 
 from actors.drafting.acceptance import RunningAcceptance, confirmed_prefix
 from actors.drafting.errors import DrafterError
-from actors.drafting.interface import DraftQuery, SessionDraft, SessionOpen
+from actors.drafting.interface import DraftQuery, ResetScope, SessionDraft, SessionOpen
 
 MAX_VOCAB = 1 << 20
 """Token ids at or above this are not learned, which bounds the matrix at 32 MiB for k = 8."""
@@ -135,7 +135,11 @@ class TokenRecyclingDrafter:
     def close(self, session_id: int) -> None:
         self._sessions.pop(session_id, None)
 
-    def reset(self) -> None:
+    def reset(self, scope: ResetScope = "all") -> None:
+        if scope == "caches":
+            for known in self._known.values():
+                known.matrix.fill(UNKNOWN)
+            return
         self._known.clear()
         for session in self._sessions.values():
             session.known = self._of(session.vocabulary)

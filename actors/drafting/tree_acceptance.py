@@ -31,29 +31,45 @@ def _bucket(probability: float) -> int:
 
 @dataclass(slots=True)
 class PendingTree:
-    """A tree being compared with what the target emits: `path` is confirmed, its last token is `at`."""
+    """A tree being compared with what the target emits: `path` is confirmed, its last token is `at`. `left`:
+    the target went on without the tree, or to its end."""
 
     name: str
     draft: SessionDraft
     path: list[int] = field(default_factory=list)
     at: int = ROOT
+    left: bool = False
 
     def advance(self, token: int) -> bool:
         """Compare one more token; False when the tree says nothing about what follows."""
         parents = self.draft.parents
         found = find_child(self.draft.token_ids, parents, self.at, token)
-        if found is None:
-            return False
-        self.path.append(found)
-        self.at = found
-        return found in parents[found + 1 :]
+        if found is not None:
+            self.path.append(found)
+            self.at = found
+        self.left = found is None or found not in parents[found + 1 :]
+        return not self.left
+
+    def open_below(self) -> dict[int, int]:
+        """Tokens of which nothing is known yet, with their parents: those below what is confirmed, where the
+        target has not left the tree. The rest is right (`path`) or wrong."""
+        if self.left:
+            return {}
+        found: dict[int, int] = {}
+        for index, parent in enumerate(self.draft.parents):
+            if index > self.at and (parent == self.at or parent in found):
+                found[index] = parent
+        return found
 
     def exit_hits(self) -> list[bool]:
-        """Whether the nested drafter's own chain was right, token by token up to the first that was not."""
-        draft = self.draft
+        """Whether the nested drafter's own chain was right, token by token up to the first that was not or is
+        not known."""
+        draft, unknown = self.draft, self.open_below()
         sources = draft.sources or (draft.drafter,) * len(draft.token_ids)
         hits: list[bool] = []
         for index in first_children(draft.parents, lambda i: sources[i] == NESTED):
+            if index in unknown:
+                break
             hits.append(index in self.path)
             if not hits[-1]:
                 break
@@ -87,16 +103,25 @@ class TreeRecord:
         likely = [self.calibration.probability(_bucket(r)) for r in reached] or self.by_place[:count]
         return list(accumulate(likely, min))
 
-    def record(self, pending: PendingTree) -> float:
-        """Count a tree whose path is known; how many accepted tokens had been expected of it."""
+    def record(self, pending: PendingTree) -> tuple[float, float]:
+        """Count a tree; how many of its tokens were accepted, and how many had been expected to be.
+
+        Of a tree that was verified in part, and right so far, nobody knows what would have become of the
+        tokens below: they count as accepted as far as that was expected of them, given what is confirmed.
+        Left out, the likely ones would be counted only where they were wrong.
+        """
         reached, count = reach(pending.draft), len(pending.draft.token_ids)
-        expected = sum(self._expected(reached, count))
-        on_path = set(pending.path)
-        for place in range(count):
-            hit = place in on_path
+        expected = self._expected(reached, count)
+        hits = [0.0] * count
+        for place in pending.path:
+            hits[place] = 1.0
+        confirmed = 1.0 if pending.at == ROOT else expected[pending.at]
+        for place in pending.open_below():
+            hits[place] = expected[place] / confirmed
+        for place, hit in enumerate(hits):
             self.trials[place] += 1
             step = max(_SMOOTHING, 1.0 / (self.trials[place] + _WEIGHT))
             self.by_place[place] += step * (hit - self.by_place[place])
             if reached:
                 self.calibration.observe(_bucket(reached[place]), hit)
-        return expected
+        return sum(hits), sum(expected)

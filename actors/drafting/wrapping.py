@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Generic, Protocol, TypeVar
 
-from actors.drafting.interface import Drafter, DraftQuery, SessionDraft
+from actors.drafting.interface import Drafter, DraftQuery, ResetScope, SessionDraft
 
 
 class ModelDrafter(Drafter, Protocol):
@@ -60,5 +60,5 @@ class WrappingDrafter(Generic[D]):
         """The inner drafter's: what is done around it is not part of a step."""
         return self._inner.step_s_by_exit()
 
-    def reset(self) -> None:
-        self._inner.reset()
+    def reset(self, scope: ResetScope = "all") -> None:
+        self._inner.reset(scope)

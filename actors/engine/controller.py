@@ -135,11 +135,6 @@ class Controller:
         target's pass."""
         self._overhead.observe(seconds, requests, asking)
 
-    @property
-    def wait_s(self) -> float:
-        """Average time that a round stood still for drafts, in seconds; 0 before the first."""
-        return self._waits.mean_s
-
     def adopt(self, drafter: str, exit_depth: int) -> None:
         """`drafter` drafts at another exit from now on; whether that pays is looked at in the next round."""
         self.acceptance.adopt(drafter, exit_depth)
@@ -336,12 +331,14 @@ class Controller:
             state.probing = False
         if any(chosen) and base_rows == emitting:  # rounds with prompts say nothing of costs
             self._look_further([index for index, _ in free], curves, lengths)
-        if all(not c.forced for c, _, _ in drafts):
-            self._plain_s = self.costs.seconds(self._waiting) + self._attention_s
-            extra_s = self.costs.seconds(base_rows + sum(lengths)) - self.costs.seconds(base_rows)
-            for (candidate, _, _), length in zip(drafts, lengths, strict=True):
-                extra_s += length * self.costs.drafted_attention_s(candidate.context)
-            self.account.spend(self._last_wait_s + extra_s)
+        self._plain_s = self.costs.seconds(self._waiting) + self._attention_s
+        # What is forced would be waited for and verified anyway.
+        forced_rows = sum(lengths) - sum(lengths[index] for index, _ in free)
+        extra_s = 0.0 if forced_rows else self._last_wait_s
+        extra_s += self.costs.seconds(base_rows + sum(lengths)) - self.costs.seconds(base_rows + forced_rows)
+        for index, (candidate, _, _) in free:
+            extra_s += lengths[index] * self.costs.drafted_attention_s(candidate.context)
+        self.account.spend(extra_s)
         return lengths
 
     def _look_further(

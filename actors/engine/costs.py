@@ -26,6 +26,8 @@ _SETTLED, _SAMPLED = 16, 4
 """Measurements of a row count from which on one in so many of its rounds is observed."""
 _FEW = 8
 """Measurements of a row count from which on it is believed whatever larger ones say."""
+_EACH, _AN_OCTAVE = 32, 4
+"""Row counts up to the first are told apart, of larger ones so many from one power of two to the next."""
 
 
 class CostModel:
@@ -100,6 +102,9 @@ class CostModel:
     def observe(self, rows: int, seconds: float, attention_s: float = 0.0) -> None:
         """Add a round, `attention_s` of which was expected for attention."""
         seconds = max(seconds - attention_s, seconds / 4.0, 1e-9)
+        if rows not in self._place and (near := _told_apart(rows)) != rows:
+            seconds *= self.seconds(near) / (self.seconds(rows) or 1.0) if self._rows else 1.0
+            rows = near
         if rows not in self._place:
             if not self._rows or not self._rows[0] < rows < self._rows[-1]:
                 self._add(rows, seconds / self._slowdown)
@@ -149,7 +154,8 @@ class CostModel:
         """Measure row counts by `run(rows) -> seconds`, `repeats` times. They take turns: a machine that is
         slow for seconds would else be taken for the cost of some of them. The first one's best time counts,
         of the others what they took of the first one's in the same turn, on median. Measured again, all
-        turns count."""
+        turns count, and what rounds have shown meanwhile is compared with the new profile from then on."""
+        self._rebase()
         for _ in range(repeats):
             seconds = [run(rows) for rows in row_counts]
             self._first_s = min(self._first_s, seconds[0])
@@ -162,6 +168,12 @@ class CostModel:
             else:
                 self._add(rows, seconds_now)
         self._changed()
+
+    def _rebase(self) -> None:
+        """Take what is believed for the profile: own parts and the level are what differs from it."""
+        self._profile_s[1:] = [self._believed_s(rows) for rows in self._place]
+        self._parts = [0.0] * len(self._parts)
+        self._slowdown, self._covariance = 1.0, np.ones((1, 1))
 
     def _changed(self) -> None:
         self._fitted = []
@@ -249,3 +261,11 @@ class CostModel:
         several, and of each further row."""
         read = {"first_row": self._read_s, "first_row_of_several": self._read_together}
         return {name: round(s * 1e6, 4) for name, s in {**read, "further_row": self._attend_s}.items()}
+
+
+def _told_apart(rows: int) -> int:
+    """The row count that stands for this one and some larger ones."""
+    if rows <= _EACH:
+        return rows
+    step = (1 << (rows.bit_length() - 1)) // _AN_OCTAVE
+    return rows // step * step

@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from actors.drafting.assignment import UNRESTRICTED, DraftAssignment
+from actors.drafting.interface import ResetScope as ResetScope
+from actors.drafting.interface import ServedRounds
 from actors.sampling.params import SamplingParams, SpeculationParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
-ResetScope = Literal["all", "caches"]
-"""Of what requests share: `caches` are prefix caches and what drafters remember of texts, `all` is these and
-what was measured of drafts (acceptance, the account)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,15 +102,15 @@ class DraftingMeasurements:
 
     cost_s_by_rows: of a round, by token rows in its forward pass. acceptance_by_exit: conditional acceptance
     by position and tokens scored there, by exit depth. asked_tokens: draft tokens asked for, of a nested
-    drafter at most its cap. wait_s: average time that a round stood still for drafts, 0 before the first.
-    latency_s: of a round trip without the drafting, by draft worker. shadow_tokens: scored in shadow.
-    holds_draft: whether the nested drafter also drafts in this process.
+    drafter at most its cap. served: what draft workers did. latency_s: of a round trip without the drafting,
+    by draft worker. shadow_tokens: scored in shadow. holds_draft: whether the nested drafter also drafts in
+    this process.
     """
 
     cost_s_by_rows: dict[int, float] = field(default_factory=dict)
     acceptance_by_exit: dict[int, tuple[tuple[float, ...], tuple[int, ...]]] = field(default_factory=dict)
     asked_tokens: int = 0
-    wait_s: float = 0.0
+    served: ServedRounds = field(default_factory=ServedRounds)
     latency_s: dict[str, float] = field(default_factory=dict)
     shadow_tokens: int = 0
     holds_draft: bool = False
@@ -139,6 +138,8 @@ class EngineStats:
     """Seconds since start by phase of a round, see `actors.engine.phases`."""
     idle_s: float = 0.0
     """Seconds since start in which no request was inside."""
+    clock_s: float = 0.0
+    """time.perf_counter() of the engine's process when `idle_s` was read."""
     drafters: dict[str, DrafterStats] = field(default_factory=dict)
     draft_source: dict[str, object] = field(default_factory=dict)
     """State of the source of drafts: connected workers, late rounds, reconnects."""

@@ -221,7 +221,7 @@ class Speculator:
                 self.controller.observe_accepted(len(accepted))
         if not seq.session_open:
             return
-        self.controller.acceptance.emitted(seq.control.acceptance, emitted)
+        self.controller.acceptance.emitted(seq.control.acceptance, emitted, drafted)
         seq.unsent_tokens.extend(emitted)
         if not states:
             seq.unsent_states.clear()  # those of tokens that others follow without are of no use
@@ -349,7 +349,7 @@ class Speculator:
 
     def reset(self, scope: ResetScope = "all") -> None:
         self._resting = self._rested = 0
-        self.source.reset()
+        self.source.reset(scope)
         if scope == "all":
             self.controller.reset()
 
@@ -359,7 +359,7 @@ class Speculator:
             cost_s_by_rows=self.controller.costs.measured(),
             acceptance_by_exit=self.controller.acceptance.exit_evidence(),
             asked_tokens=self._asked_tokens,
-            wait_s=self.controller.wait_s,
+            served=self.source.served(),
             latency_s=dict(self.source.latency_s()),
             shadow_tokens=self._shadow.scored,
             holds_draft=NESTED in self.source.own_drafters,

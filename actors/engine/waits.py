@@ -79,7 +79,8 @@ class RoundOverhead:
 
     def __init__(self) -> None:
         self._plain_s: dict[int, float] = {}
-        self._asking_s: float | None = None
+        self._asking_s = 0.0
+        self._observed = 0
 
     def observe(self, seconds: float, requests: int, asking: int) -> None:
         """One round of so many requests."""
@@ -88,13 +89,16 @@ class RoundOverhead:
             self._plain_s[requests] = seconds if before is None else _follow(before, seconds, _SLOW)
         elif self._plain_s:
             nearest = min(self._plain_s, key=lambda n: abs(n - requests))
-            added = max(0.0, min(_FIRST_S, (seconds - self._plain_s[nearest]) / asking))
-            self._asking_s = added if self._asking_s is None else _follow(self._asking_s, added, _SLOW)
+            added = (seconds - self._plain_s[nearest]) / asking
+            # Bounded on both sides: without what falls below zero, noise alone would seem to cost something.
+            added = max(-_FIRST_S, min(_FIRST_S, added))
+            self._observed += 1
+            self._asking_s += max(_SLOW, 1.0 / self._observed) * (added - self._asking_s)
 
     @property
     def asking_s(self) -> float:
         """Seconds that a request which asks for drafts adds; 0 before anything is known."""
-        return self._asking_s or 0.0
+        return max(0.0, self._asking_s)
 
 
 def _nearest(by_length: dict[int, float], longest: int) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,8 +18,6 @@ import numpy as np
 from cluster.bench.config import LoadSettings
 from cluster.bench.datasets import Question
 from cluster.bench.engines.interface import BenchEngine, BenchRequest, BenchResponse
-from cluster.bench.metrics import Acceptance, LatencySummary
-from cluster.bench.paired import Comparison, compare, with_plain
 from cluster.bench.records import Record
 from cluster.bench.rendering import PromptRenderer
 from cluster.bench.running import ask, reset, rotated, warm_up
@@ -192,77 +190,3 @@ def _block(
         for question, request, response in zip(asked, requests, responses, strict=True)
     )
     return Block(engine, pair, point, ended - began, records)
-
-
-@dataclass(frozen=True, slots=True)
-class LoadRow:
-    """One engine at one point. latency: over all its blocks. block_tokens_per_s: output tokens/s of each
-    block, by pair. paired: ratios of these to the baseline's within pairs, None for the baseline itself."""
-
-    engine: str
-    point: Point
-    latency: LatencySummary
-    block_tokens_per_s: tuple[float, ...]
-    acceptance: Acceptance | None
-    paired: Comparison | None
-
-
-def summarize(blocks: Sequence[Block], settings: LoadSettings) -> list[LoadRow]:
-    """Rows by point, then by engine."""
-    rows: list[LoadRow] = []
-    for point in dict.fromkeys(b.point for b in blocks):
-        here = [b for b in blocks if b.point == point]
-        base = _speeds(here, settings.baseline_name)
-        for engine in dict.fromkeys(b.engine for b in here if b.pair == here[0].pair):
-            mine = [b for b in here if b.engine == engine]
-            responses = [r.response for b in mine for r in b.records]
-            ours = _speeds(here, engine)
-            rows.append(
-                LoadRow(
-                    engine,
-                    point,
-                    LatencySummary.of(responses, sum(b.duration_s for b in mine), settings.slo),
-                    tuple(ours.values()),
-                    Acceptance.of(responses),
-                    None if engine == settings.baseline_name else compare(ours, base, settings.threshold),
-                )
-            )
-    return rows
-
-
-@dataclass(frozen=True, slots=True)
-class LoadPlainRow:
-    """An engine at one point against plain decoding of the same engine, measured in the same run. paired:
-    ratios of the output tokens/s of their blocks, within pairs."""
-
-    engine: str
-    plain: str
-    point: Point
-    paired: Comparison
-
-
-def against_plain(
-    blocks: Sequence[Block], plain_of: Callable[[str], str | None], threshold: float = 1.0
-) -> list[LoadPlainRow]:
-    """Rows for the engines whose plain counterpart was measured too, by engine, then by point; none for a
-    point without a pair."""
-    points = list(dict.fromkeys(b.point for b in blocks))
-    rows = []
-    for engine, plain in with_plain((b.engine for b in blocks), plain_of):
-        for point in points:
-            here = [b for b in blocks if b.point == point]
-            paired = compare(_speeds(here, engine), _speeds(here, plain), threshold)
-            if paired is not None:
-                rows.append(LoadPlainRow(engine, plain, point, paired))
-    return rows
-
-
-def _speeds(blocks: Sequence[Block], engine: str) -> dict[Hashable, float]:
-    """Output tokens/s by pair; a block with a failed request is not comparable and left out."""
-    found: dict[Hashable, float] = {}
-    for block in blocks:
-        responses = [r.response for r in block.records]
-        tokens = sum(r.num_tokens for r in responses)
-        if block.engine == engine and tokens and all(r.error is None for r in responses):
-            found[block.pair] = tokens / block.duration_s
-    return found

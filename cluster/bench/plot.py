@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.bench.load import LoadRow
+from cluster.bench.load_summary import LoadRow
 from cluster.bench.profile import PARTS, PROCESSES, ProfileRow
 from cluster.bench.spec_bench import SpecRow
 

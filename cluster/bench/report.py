@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.bench import load, spec_bench
+from cluster.bench import load_summary, spec_bench
 from cluster.bench.config import LoadSettings, ProfileSettings, SettingsModel, SpecSettings
 from cluster.bench.engines.registry import plain_of
 from cluster.bench.load import Block
@@ -110,8 +110,8 @@ def write_load(
     interrupted: str | None = None,
 ) -> list[Table]:
     """load.json, load.md and load.png in `out`; returns the tables."""
-    rows = load.summarize(blocks, settings)
-    plain = load.against_plain(blocks, plain_of, settings.threshold)
+    rows = load_summary.summarize(blocks, settings)
+    plain = load_summary.against_plain(blocks, plain_of, settings.threshold)
     document = document_of("load", settings, machine, engines, interrupted) | {
         "summary": [to_jsonable(row) for row in rows],
         "against_plain": [to_jsonable(row) for row in plain],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from cluster.bench.load import LoadPlainRow, LoadRow
+from cluster.bench.load_summary import LoadPlainRow, LoadRow
 from cluster.bench.metrics import Acceptance, Percentiles
 from cluster.bench.paired import Comparison
 from cluster.bench.profile import PARTS, PROCESSES, ProfileRow
@@ -187,12 +187,23 @@ def load_plain_tables(rows: Sequence[LoadPlainRow]) -> list[Table]:
     """Whether speculation pays within an engine, by how many requests run at once."""
     if not rows:
         return []
-    columns = ("engine", "against", "load", "pairs", "paired ratio: median [95 %]")
+    columns = (
+        "engine", "against", "load", "pairs", "output tokens/s: median [95 %]", "mean end to end",
+        "mean TTFT", "mean TPOT",
+    )  # fmt: skip
     cells = tuple(
-        (row.engine, row.plain, row.point.label, str(row.paired.pairs), comparison_text(row.paired))
+        (
+            row.engine,
+            row.plain,
+            row.point.label,
+            str(row.paired.pairs),
+            comparison_text(row.paired),
+            *map(comparison_text, (row.e2e, row.ttft, row.tpot)),
+        )
         for row in rows
     )
-    return [Table("Speculation against plain decoding of the same engine", columns, cells)]
+    title = "Speculation against plain decoding of the same engine: ratios within pairs, above 1 is faster"
+    return [Table(title, columns, cells)]
 
 
 def profile_tables(rows: Sequence[ProfileRow]) -> list[Table]:

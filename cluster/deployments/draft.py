@@ -70,8 +70,11 @@ class DraftPool:
         return {UTILISATION: self._utilisation.since_last(time.monotonic(), self._server.state.busy_s)}
 
     async def check_health(self) -> None:
-        if not self._server.state.healthy:
+        state = self._server.state
+        if not state.healthy:
             raise RuntimeError("the drafting thread is dead or hangs")
+        if state.failing:
+            raise RuntimeError(f"drafters that keep failing: {', '.join(state.failing)}")
         if self._renewer.done():
             raise RuntimeError("the lease is no longer renewed")
         if self._reporter is not None and self._reporter.done():

@@ -11,7 +11,15 @@ from dataclasses import dataclass
 
 from actors.drafting.early_stop import EarlyStop
 from actors.drafting.errors import DrafterError
-from actors.drafting.interface import NESTED, DraftQuery, SessionDraft, SessionOpen, SessionUpdate
+from actors.drafting.interface import (
+    NESTED,
+    DraftQuery,
+    ResetScope,
+    ServedRounds,
+    SessionDraft,
+    SessionOpen,
+    SessionUpdate,
+)
 from actors.drafting.selector import DrafterPool
 from cluster.simulator.draft_pool import SimulatedDraftWorker
 from cluster.simulator.events import Clock
@@ -122,7 +130,7 @@ class TracedDrafter:
         self._sessions.pop(session_id, None)
         self._waiting.pop(session_id, None)
 
-    def reset(self) -> None:
+    def reset(self, scope: ResetScope = "all") -> None:
         """Sessions share nothing."""
 
 
@@ -188,11 +196,15 @@ class ReplayedSource:
     def latency_s(self) -> Mapping[str, float]:
         return {WORKER_ID: self._latency_s}
 
+    def served(self) -> ServedRounds:
+        """Nothing of note: with one target at the worker no round waits for those of others."""
+        return ServedRounds()
+
     def close_session(self, session_id: int) -> None:
         self._pool.close(session_id)
 
-    def reset(self) -> None:
-        self._pool.reset()
+    def reset(self, scope: ResetScope = "all") -> None:
+        self._pool.reset(scope)
 
     def stats(self) -> dict[str, object]:
         return {"kind": "replayed", "late_rounds": self.late_rounds}

@@ -16,12 +16,15 @@ from actors.drafting.nested import NestedDrafter
 from actors.drafting.prompt_lookup import PromptLookupDrafter
 from actors.drafting.token_recycling import TokenRecyclingDrafter
 from actors.engine.messages import EngineRequest
+from actors.engine.speculator import DraftTimeouts
 from actors.engine.torch_engine import TorchEngine
 from actors.models.torch_llama import TorchLlamaRunner
+from actors.sampling.grammar import GrammarError
 from actors.sampling.noise import derive_key
-from actors.sampling.params import ParameterError, SamplingParams, SpeculationParams
+from actors.sampling.params import GrammarSpec, ParameterError, SamplingParams, SpeculationParams
 from actors.sampling.pipeline import SequenceSampler
-from tests.exactness.harness import Result, make_engine, run, tiny_llama, torch_runner
+from tests.draft_rig import SlowDrafter
+from tests.exactness.harness import AnyText, Result, make_engine, run, tiny_llama, torch_runner
 
 OFF = SpeculationParams(enabled=False)
 TINY_LAYERS = 4
@@ -186,6 +189,13 @@ def test_a_reset_of_caches_keeps_what_was_measured(engine: TorchEngine) -> None:
     run(engine, [one])
     measured = engine.stats().drafting.acceptance_by_exit
     assert measured
+    scopes: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine._speculator.source, "reset", scopes.append)
+        engine.reset_shared_state("caches")
+        engine.reset_shared_state("all")
+    assert scopes == ["caches", "all"]
+    run(engine, [one])
     engine.reset_shared_state("caches")
     assert engine.stats().drafting.acceptance_by_exit == measured
     assert run(engine, [one])["k"].cached_tokens == 0
@@ -250,6 +260,39 @@ def test_logprobs_do_not_depend_on_speculation(engine: TorchEngine) -> None:
         assert [t for t, _ in a.top] == [t for t, _ in b.top]
 
 
+def test_prompt_logprobs_are_those_of_transformers(folder: Path) -> None:
+    prompt = tuple(i * 37 % 320 for i in range(100))
+    with torch.inference_mode():
+        logits = LlamaForCausalLM.from_pretrained(folder).eval()(torch.tensor([prompt])).logits[0]
+    expected = logits.log_softmax(dim=-1)
+    engine = make_engine(torch_runner(folder), max_batched_tokens=32)
+    one = request("p", prompt, prompt_logprobs=2, max_tokens=1)
+    for _ in range(2):  # a cache that knows the prompt changes nothing
+        first, *rest = run(engine, [one])["p"].prompt_logprobs or ()
+        assert first is None
+        assert [entry and entry.token_id for entry in rest] == list(prompt[1:])
+        for row, entry in zip(expected[:-1], rest, strict=True):
+            assert entry is not None
+            best, ids = row.topk(2)
+            assert entry.logprob == pytest.approx(float(row[entry.token_id]), abs=1e-4)
+            assert [token for token, _ in entry.top] == ids.tolist()
+            assert [value for _, value in entry.top] == pytest.approx(best.tolist(), abs=1e-4)
+    assert run(engine, [request("p", prompt, max_tokens=1)])["p"].cached_tokens == 96
+    engine.close()
+
+
+def test_greedy_decoding_meets_the_conditions_of_a_request(engine: TorchEngine) -> None:
+    prompt = prompts(1)[0]
+    best = solo(engine, request("g", prompt)).token_ids[0]
+    assert solo(engine, request("g", prompt, logit_bias={best: -100.0})).token_ids[0] != best
+    stops = tuple(range(0, 320, 2))
+    lengths = [
+        len(solo(engine, request("g", prompt, stop_token_ids=stops, min_tokens=least)).token_ids)
+        for least in (0, 20)
+    ]
+    assert lengths[0] < 20 < lengths[1]
+
+
 def test_abort_frees_everything_at_once(engine: TorchEngine) -> None:
     engine.reset_shared_state()
     for index, prompt in enumerate(prompts(20)):
@@ -268,7 +311,7 @@ def test_leviathan_as_the_default_gets_what_drafts_were_drawn_from(
 ) -> None:
     """A draft that is the target itself is nearly always accepted, if its distribution comes along."""
     nested = NestedDrafter(torch_runner(folder), exits=(TINY_LAYERS,))
-    engine = make_engine(runner, [nested], verification="leviathan")
+    engine = make_engine(runner, [nested], speculation={"verification": "leviathan"})
     one = request("v", prompts(1)[0], forced(3, "nested", TINY_LAYERS), temperature=1.0, top_k=40, seed=8)
     result = run(engine, [one])["v"]
     engine.close()
@@ -314,7 +357,7 @@ class _Foreign:
 
     def open(self, session: SessionOpen) -> None: ...
     def close(self, session_id: int) -> None: ...
-    def reset(self) -> None: ...
+    def reset(self, scope: str = "all") -> None: ...
     def commit(self, session_id: int, new_tokens: object, candidates: object = ()) -> None: ...
 
     def propose(self, queries: Sequence[DraftQuery]) -> list[SessionDraft]:
@@ -353,6 +396,80 @@ def test_a_request_that_cannot_be_sampled_for_ends_alone(
     assert (len(results["a"].token_ids), results["a"].finish_reason) == (5, "error")
     assert results["b"].token_ids == solo(engine, requests[1]).token_ids
     assert engine.stats().kv_blocks_used == 0
+
+
+class _Breaking(AnyText):
+    """Runs into a limit when `where` is called for the fifth time, and is of no more use then."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(320)
+        self._where, self._left = where, 5
+
+    def _meet(self, where: str) -> None:
+        self._left -= where == self._where
+        if self._left <= 0:
+            raise GrammarError("a limit was met")
+
+    def admissible(self, drafts: Sequence[int]) -> int:
+        self._meet("admissible")
+        return super().admissible(drafts)
+
+    def mask(self) -> torch.Tensor:
+        self._meet("mask")
+        return super().mask()
+
+    def advance(self, token: int) -> None:
+        self._meet("advance")
+
+
+@pytest.mark.parametrize(
+    ("where", "drafts"), [("admissible", 3), ("mask", 0), ("advance", 0), ("advance", 3)]
+)
+def test_a_request_whose_grammar_fails_ends_alone(folder: Path, where: str, drafts: int) -> None:
+    engine = make_engine(torch_runner(folder), [SlowDrafter()], compile_grammar=lambda _: _Breaking(where))
+    speculation = SpeculationParams(force=True, max_draft_tokens=drafts)
+    free = request("b", prompts(3)[2], speculation, temperature=1.0, seed=5)
+    bound = request("a", prompts(3)[1], speculation, grammar=GrammarSpec("json_object"))
+    results = run(engine, [bound, free])
+    plain = solo(engine, dataclasses.replace(bound, sampling=SamplingParams(max_tokens=40, temperature=0.0)))
+    ended = results["a"]
+    assert (ended.finish_reason, ended.error) == ("error", "a limit was met")
+    assert ended.token_ids == plain.token_ids[: len(ended.token_ids)]
+    assert len(ended.token_ids) < 40
+    assert results["b"].token_ids == solo(engine, free).token_ids
+    assert engine.stats().kv_blocks_used == 0
+    engine.close()
+
+
+def test_a_model_may_draft_only_for_requests_that_force_it(folder: Path) -> None:
+    engine = make_engine(torch_runner(folder), [SlowDrafter()], speculation={"enabled": False})
+    free, forcing = SpeculationParams(), SpeculationParams(force=True, max_draft_tokens=3)
+    assert run(engine, [request("m", (5, 6, 7), free)])["m"].drafted == 0
+    assert engine.stats().drafting.asked_tokens == 0
+    assert run(engine, [request("m", (5, 6, 7), forcing)])["m"].drafted > 0
+    engine.close()
+
+
+def test_a_model_sets_the_length_and_form_of_drafts(folder: Path) -> None:
+    drafter, settings = SlowDrafter(), {"max_draft_tokens": 2, "tree": False}
+    engine = make_engine(torch_runner(folder), [drafter], speculation=settings)
+    result = run(engine, [request("m", (5, 6, 7), SpeculationParams())])["m"]
+    assert max(query.budget for query in drafter.queries) == 2
+    assert max(r.drafted for r in result.rounds) <= 2
+    assert not any(query.tree for query in drafter.queries)
+    engine.close()
+
+
+def test_a_model_may_keep_no_prefixes_and_sets_how_long_drafts_are_waited_for(
+    folder: Path, engine: TorchEngine
+) -> None:
+    assert engine._speculator._timeouts == DraftTimeouts(0.015, 2.0)
+    waits = {"draft_timeout_ms": 7.0, "forced_draft_timeout_ms": 900.0}
+    other = make_engine(torch_runner(folder), speculation=waits, prefix_caching=False)
+    assert other._speculator._timeouts == DraftTimeouts(0.007, 0.9)
+    for _ in range(2):
+        assert run(other, [request("m", tuple(range(100)))])["m"].cached_tokens == 0
+    other.close()
 
 
 def test_a_context_shorter_than_what_is_profiled(folder: Path) -> None:

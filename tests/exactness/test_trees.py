@@ -17,8 +17,14 @@ from actors.engine.messages import EngineRequest
 from actors.engine.torch_engine import TorchEngine
 from actors.models.load import load_runner
 from actors.models.runner import LayeredRunner
-from actors.sampling.params import ParameterError, SamplingParams, SpeculationParams
-from tests.exactness.harness import make_engine, run, tiny_llama, torch_runner
+from actors.sampling.params import (
+    GrammarSpec,
+    ParameterError,
+    SamplingParams,
+    SpeculationParams,
+    VerificationName,
+)
+from tests.exactness.harness import AnyText, make_engine, run, tiny_llama, torch_runner
 
 OFF = SpeculationParams(enabled=False)
 VOCAB, LAYERS = 320, 4
@@ -44,7 +50,7 @@ class Knowing:
     def close(self, session_id: int) -> None:
         self._sessions.pop(session_id, None)
 
-    def reset(self) -> None: ...
+    def reset(self, scope: str = "all") -> None: ...
 
     def propose(self, queries: Sequence[DraftQuery]) -> list[SessionDraft]:
         return [self._propose(query) for query in queries]
@@ -79,6 +85,25 @@ class Knowing:
             # Equal, so that trees keep their wrong tokens, and the right ones their places.
             confidence=(0.9,) * len(ids[:count]),
         )
+
+
+class Obliging(Knowing):
+    """Trees for who takes them, for others the target's own continuation."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.taken: list[bool] = []
+
+    def open(self, session: SessionOpen) -> None:
+        self.taken.append(session.trees)
+        super().open(session)
+
+    def _propose(self, query: DraftQuery) -> SessionDraft:
+        if query.tree:
+            return super()._propose(query)
+        tokens, prompt_len = self._sessions[query.session_id]
+        answer = self.answers[tuple(tokens[:prompt_len])][len(tokens) - prompt_len :]
+        return SessionDraft(query.session_id, query.epoch, tuple(answer[: query.budget]), drafter=self.name)
 
 
 def depth_of(at: int, parents: Sequence[int]) -> int:
@@ -223,3 +248,33 @@ def test_requests_that_cannot_take_trees_are_given_chains(runner: LayeredRunner)
         assert drafted.drafted > 0
         assert drafted.token_ids == run(engine, [dataclasses.replace(one, speculation=OFF)])["c"].token_ids
     engine.close()
+
+
+@pytest.mark.parametrize(
+    ("sampling", "rule", "trees"),
+    [
+        ({}, None, True),
+        ({"presence_penalty": 0.2}, None, False),
+        ({"repetition_penalty": 1.1, "temperature": 0.7, "seed": 1}, None, False),
+        ({"grammar": GrammarSpec("json_object")}, None, False),
+        ({"grammar": GrammarSpec("json_object"), "temperature": 1.0, "seed": 4}, None, False),
+        ({}, "leviathan", False),
+        ({"temperature": 1.0, "seed": 2}, "leviathan", False),
+    ],
+    ids=str,
+)
+def test_who_does_not_ask_for_trees_is_given_them_where_they_can_be(
+    runner: LayeredRunner, sampling: dict[str, object], rule: VerificationName | None, trees: bool
+) -> None:
+    knowing = Obliging(seed=3)
+    engine = make_engine(runner, [knowing], compile_grammar=lambda _: AnyText(VOCAB))
+    one = request("u", (5, 6, 7) * 4, SpeculationParams(verification=rule), **sampling)
+    plain = run(engine, [dataclasses.replace(one, speculation=OFF)])["u"].token_ids
+    knowing.answers[one.prompt_ids] = plain
+    result = run(engine, [one])["u"]
+    engine.close()
+    assert knowing.taken == [trees]
+    assert (len(result.token_ids), result.finish_reason) == (60, "length")
+    if rule is None:
+        assert result.token_ids == plain
+    assert trees or result.drafted > 0, "the first draft that is asked for is verified, were it as a probe"

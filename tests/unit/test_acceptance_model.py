@@ -113,3 +113,69 @@ def test_own_records_count_as_far_as_requests_differ(alike: bool) -> None:
         model.emitted(unlucky, [6])
     share = model.survival(unlucky, NESTED, 1)[0] / _likely(model, GREEDY)
     assert (share > 0.8) if alike else (share < 0.6)
+
+
+@pytest.mark.parametrize("confident", [True, False])
+@pytest.mark.parametrize("verified", [0, 1, 2])
+def test_trees_that_are_verified_in_part_are_believed_as_far_as_they_are_right(
+    verified: int, confident: bool
+) -> None:
+    """Six tokens in a chain, each right in nine of ten cases, the first of which are verified each round. Of
+    the others it is known only that nothing speaks against them."""
+    model, request, rng = AcceptanceModel(), RequestAcceptance(GREEDY), random.Random(0)
+    said = (0.7,) * 6 if confident else ()  # too modest, and what is said of each place is told apart
+    draft = SessionDraft(
+        1, 0, tuple(range(6)), parents=tuple(range(-1, 5)), drafter=NESTED, exit_depth=4, confidence=said
+    )
+    for _ in range(800):
+        model.proposed_tree(request, draft, TREE)
+        right = next((place for place in range(verified) if rng.random() > 0.9), verified)
+        following = right if right < verified or rng.random() < 0.9 else 99
+        model.emitted(request, [*range(right), following if right == verified else 99])
+    fresh = RequestAcceptance(GREEDY)
+    likely = (
+        model.tree_survival(fresh, draft, TREE) if confident else model.expected_tree_survival(fresh, TREE, 6)
+    )
+    for place in range(verified + 1):
+        assert likely[place] == pytest.approx(0.9 ** (place + 1), abs=0.08), place
+    assert likely[5] > 0.15, "nothing spoke against it"
+    trials = model.exit_evidence()[4][1]
+    assert len(trials) == verified + 1, "what is not known is no evidence"
+
+
+def test_a_tree_of_which_nothing_is_known_is_not_counted() -> None:
+    model, request = AcceptanceModel(), RequestAcceptance(GREEDY)
+    draft = SessionDraft(1, 0, (1, 2), parents=(-1, 0), drafter=NESTED)
+    model.proposed_tree(request, draft, TREE)
+    before = model.tree_survival(request, draft, TREE)
+    for _ in range(100):
+        model.proposed_tree(request, draft, TREE)
+    assert model.tree_survival(request, draft, TREE) == before
+    assert model.exit_evidence() == {}
+
+
+@pytest.mark.parametrize("verified", [0, 2])
+def test_of_a_drawn_draft_only_what_was_verified_counts(verified: int) -> None:
+    """What the target draws itself is another token, and says nothing of one that was not verified."""
+    model, request = AcceptanceModel(), RequestAcceptance(HOT)
+    q = tuple(((token, 1.0),) for token in (1, 2, 3))
+    model.proposed(request, SessionDraft(1, 0, (1, 2, 3), drafter=NESTED, q=q), (NESTED,))
+    model.emitted(request, [*range(1, verified + 1), 9], verified)
+    model.emitted(request, [9])
+    assert model.evidence().get(NESTED, ((), ()))[1] == (1,) * verified
+
+
+def test_a_kind_unlearns_soon_what_was_guessed_of_another_exit() -> None:
+    model = AcceptanceModel()
+    _teach(model, GREEDY, right=True, times=400)
+    _teach(model, HOT, right=True, times=60)
+    for _ in range(400):
+        model.observe_exit(8, 0, True)
+    model.adopt(NESTED, 8)
+    assert _likely(model, HOT) > 0.8
+    for _ in range(20):
+        request = RequestAcceptance(HOT)
+        model.proposed(request, SessionDraft(1, 0, (5,), drafter=NESTED, exit_depth=8), (NESTED,))
+        model.emitted(request, [6])
+    assert _likely(model, HOT) < 0.5
+    assert _likely(model, GREEDY) > 0.8

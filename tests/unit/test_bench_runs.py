@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import statistics
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cluster.bench import load, spec_bench
+from cluster.bench import load, load_summary, spec_bench
 from cluster.bench.config import LoadSettings, SpecSettings
 from cluster.bench.datasets import Question
-from cluster.bench.engines.interface import BenchRequest, EngineUnavailableError
+from cluster.bench.engines.interface import BenchRequest, BenchResponse, EngineUnavailableError
 from cluster.bench.engines.registry import FACTORIES, plain_of
 from cluster.bench.load import Point, arrival_times, closed_loop, open_loop
+from cluster.bench.records import Record
 from cluster.bench.rendering import PromptRenderer
 from cluster.bench.report import write_load, write_spec
-from cluster.bench.running import BenchError, rotated, running
+from cluster.bench.running import BenchError, ask, rotated, running, warm_up
 from cluster.bench.session import context_needed
 from cluster.bench.tables import load_plain_tables
 from cluster.bench.turns import Turns
@@ -194,6 +199,22 @@ async def test_a_request_over_its_limit_is_cancelled_and_reported() -> None:
     assert (engine.cancelled, engine.running) == (2, 0)
 
 
+@pytest.mark.parametrize("given", [3, 5])
+async def test_an_answer_of_another_length_than_asked_for_has_failed(given: int) -> None:
+    (asked,) = requests(1)
+    engine = FakeEngine("a", tokens=given)
+    free = await ask(engine, asked, timeout_s=5.0)
+    assert (free.error, free.num_tokens) == (None, given)
+    forced = replace(asked, ignore_eos=True)
+    assert (await ask(FakeEngine("a"), forced, timeout_s=5.0)).error is None
+    answer = await ask(engine, forced, timeout_s=5.0)
+    assert f"gave {given} of 4 tokens: ignore_eos has no effect" in (answer.error or "")
+    with pytest.raises(BenchError, match=f"a: gave {given} of 4 tokens"):
+        await warm_up(engine, [forced], timeout_s=5.0)
+    broken = await ask(FakeEngine("a", fail="r0"), forced, timeout_s=5.0)
+    assert broken.error == "told to fail"
+
+
 def test_arrivals_are_poisson_and_reproducible() -> None:
     times = arrival_times(5.0, 4000, (1, 2))
     assert times == arrival_times(5.0, 4000, (1, 2))
@@ -237,7 +258,7 @@ async def test_load_summary_against_known_latencies(renderer: PromptRenderer) ->
     settings = load_settings(slo_ttft_ms=80.0, slo_tpot_ms=60.0, pairs=2)
     rows = {
         r.engine: r
-        for r in load.summarize(await load.run_load([a, b], QUESTIONS, renderer, settings), settings)
+        for r in load_summary.summarize(await load.run_load([a, b], QUESTIONS, renderer, settings), settings)
     }
     free, queued = rows["b"].latency, rows["a"].latency
     assert (free.requests, free.errors, free.output_tokens) == (8, 0, 40)
@@ -261,7 +282,7 @@ async def test_load_compares_speculation_with_plain_decoding_of_the_same_engine(
         FakeEngine("drafting", ttft_s=0.01, gap_s=0.01),
     ]
     blocks = await load.run_load(engines, QUESTIONS, renderer, load_settings(pairs=2, concurrency=(1, 2)))
-    rows = load.against_plain(blocks, {"drafting": "plain", "peer": "of no run"}.get)
+    rows = load_summary.against_plain(blocks, {"drafting": "plain", "peer": "of no run"}.get)
     assert [(row.engine, row.plain, row.point) for row in rows] == [
         ("drafting", "plain", Point(concurrency=1)),
         ("drafting", "plain", Point(concurrency=2)),
@@ -273,6 +294,37 @@ async def test_load_compares_speculation_with_plain_decoding_of_the_same_engine(
     assert load_plain_tables([]) == []
 
 
+def measured_block(
+    engine: str, pair: int, *ends: Sequence[tuple[float, int]], error: str | None = None
+) -> load.Block:
+    """A block of requests sent at once, by the arrivals of each."""
+    responses = [BenchResponse("r", 100.0, [(100.0 + at, n) for at, n in end], error=error) for end in ends]
+    records = tuple(Record(engine, pair, 0, "q", "qa", 3, r, concurrency=len(ends)) for r in responses)
+    return load.Block(engine, pair, Point(concurrency=len(ends)), max(e[-1][0] for e in ends), records)
+
+
+def test_requests_that_end_early_are_seen_beside_the_slowest_of_a_block() -> None:
+    blocks = [
+        measured_block("plain", 0, [(0.5, 1), (2.5, 4)], [(0.5, 1), (2.5, 4)]),
+        measured_block("drafting", 0, [(0.5, 2), (1.1, 3)], [(0.3, 1), (2.7, 4)]),
+        # One that failed is in no ratio.
+        measured_block("plain", 1, [(0.5, 1), (2.5, 4)], [(0.5, 1), (2.5, 4)]),
+        measured_block("drafting", 1, [(0.5, 1), (0.6, 4)], [(0.5, 1), (0.6, 4)], error="gone"),
+    ]
+    (row,) = load_summary.against_plain(blocks, {"drafting": "plain"}.get)
+    assert row.paired.pairs == 1
+    assert row.paired.median == pytest.approx(2.5 / 2.7)
+    assert [c and c.median for c in (row.e2e, row.ttft, row.tpot)] == [
+        pytest.approx(5.0 / 3.8),
+        pytest.approx(1.0 / 0.8),
+        pytest.approx(0.5 / statistics.fmean([0.2, 0.6])),
+    ]
+    one_chunk = [measured_block(e, 0, [(1.0, 5)]) for e in ("plain", "drafting")]
+    (row,) = load_summary.against_plain(one_chunk, {"drafting": "plain"}.get)
+    assert row.tpot is None
+    assert load_plain_tables([row])[0].rows[0][-1] == "-"
+
+
 async def test_engines_are_stopped_when_one_does_not_start() -> None:
     good, bad = FakeEngine("a"), FakeEngine("b", start_error=EngineUnavailableError("install it"))
     with pytest.raises(EngineUnavailableError, match="install it"):
@@ -280,6 +332,43 @@ async def test_engines_are_stopped_when_one_does_not_start() -> None:
             pytest.fail("must not run")
     assert ("stop", "") in good.log
     assert ("stop", "") in bad.log
+
+
+async def test_cancelled_again_while_stopping_all_engines_are_stopped() -> None:
+    measuring, stopping = asyncio.Event(), asyncio.Event()
+
+    class Slow(FakeEngine):
+        async def stop(self) -> None:
+            stopping.set()
+            await asyncio.sleep(60.0)
+
+    async def measure() -> None:
+        async with running([quick, slow], lambda text: None):
+            measuring.set()
+            await asyncio.sleep(60.0)
+
+    quick, slow = FakeEngine("a"), Slow("b")
+    task = asyncio.create_task(measure())
+    await measuring.wait()
+    task.cancel()
+    await stopping.wait()
+    assert quick.log == [("start", "")]
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert quick.log == [("start", ""), ("stop", "")]
+
+
+async def test_interrupted_while_stopping_all_engines_are_stopped() -> None:
+    class Interrupted(FakeEngine):
+        async def stop(self) -> None:
+            raise KeyboardInterrupt
+
+    first = FakeEngine("a")
+    with pytest.raises(KeyboardInterrupt):
+        async with running([first, Interrupted("b")], lambda text: None):
+            pass
+    assert first.log[-1] == ("stop", "")
 
 
 async def test_spec_files_hold_records_tables_and_a_picture(tmp_path: Path, renderer: PromptRenderer) -> None:

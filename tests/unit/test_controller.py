@@ -171,19 +171,27 @@ def test_a_probe_is_verified_a_little() -> None:
     assert {v for v in verified if v} == {2, 4}, "of any length: rounds of more rows must be measured too"
 
 
-def test_drafting_that_never_pays_costs_a_bounded_share_whatever_the_estimates_say() -> None:
-    """The drafts look good (they are scored as right elsewhere), but bring nothing in these rounds."""
+@pytest.mark.parametrize("forced", [0, 1])
+def test_drafting_that_never_pays_costs_a_bounded_share_whatever_the_estimates_say(forced: int) -> None:
+    """The drafts look good (they are scored as right elsewhere), but bring nothing in these rounds. Beside a
+    request whose drafts are forced only the rows are lost, as all wait for these anyway."""
     controller, state = _controller(first_row=10.0, per_row=0.5, wait=2.0), ControlState()
     _teach(controller, state, accepted=4)
     candidate = Candidate(state, 4, ("d",))
-    rounds, lost = 2000, 0.0
+    beside = [Candidate(ControlState(), 4, ("d",), forced=True)] * forced
+    rounds, lost, requests = 2000, 0.0, 1 + forced
     for _ in range(rounds):
-        if controller.plan([candidate])[0]:
+        budgets = controller.plan([candidate, *beside])
+        if any(budgets):
             controller.observe_wait(2e-3)
-            (length,) = controller.trim([(candidate, DRAFT, 4)], 1, 1)
+            asking = [c for c, budget in zip([candidate, *beside], budgets, strict=True) if budget]
+            lengths = controller.trim([(c, DRAFT, 4) for c in asking], requests, requests)
             controller.observe_accepted(0)
-            lost += 2e-3 + controller.costs.seconds(1 + length) - controller.costs.seconds(1)
-    assert 0.0 < lost < 0.015 * rounds * controller.costs.seconds(1)
+            length = lengths[0] if budgets[0] else 0
+            rows = requests + 4 * forced
+            lost += controller.costs.seconds(rows + length) - controller.costs.seconds(rows)
+            lost += 0.0 if forced else 2e-3
+    assert 0.0 < lost < 0.015 * rounds * controller.costs.seconds(requests)
 
 
 def test_drafting_that_pays_goes_on() -> None:
@@ -263,6 +271,13 @@ def test_overhead_is_what_those_add_who_ask() -> None:
     assert overhead.asking_s < 0.01e-3, "nothing is added, and never less than that"
 
 
+def test_noise_adds_nothing_to_what_those_add_who_ask() -> None:
+    overhead, rng = RoundOverhead(), random.Random(0)
+    for number in range(4000):
+        overhead.observe(1e-3 + rng.gauss(0.0, 0.15e-3), 1, number % 2)
+    assert overhead.asking_s < 0.03e-3
+
+
 def test_many_requests_start_with_less_credit() -> None:
     one, many = DraftAccount(), DraftAccount()
     one.round(0.01)
@@ -272,6 +287,15 @@ def test_many_requests_start_with_less_credit() -> None:
         one.round(0.01)
         many.round(0.01, requests=6)
     assert many.balance_s == pytest.approx(one.balance_s)
+
+
+def test_a_wait_that_brought_no_draft_is_paid_for() -> None:
+    controller = _controller()
+    controller.plan([Candidate(ControlState(), 4, ("d",))])
+    before = controller.account.balance_s
+    controller.observe_wait(15e-3)
+    assert controller.trim([], 1, 1) == []
+    assert before - controller.account.balance_s == pytest.approx(15e-3)
 
 
 def test_bad_luck_does_not_put_drafting_that_pays_in_debt() -> None:

@@ -153,3 +153,33 @@ def test_of_rows_that_are_often_met_few_rounds_are_observed() -> None:
     assert costs.seconds(1) == pytest.approx(0.02, rel=0.02), "which is enough"
     assert costs.ended(5, 0.03)
     assert costs.ended(3, 0.025), "what was never met is"
+
+
+@pytest.mark.parametrize("again", [1, 15])
+def test_a_profile_taken_again_takes_the_place_of_what_was_learned_against_the_first(again: int) -> None:
+    """The first was taken beside other processes; rounds came before the machine was quiet."""
+    true = {1: 5.0e-3, 5: 5.6e-3, 9: 6.4e-3, 17: 10.0e-3}
+    busy = {1: 6.5e-3, 5: 16.0e-3, 9: 17.0e-3, 17: 20.0e-3}
+    costs = CostModel()
+    costs.profile(busy.__getitem__, tuple(true))
+    for number in range(300):
+        rows = (1, 1, 1, 5, 9)[number % 5]
+        costs.observe(rows, true[rows])
+    costs.observe(7, 6.0e-3)
+    for _ in range(again + 3):  # the busy turns count too
+        costs.profile(true.__getitem__, tuple(true), repeats=1)
+    for rows, seconds in true.items():
+        assert costs.seconds(rows) == pytest.approx(seconds, rel=0.1), rows
+    assert costs.seconds(5) <= costs.seconds(7) <= costs.seconds(9)
+
+
+def test_many_row_counts_take_no_more_room_than_some() -> None:
+    costs = CostModel()
+    costs.profile(lambda rows: (4.0 + 0.1 * rows) / 1e3, (1, 2, 3, 5, 9, 17, 33))
+    for rows in random.Random(0).sample(range(1, 2001), 2000):
+        costs.observe(rows, (4.0 + 0.1 * rows) / 1e3)
+    assert len(costs.measured()) <= 64
+    seconds = [costs.seconds(rows) for rows in range(1, 2001)]
+    assert seconds == sorted(seconds)
+    for rows in (1, 8, 33, 100, 700, 2000):
+        assert costs.seconds(rows) == pytest.approx((4.0 + 0.1 * rows) / 1e3, rel=0.1), rows

@@ -8,13 +8,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import cast
+from typing import ClassVar, cast
 
 import pytest
 
 from actors.draft_worker.batcher import DraftBatcher, Round
 from actors.drafting.interface import DraftQuery, NestedWish, SessionDraft, SessionUpdate
-from actors.drafting.selector import DrafterPool
+from actors.drafting.selector import FAILING_AFTER, DrafterPool
 from actors.turn_watch import MAX_CONSECUTIVE_FAILURES
 from cluster.deployments.draft import DraftPool
 from tests.draft_rig import WAIT_S, SlowDrafter, Worker, drafted, session, until, wish
@@ -96,6 +96,39 @@ def test_batches_that_keep_failing_make_it_unhealthy() -> None:
         pool.fails = False
         assert replies.ask(wish(1, MAX_CONSECUTIVE_FAILURES + 1)).token_ids == (5, 5)
         assert batcher.state().healthy, "a good batch heals it"
+    finally:
+        batcher.stop()
+
+
+def test_a_drafter_that_fails_every_session_fails_the_health_check() -> None:
+    class Failing(SlowDrafter):
+        name = "failing"
+        broken: ClassVar[set[int]] = {1, 2, 3}
+
+        def propose(self, queries: Sequence[DraftQuery]) -> list[SessionDraft]:
+            if any(query.session_id in self.broken for query in queries):
+                raise RuntimeError("scripted failure")
+            return super().propose(queries)
+
+    pool = DrafterPool([Failing(), SlowDrafter()])
+    batcher = DraftBatcher(pool)
+    replies = Replies(batcher)
+    batcher.start()
+    try:
+        for again in range(FAILING_AFTER + 1):  # one session that it cannot draft for is no reason
+            replies.ask(wish(1, 1), opens=(session(1, [5]),))
+            assert pool.failing == (), again
+        replies.ask(wish(2, 1), opens=(session(2, [5]),))
+        replies.ask(wish(4, 1), opens=(session(4, [5]),))
+        for sid in (1, 2):
+            replies.ask(wish(sid, 1), opens=(session(sid, [5]),))
+            check_health(batcher)
+        assert replies.ask(wish(3, 1), opens=(session(3, [5]),)).drafter != "failing"
+        with pytest.raises(RuntimeError, match="keep failing: failing"):
+            check_health(batcher)
+        Failing.broken = set()
+        replies.ask(wish(3, 1), opens=(session(3, [5]),))
+        check_health(batcher)
     finally:
         batcher.stop()
 

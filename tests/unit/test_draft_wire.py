@@ -10,12 +10,15 @@ import threading
 import time
 from dataclasses import replace
 
+import pytest
+
 from actors.draft_worker.batcher import DraftBatcher, Round
 from actors.drafting.draft_ahead import AheadCounts
 from actors.drafting.interface import (
     SCOPE_SHIFT,
     TREE,
     DraftQuery,
+    ResetScope,
     SessionDraft,
     TargetIdentity,
 )
@@ -41,7 +44,7 @@ def test_rounds_commit_reject_and_learn(worker: Worker, sources) -> None:  # typ
     assert (second.drafter, second.token_ids) == ("token_recycling", (60, 70))
     assert drafted(source, wish(1, 3, [1, 2, 3])).token_ids == (50, 1), "the most recent match"
     assert drafted(source, wish(1, 4, drafter="nested")).error == "unsupported"
-    source.reset()
+    source.reset("caches")
     assert drafted(source, wish(1, 5, [50], drafter="token_recycling")).token_ids == ()
     source.close_session(1)
     until(lambda: worker.sessions() == 0)
@@ -49,6 +52,30 @@ def test_rounds_commit_reject_and_learn(worker: Worker, sources) -> None:  # typ
     assert (stats["connected"], stats["rounds"], stats["late_rounds"]) == (True, 5, 0)
     assert stats["address"] == worker.address
     assert isinstance(stats["round_trip_ms"], float)
+
+
+@pytest.mark.parametrize("scopes", [("caches",), ("all",), ("caches", "all"), ("all", "caches")])
+def test_a_worker_is_told_what_to_forget(
+    worker: Worker,
+    sources,
+    scopes: tuple[ResetScope, ...],  # type: ignore[no-untyped-def]
+) -> None:
+    told: list[str] = []
+
+    class Noting(SlowDrafter):
+        def reset(self, scope: str = "all") -> None:
+            told.append(scope)
+
+    worker.start(DrafterPool([Noting()]))
+    source = sources(worker)
+    source.open(session(1, [5]))
+    assert drafted(source, wish(1, 1)).token_ids
+    assert told == []
+    for scope in scopes:
+        source.reset(scope)
+    assert drafted(source, wish(1, 2, [5])).token_ids
+    assert drafted(source, wish(1, 3, [5])).token_ids
+    assert told == ["all" if "all" in scopes else "caches"], "once, and no less than was asked for"
 
 
 def test_a_round_is_one_message_and_one_batch(worker: Worker, sources) -> None:  # type: ignore[no-untyped-def]

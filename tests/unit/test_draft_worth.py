@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
-from actors.drafting.interface import DraftQuery, DraftSampling, SessionDraft, SessionOpen, SessionUpdate
+from actors.drafting.interface import (
+    SCOPE_SHIFT,
+    DraftQuery,
+    DraftSampling,
+    SessionDraft,
+    SessionOpen,
+    SessionUpdate,
+)
 from actors.drafting.local_source import LocalDraftSource
 from actors.drafting.selector import DrafterPool
-from actors.drafting.worth import DraftWorth
+from actors.drafting.worth import MAX_TARGETS, DraftWorth
+
+SLOW, FAST = 1 << SCOPE_SHIFT, 2 << SCOPE_SHIFT
+"""Sessions of two targets of a draft worker."""
 
 
 class Clock:
@@ -72,7 +83,7 @@ def test_all_who_wait_count() -> None:
     in_hand = draft("x", (5,), (1.0,))
     assert worth.wants("n", 0, 6, in_hand)
     assert not worth.wants("n", 0, 6, in_hand, together=4)
-    alone, among = worth.least_survival("n", False), worth.least_survival("n", False, together=2)
+    alone, among = worth.least_survival("n", 0, False), worth.least_survival("n", 0, False, together=2)
     assert among == pytest.approx(min(0.95, 2 * alone))
 
 
@@ -112,23 +123,23 @@ def test_a_drafter_is_asked_for_those_that_are_worth_it_together() -> None:
 def test_what_was_read_first_does_not_make_drafts_dear() -> None:
     """A session that the drafter has not seen for long costs more, once."""
     worth, clock = several(1, {1: 0.001})
-    before = worth.least_survival("n", continued=False)
+    before = worth.least_survival("n", 0, continued=False)
     for _ in range(30):
         for _ in range(20):
             clock.now += 0.01
             worth.committed(0, (9,))
         worth.guessed("n", [draft_for(0)], 0.008)
-    assert worth.least_survival("n", continued=False) == pytest.approx(before, rel=0.1)
+    assert worth.least_survival("n", 0, continued=False) == pytest.approx(before, rel=0.1)
     for _ in range(60):
         worth.guessed("n", [draft_for(0)], 0.002)
-    assert worth.least_survival("n", continued=False) > 1.5 * before
+    assert worth.least_survival("n", 0, continued=False) > 1.5 * before
 
 
 def test_what_drafting_takes_is_known_beyond_a_reset() -> None:
     worth, _ = worth_with(2, token_s=0.001)
-    before = worth.least_survival("n", False)
+    before = worth.least_survival("n", 0, False)
     worth.reset()
-    assert worth.least_survival("n", False) == pytest.approx(before)
+    assert worth.least_survival("n", 0, False) == pytest.approx(before)
 
 
 def test_who_is_passed_over_is_tried_again() -> None:
@@ -139,10 +150,107 @@ def test_who_is_passed_over_is_tried_again() -> None:
 
 def test_pauses_are_not_the_targets_pace() -> None:
     worth, clock = worth_with(2, token_s=0.002)
-    before = worth._pace_s
+    before = worth.least_survival("n", 0, False)
+    assert 0.0 < before < 0.95
     clock.now += 5.0
     worth.committed(0, (3,))
-    assert worth._pace_s == before
+    assert worth.least_survival("n", 0, False) == before
+
+
+@pytest.mark.parametrize(("sessions", "pause_s"), [(1, 0.8), (1, 60.0), (8, 60.0)])
+def test_a_pause_of_all_sessions_is_not_the_targets_pace(sessions: int, pause_s: float) -> None:
+    worth, clock = several(sessions, {1: 0.001})
+    before = worth.least_survival("n", 0, False)
+    clock.now += pause_s
+    for sid in range(sessions):
+        worth.committed(sid, (9,))
+    assert worth.least_survival("n", 0, False) == before
+
+
+@pytest.mark.parametrize("token_s", [0.5, 2.5, 20.0])
+def test_a_target_may_be_slow_or_become_so(token_s: float) -> None:
+    worth, clock = several(1, {1: 0.001})
+    worth.opened(SLOW)
+    for _ in range(200):
+        worth.guessed("n", [draft_for(SLOW)], 0.001)
+        clock.now += token_s
+        worth.committed(0, (9,))
+        worth.committed(SLOW, (9,))
+    for sid in (0, SLOW):
+        assert worth.least_survival("n", sid, False) == pytest.approx(0.001 / token_s / 0.5, rel=0.01)
+
+
+def targets(*present: int) -> DraftWorth:
+    """A target that takes 400 ms a round and whose guesses are right, one that takes 8 ms and whose guesses
+    are wrong, and a drafter that takes 4 ms a token."""
+    clock = Clock()
+    worth = DraftWorth(clock)
+    for sid in present:
+        worth.opened(sid)
+    for tick in range(50 * 100):
+        clock.now = tick * 0.008
+        for sid in present:
+            if sid == FAST or tick % 50 == 0:
+                worth.committed(sid, (0, 1) if sid == SLOW else (9, 9))
+                worth.adding("n", {sid: {}})
+                offered = draft_for(sid, 6)
+                worth.guessed("n", [offered], 6 * 0.004)
+                worth.taken(offered)
+    return worth
+
+
+def test_what_drafts_are_worth_to_a_target_does_not_depend_on_others() -> None:
+    def judged(worth: DraftWorth, sid: int) -> list[object]:
+        asked = [worth.wants("n", sid, 6, draft("x", (5,) * 6, (n / 20,) * 6)) for n in range(1, 20)]
+        added = [list(worth.adding("n", {sid: {5: n / 20}})) for n in range(20)]
+        least = [worth.least_survival("n", sid, c, n) for c in (True, False) for n in (1, 4)]
+        return [asked, added, least, worth.of(SessionDraft(sid, 1, (5, 6), drafter="n"))]
+
+    slow, fast, both = targets(SLOW), targets(FAST), targets(FAST, SLOW)
+    alone = judged(slow, SLOW), judged(fast, FAST)
+    assert (judged(both, SLOW), judged(both, FAST)) == alone
+    assert alone[0] != alone[1]
+    assert both.least_survival("n", SLOW, False) == pytest.approx(0.004 / 0.2 / 0.5)
+
+
+def test_of_targets_that_wait_together_the_slow_one_is_asked_for() -> None:
+    worth = targets(FAST, SLOW)
+    worth.guessed("n", [draft_for(SLOW, 6), draft_for(FAST, 6)], 6 * 0.008)
+    nothing: dict[int, dict[int, float]] = {FAST: {}, SLOW: {}}
+    chosen = [worth.adding("n", nothing, together=2) for _ in range(64)]
+    assert all(SLOW in sids for sids in chosen)
+    assert sum(FAST in sids for sids in chosen) == 1, "it is tried again, though the other is asked for"
+    assert worth.least_survival("n", SLOW, False, 2, 2) == pytest.approx(0.008 / 0.2 / 0.5)
+
+
+def test_each_exit_has_its_price() -> None:
+    clock = Clock()
+    worth = DraftWorth(clock)
+    exits = {SLOW: 12, FAST: 4}
+    for sid in exits:
+        worth.opened(sid)
+    for _ in range(50):
+        clock.now += 0.1
+        for sid, exit_depth in exits.items():
+            worth.committed(sid, (9,))
+            guess = SessionDraft(sid, 1, (1,), drafter="n", exit_depth=exit_depth, parents=(-1,))
+            worth.guessed("n", [guess], 0.001 * exit_depth)
+    for sid, exit_depth in exits.items():
+        assert worth.least_survival("n", sid, False) == pytest.approx(0.001 * exit_depth / 0.1 / 0.5)
+
+
+def test_a_target_without_sessions_is_remembered_for_a_while() -> None:
+    worth, _ = several(1, {1: 0.001})
+    before = worth.least_survival("n", 0, False)
+    worth.closed(0)
+    worth.opened(0)
+    assert worth.least_survival("n", 0, False) == before
+    for scope in range(1, MAX_TARGETS + 1):
+        worth.opened(scope << SCOPE_SHIFT)
+        worth.closed(scope << SCOPE_SHIFT)
+    assert worth.least_survival("n", 0, False) == before, "an open session keeps what is known of its target"
+    worth.opened(0)
+    assert worth.least_survival("n", 0, False) == 0.0
 
 
 class Scripted:
@@ -167,7 +275,7 @@ class Scripted:
 
     def close(self, session_id: int) -> None: ...
 
-    def reset(self) -> None: ...
+    def reset(self, scope: str = "all") -> None: ...
 
 
 def test_the_pool_learns_whom_to_take() -> None:
@@ -188,6 +296,28 @@ def test_the_pool_learns_whom_to_take() -> None:
         pool.apply(update)
         pool.propose([update])
     assert second.asked <= 3
+
+
+class Unsure(Scripted):
+    """Says nothing of how sure it is."""
+
+    def propose(self, queries: Sequence[DraftQuery]) -> list[SessionDraft]:
+        return [replace(d, confidence=()) for d in super().propose(queries)]
+
+
+def test_the_pool_knows_requests_of_like_temperature() -> None:
+    """The first is right where requests are greedy, the second where they are not."""
+    pool = DrafterPool([Unsure("first", 1, 1.0), Scripted("second", 2, 0.6)])
+    for _ in range(100):
+        drafters = []
+        for sid, temperature in enumerate((0.0, 1.0)):
+            pool.open(SessionOpen(sid, (7,), 1, DraftSampling(1, temperature)))
+            wish = SessionUpdate(sid, 1, (), 2)
+            pool.apply(wish)
+            drafters.append(pool.propose([wish])[0].drafter)
+            pool.apply(SessionUpdate(sid, 2, (2, 2) if temperature else (1, 1), 0))
+            pool.close(sid)
+    assert drafters == ["first", "second"]
 
 
 class Slow(Scripted):

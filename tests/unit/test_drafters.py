@@ -115,6 +115,8 @@ def test_confidence_follows_acceptance() -> None:
     (after,) = drafter.propose([DraftQuery(0, 1, 3)])
     assert len(before.confidence) == 3
     assert after.confidence[0] < before.confidence[0]
+    drafter.reset("caches")
+    assert drafter.propose([DraftQuery(0, 1, 3)])[0].confidence == after.confidence
     drafter.reset()
     (again,) = drafter.propose([DraftQuery(0, 1, 3)])
     assert again.confidence[0] > after.confidence[0]
@@ -147,6 +149,24 @@ def test_token_recycling_learns_and_follows_the_best_chain() -> None:
     drafter.reset()
     assert guess(drafter, 0) == ()
     assert drafter.known_rows == 0
+
+
+def test_token_recycling_forgets_texts_and_keeps_how_often_it_was_right() -> None:
+    drafter = TokenRecyclingDrafter()
+    drafter.open(session(0, [1]))
+    drafter.commit(0, [1], [(1, (2, 3))])
+    drafter.commit(0, [2], [(1, (2, 3)), (2, (1, 3))])
+    for _ in range(20):
+        drafter.commit(0, [1, 2])
+    before = drafter.continuations(0, 1)
+    drafter.reset("caches")
+    assert drafter.continuations(0, 1) == []
+    assert drafter.known_rows == 0
+    drafter.commit(0, [], [(1, (2, 3))])
+    assert drafter.continuations(0, 1) == before
+    drafter.reset()
+    drafter.commit(0, [], [(1, (2, 3))])
+    assert drafter.continuations(0, 1)[0][1] < before[0][1]
 
 
 def test_token_recycling_keeps_vocabularies_apart() -> None:
@@ -198,7 +218,7 @@ class Fixed:
     def close(self, session_id: int) -> None:
         self.sessions.discard(session_id)
 
-    def reset(self) -> None:
+    def reset(self, scope: str = "all") -> None:
         self.broken.clear()
 
     def work(self) -> bool:
@@ -334,7 +354,7 @@ class Away:
     def open(self, session: SessionOpen) -> None: ...
     def submit(self, updates: Sequence[SessionUpdate], timeout_s: float = 0.0) -> None: ...
     def close_session(self, session_id: int) -> None: ...
-    def reset(self) -> None: ...
+    def reset(self, scope: str = "all") -> None: ...
     def close(self) -> None: ...
 
     def collect(self, wanted: Mapping[int, int], timeout_s: float) -> dict[int, SessionDraft]:
@@ -366,13 +386,34 @@ def test_fallback_takes_over_in_step_while_the_remote_is_away() -> None:
     source.close()
 
 
+class Waits:
+    """In place of `time` in a module under test: time passes in `sleep`, and only there."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> Waits:
+    waits = Waits()
+    monkeypatch.setattr("actors.drafting.placed_source.time", waits)
+    return waits
+
+
 class Slow(Away):
     """A connected remote that takes its time, and notes what it was asked for."""
 
     drafters = ("prompt_lookup", "nested")  # type: ignore[assignment]
 
-    def __init__(self, seconds: float, drafters: tuple[str, ...]) -> None:
+    def __init__(self, waits: Waits, seconds: float, drafters: tuple[str, ...]) -> None:
         super().__init__()
+        self.waits = waits
         self.seconds = seconds
         self.drafters = drafters  # type: ignore[assignment]
         self.asked: list[SessionUpdate] = []
@@ -381,7 +422,7 @@ class Slow(Away):
         self.asked = [u for u in updates if u.budget > 0]
 
     def collect(self, wanted: Mapping[int, int], timeout_s: float) -> dict[int, SessionDraft]:
-        time.sleep(self.seconds)
+        self.waits.sleep(self.seconds)
         return super().collect(wanted, timeout_s)
 
 
@@ -398,12 +439,12 @@ def _where(source: PlacedDraftSource, remote: Slow, rounds: int, **pinned: objec
 _epochs = itertools.count(1)
 
 
-def test_drafts_come_from_the_faster_place() -> None:
-    for seconds, better in ((2e-3, "target"), (0.0, "worker")):
-        remote = Slow(seconds, ("prompt_lookup",))
+def test_drafts_come_from_the_faster_place(waits: Waits) -> None:
+    for seconds, better in ((2e-3, "target"), (1e-4, "worker")):
+        remote = Slow(waits, seconds, ("prompt_lookup",))
         local = LocalDraftSource(DrafterPool([PromptLookupDrafter()]))
         if better == "worker":
-            local.collect = _slowly(local.collect)  # type: ignore[method-assign]
+            local.collect = _slowly(local.collect, waits)  # type: ignore[method-assign]
         source = PlacedDraftSource(remote, local)
         source.open(session(0, [1, 2, 3]))
         _where(source, remote, 16)
@@ -412,9 +453,9 @@ def test_drafts_come_from_the_faster_place() -> None:
         assert places.count(better) < 300, "the other place is tried again now and then"
 
 
-def _slowly(collect):  # type: ignore[no-untyped-def]
+def _slowly(collect, waits: Waits):  # type: ignore[no-untyped-def]
     def slow(wanted: Mapping[int, int], timeout_s: float) -> dict[int, SessionDraft]:
-        time.sleep(2e-3)
+        waits.sleep(2e-3)
         return collect(wanted, timeout_s)  # type: ignore[no-any-return]
 
     return slow
@@ -430,9 +471,9 @@ def _slowly(collect):  # type: ignore[no-untyped-def]
     ],
 )
 def test_what_only_the_worker_has_comes_from_the_worker(
-    adaptive: bool, drafters: tuple[str, ...], pinned: dict[str, object]
+    waits: Waits, adaptive: bool, drafters: tuple[str, ...], pinned: dict[str, object]
 ) -> None:
-    remote = Slow(1e-3, drafters)
+    remote = Slow(waits, 1e-3, drafters)
     local = LocalDraftSource(DrafterPool([PromptLookupDrafter()]))
     source = PlacedDraftSource(remote, local, adaptive=adaptive)
     source.open(session(0, [1, 2, 3]))
@@ -442,9 +483,9 @@ def test_what_only_the_worker_has_comes_from_the_worker(
 @pytest.mark.parametrize(
     "pinned", [{"drafter": "nested"}, {"exit_depth": 2}, {"drafter": "nested", "exit_depth": 4}]
 )
-def test_a_pinned_exit_is_drafted_where_free_drafts_are(pinned: dict[str, object]) -> None:
+def test_a_pinned_exit_is_drafted_where_free_drafts_are(waits: Waits, pinned: dict[str, object]) -> None:
     """A copy in the target may read its states, so that its drafts are better ones."""
-    remote = Slow(2e-3, ("prompt_lookup", "nested"))
+    remote = Slow(waits, 2e-3, ("prompt_lookup", "nested"))
     local = LocalDraftSource(DrafterPool([PromptLookupDrafter(), Fixed("nested", 5, exits=(2, 4))]))
     source = PlacedDraftSource(remote, local)
     source.open(session(0, [1, 2, 3]))
@@ -452,9 +493,9 @@ def test_a_pinned_exit_is_drafted_where_free_drafts_are(pinned: dict[str, object
     assert _where(source, remote, 100, **pinned).count("target") >= 95
 
 
-def test_a_request_that_ends_takes_no_drafts_from_the_others() -> None:
+def test_a_request_that_ends_takes_no_drafts_from_the_others(waits: Waits) -> None:
     """What leaves between rounds without an update is a close."""
-    remote = Slow(2e-3, ("prompt_lookup",))
+    remote = Slow(waits, 2e-3, ("prompt_lookup",))
     source = PlacedDraftSource(remote, LocalDraftSource(DrafterPool([PromptLookupDrafter()])))
     source.open(session(0, [1, 2, 3]))
     _where(source, remote, 16)

@@ -57,13 +57,6 @@ class LiveRow:
         return low is not None and low >= LIVE_BOUND
 
 
-class _LearningEngine(S2DEngine):
-    """What the server has learned stays from block to block: a choice is judged once it is made."""
-
-    async def reset(self) -> None:
-        """Nothing is forgotten."""
-
-
 def read_cells(replayed: Path, count: int, settings_a_cell: int) -> list[LiveCell]:
     """`count` cells of a choice.json, spread evenly from where drafting gains least to where it gains most.
     Scaled cells are left out: no such target exists. Raises BenchError for another file, OSError."""
@@ -157,8 +150,10 @@ async def _measure_cell(
     if not asked:
         raise BenchError(f"path: there are no questions of {cell.task}")
     names = {fixed: f"fixed: {fixed.name}" for fixed in cell.best}
-    arms = [_LearningEngine(FREE, server, speculation(None))]
-    arms += [_LearningEngine(name, server, speculation(fixed)) for fixed, name in names.items()]
+    # What is measured stays from block to block: a choice is judged once it is made. What drafters remember of
+    # texts does not: the other arms have just given the same answers.
+    arms = [S2DEngine(FREE, server, speculation(None), reset="caches")]
+    arms += [S2DEngine(name, server, speculation(fixed), reset="caches") for fixed, name in names.items()]
     load = LoadSettings(
         engines=tuple(arm.name for arm in arms), source=cell.source, dtype=cell.dtype,
         concurrency=(cell.concurrency,), pairs=settings.pairs, max_tokens=settings.max_tokens,

@@ -7,6 +7,12 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class ResetScope(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    RESET_SCOPE_UNSPECIFIED: _ClassVar[ResetScope]
+    RESET_SCOPE_ALL: _ClassVar[ResetScope]
+    RESET_SCOPE_CACHES: _ClassVar[ResetScope]
+
 class DraftError(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     DRAFT_ERROR_UNSPECIFIED: _ClassVar[DraftError]
@@ -15,6 +21,9 @@ class DraftError(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DRAFT_ERROR_CAPACITY: _ClassVar[DraftError]
     DRAFT_ERROR_UNSUPPORTED: _ClassVar[DraftError]
     DRAFT_ERROR_INTERNAL: _ClassVar[DraftError]
+RESET_SCOPE_UNSPECIFIED: ResetScope
+RESET_SCOPE_ALL: ResetScope
+RESET_SCOPE_CACHES: ResetScope
 DRAFT_ERROR_UNSPECIFIED: DraftError
 DRAFT_ERROR_UNKNOWN_SESSION: DraftError
 DRAFT_ERROR_STALE_EPOCH: DraftError
@@ -155,8 +164,8 @@ class DraftRound(_message.Message):
     closes: _containers.RepeatedScalarFieldContainer[int]
     updates: _containers.RepeatedCompositeFieldContainer[SessionUpdate]
     deadline_us: int
-    reset_shared_state: bool
-    def __init__(self, round_id: _Optional[int] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., opens: _Optional[_Iterable[_Union[SessionOpen, _Mapping]]] = ..., closes: _Optional[_Iterable[int]] = ..., updates: _Optional[_Iterable[_Union[SessionUpdate, _Mapping]]] = ..., deadline_us: _Optional[int] = ..., reset_shared_state: _Optional[bool] = ...) -> None: ...
+    reset_shared_state: ResetScope
+    def __init__(self, round_id: _Optional[int] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., opens: _Optional[_Iterable[_Union[SessionOpen, _Mapping]]] = ..., closes: _Optional[_Iterable[int]] = ..., updates: _Optional[_Iterable[_Union[SessionUpdate, _Mapping]]] = ..., deadline_us: _Optional[int] = ..., reset_shared_state: _Optional[_Union[ResetScope, str]] = ...) -> None: ...
 
 class DraftDistribution(_message.Message):
     __slots__ = ("token_ids", "probabilities")
