@@ -237,7 +237,7 @@ class DrafterPool:
         if update.epoch != state.epoch + 1:
             raise DrafterError("stale_epoch", f"epoch {update.epoch} does not follow {state.epoch}")
         state.epoch = update.epoch
-        self._worth.committed(sid, update.new_tokens)
+        self._worth.committed(sid, update.new_tokens, update.drafted)
         if update.new_tokens:
             state.last_token = update.new_tokens[-1]
         for drafter in self._drafters:

@@ -87,6 +87,22 @@ def test_all_who_wait_count() -> None:
     assert among == pytest.approx(min(0.95, 2 * alone))
 
 
+def test_drawn_drafts_are_worth_what_became_of_what_was_verified() -> None:
+    """The target's own draw is another token than an unverified one, however alike their distributions are."""
+    worth, judged = DraftWorth(Clock()), DraftWorth(Clock())
+    offered = SessionDraft(0, 1, (1, 2), drafter="n", q=(((1, 1.0),), ((2, 1.0),)))
+    for known in (worth, judged):
+        known.opened(0, temperature=1.0)
+    before = worth.of(draft("n", (1, 2)))
+    for _ in range(50):
+        worth.taken(offered)
+        worth.committed(0, (9,))
+        judged.taken(offered)
+        judged.committed(0, (1, 2, 9), verified=2)
+    assert worth.of(draft("n", (1, 2))) == before
+    assert judged.of(draft("n", (1, 2))) > 1.7
+
+
 def draft_for(session: int, tokens: int = 1) -> SessionDraft:
     return SessionDraft(session, 1, tuple(range(tokens)), drafter="n", parents=tuple(range(-1, tokens - 1)))
 
