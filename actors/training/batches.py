@@ -177,12 +177,15 @@ LONGEST_RUN = 4
 
 
 def withhold(count: int, share: float, generator: np.random.Generator) -> Tensor:
-    """bool [count]: tokens that a draft is to see without the target's states, as it sees its own guesses: in
-    runs of 1 .. LONGEST_RUN, about `share` of all; of share / 2 of the sequences, all."""
+    """bool [count]: tokens that a draft is to see without the target's states, as it sees its own guesses: of
+    share / 2 of the sequences all, of the others about `share`, in runs of 1 .. LONGEST_RUN, each followed by
+    one token with states: 5/7 of them at most."""
     if generator.random() < share / 2:
         return torch.ones(count, dtype=torch.bool)
     mean = (1 + LONGEST_RUN) / 2
-    begin = share / (mean * (1 - share) + share)  # of a run, at a token outside one
+    # Of a run, at a token outside one. On average 1 / begin such tokens, that which ends the last run among
+    # them, precede the `mean` tokens of a run.
+    begin = min(1.0, share / (mean * (1 - share)))
     cycles = count // 2 + 1  # each is two tokens at least: a run, and what follows it
     spans = np.empty((cycles, 3), dtype=np.int64)
     spans[:, 0] = generator.geometric(begin, cycles) - 1

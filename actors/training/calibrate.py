@@ -32,12 +32,13 @@ def fit_curve(confidence: Floats, accepted: Floats) -> CalibrationCurve | None:
         return None
     order = np.argsort(confidence, kind="stable")
     bins = np.array_split(order, max(1, min(BINS, count // FEWEST)))
-    xs = [float(confidence[b].mean()) for b in bins]
-    ys = isotonic([float(accepted[b].mean()) for b in bins], [float(len(b)) for b in bins])
-    knots = [(x, y) for i, (x, y) in enumerate(zip(xs, ys, strict=True)) if i == 0 or x > xs[i - 1]]
-    return CalibrationCurve(
-        confidence=tuple(round(x, 5) for x, _ in knots), acceptance=tuple(round(y, 5) for _, y in knots)
-    )
+    # By confidence as it is stored: bins that are too close to be told apart there are one.
+    labels: dict[float, list[Floats]] = {}
+    for b in bins:
+        labels.setdefault(round(float(confidence[b].mean()), 5), []).append(accepted[b])
+    knots = {x: np.concatenate(parts) for x, parts in labels.items()}
+    ys = isotonic([float(y.mean()) for y in knots.values()], [float(len(y)) for y in knots.values()])
+    return CalibrationCurve(confidence=tuple(knots), acceptance=tuple(round(y, 5) for y in ys))
 
 
 @torch.no_grad()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from actors.cache import cache_dir
 from actors.drafting.local_source import LocalDraftSource
@@ -22,6 +26,7 @@ from actors.models.runner import BLOCK_SIZE, ModelRunner
 from actors.models.source import resolve_source
 from actors.sampling.grammar import GrammarMatcher
 from actors.sampling.params import GrammarSpec, ParameterError
+from actors.target_worker.messages import ChatMessage
 from actors.text.tokenizer import TextTokenizer
 from actors.training.data_cards import data_card
 from actors.training.generate import ConversationMaker
@@ -36,10 +41,11 @@ from actors.training.token_store import (
     DataError,
     TeacherCard,
     TokenSequence,
-    iter_shards,
+    is_teacher_of,
+    iter_tables,
     read_data_card,
-    read_sequences,
-    shard_count,
+    read_made_of,
+    read_table,
     shard_path,
     write_card,
     write_sequences,
@@ -110,20 +116,45 @@ def collect_data(
                 continue
             numbers = range(start, min(start + settings.shard, total))
             target, beside = shard_path(settings.out, index), shard_path(teacher_out, index)
-            if target.is_file() and (beside.is_file() or not settings.teacher_top):
+            if _is_made(target, prompts, numbers) and (
+                not settings.teacher_top or is_teacher_of(beside, read_table(target))
+            ):
                 advance(len(numbers), 0)
                 continue
             chosen = None if prompts is None else [prompts[n] for n in numbers]
             made = maker.make(numbers, chosen)
+            sequences = [c.sequence for c in made]
             if settings.teacher_top:
                 rows = [c.teacher for c in made if c.teacher is not None]
-                write_teacher(beside, rows, card.vocab_size)
+                write_teacher(beside, rows, sequences, card.vocab_size)
             # The sequences come last: a shard counts once they are there.
-            write_sequences(target, [c.sequence for c in made], card.vocab_size)
+            write_sequences(target, sequences, card.vocab_size, _made_of(prompts, start, numbers.stop))
             advance(len(numbers), 0)
     finally:
         engine.close()
     return card
+
+
+def _made_of(prompts: Sequence[Sequence[ChatMessage]] | None, start: int, end: int) -> str:
+    """What a shard keeps of what it was made of: where the conversations that it was asked for end, and a
+    hash of their prompts."""
+    made_of: dict[str, int | str] = {"asked": end}
+    if prompts is not None:
+        text = json.dumps([[(m.role, m.content) for m in messages] for messages in prompts[start:end]])
+        made_of["prompts"] = hashlib.sha256(text.encode()).hexdigest()
+    return json.dumps(made_of)
+
+
+def _is_made(path: Path, prompts: Sequence[Sequence[ChatMessage]] | None, numbers: range) -> bool:
+    """Whether a shard is there and holds all that is asked for now. Raises DataError when it answers other
+    prompts than these."""
+    made_of = read_made_of(path) if path.is_file() else ""
+    if not made_of:
+        return False
+    asked: int = json.loads(made_of)["asked"]
+    if made_of != _made_of(prompts, numbers.start, asked):
+        raise DataError(f"{path} answers other prompts: choose another folder")
+    return asked >= numbers.stop
 
 
 def _from_texts(settings: DataSettings, say: Say, advance: Advance) -> DataCard:
@@ -155,12 +186,14 @@ def _chunks(sequences: Iterator[TokenSequence], size: int) -> Iterator[list[Toke
 def teach(
     settings: TeacherSettings, say: Say = lambda message: None, advance: Advance = lambda done, tokens: None
 ) -> Path:
-    """Run a target over a data set and store its top log-probabilities. Shards already there are kept.
+    """Run a target over a data set and store its top log-probabilities. Those of shards that are as they were
+    are kept.
 
-    Returns the folder. Raises DataError when tokenizers differ.
+    Returns the folder. Raises DataError when tokenizers differ, UnsupportedModelError for a target without
+    the states that are asked for.
     """
     card = read_data_card(settings.data)
-    longest = max(len(s.ids) for _, shard in iter_shards(settings.data) for s in shard)
+    longest = max(int(np.diff(table.starts).max(initial=1)) for _, table in iter_tables(settings.data))
     tokens = max(settings.batch_tokens, longest)
     loaded = load_runner(
         settings.source,
@@ -178,14 +211,14 @@ def teach(
         )
     out = settings.out or default_teacher_folder(card, loaded.info.name)
     width = loaded.info.hidden_size if settings.states else 0
-    write_card(out, TEACHER_CARD, _teacher_card(card, loaded, tokenizer, settings.top, width))
     teacher = Teacher(loaded.runner, settings.top, settings.batch_tokens, states=settings.states)
-    for index in range(shard_count(settings.data)):
-        shard = read_sequences(shard_path(settings.data, index))
-        if not shard_path(out, index).is_file():
+    write_card(out, TEACHER_CARD, _teacher_card(card, loaded, tokenizer, settings.top, width))
+    for index, table in iter_tables(settings.data):
+        if not is_teacher_of(shard_path(out, index), table):
+            shard = table.sequences()
             rows = teacher.rows(shard, lambda count: advance(0, count)) if shard else []
-            write_teacher(shard_path(out, index), rows, card.vocab_size)
-        advance(len(shard), 0)
+            write_teacher(shard_path(out, index), rows, shard, card.vocab_size)
+        advance(len(table), 0)
     return out
 
 

@@ -95,10 +95,9 @@ def read_corpus(folders: Sequence[Path], teachers: Sequence[Path] = (), *, state
     for folder, paths in zip(folders, of_set, strict=True):
         for index, table in iter_tables(folder):
             tables.append(table)
-            labels = (np.diff(table.starts) - table.labels_from).tolist()
             for place, (path, _) in enumerate(paths):
                 first = states and place == 0
-                rows[place].extend(read_teacher(shard_path(path, index), labels, states=first))
+                rows[place].extend(read_teacher(shard_path(path, index), table, states=first))
     teacher_cards = tuple(teacher for _, teacher in of_set[0])
     return RawCorpus(cards, cards[0].vocab_size, joined(tables), teacher_cards, rows)
 

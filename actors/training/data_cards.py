@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 from actors.text.tokenizer import TextTokenizer
 from actors.training.settings import DataSettings
@@ -11,12 +12,15 @@ from actors.training.token_store import DataCard
 _FREE = frozenset(
     {"out", "samples", "teacher_out", "teacher_top", "batch", "part", "threads", "device", "source"}
 )
-"""What may change when a data set is continued: more samples, another machine."""
+"""What may change when a data set is continued: more samples, another machine. A file of prompts may grow:
+each shard keeps what it answers."""
 
 
 def data_card(
     settings: DataSettings, kind: str, model: str, source_hash: str, tokenizer: TextTokenizer, vocab_size: int
 ) -> DataCard:
+    """Raises OSError for a text that cannot be read."""
+    made_with = "".join((settings.digest(*_FREE), source_hash, *map(_file_hash, settings.texts)))
     return DataCard(
         name=settings.out.name,
         kind=kind,
@@ -24,9 +28,14 @@ def data_card(
         source_hash=source_hash,
         tokenizer_hash=tokenizer.vocab_hash,
         vocab_size=vocab_size,
-        made_with=hashlib.sha256(f"{settings.digest(*_FREE)}{source_hash}".encode()).hexdigest(),
+        made_with=hashlib.sha256(made_with.encode()).hexdigest(),
         settings=_recorded(settings),
     )
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _recorded(settings: DataSettings) -> dict[str, object]:

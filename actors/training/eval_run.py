@@ -13,7 +13,7 @@ from actors.training.evaluate import ANSWERS_TOGETHER, Answer, evaluate, target_
 from actors.training.settings import EvalSettings
 from actors.training.token_store import (
     DataError,
-    iter_shards,
+    iter_tables,
     read_data_card,
     read_teacher,
     read_teacher_card,
@@ -75,13 +75,11 @@ def run_evaluation(settings: EvalSettings, say: Callable[[str], None] = lambda m
 
 def _answers(settings: EvalSettings) -> list[Answer]:
     found: list[Answer] = []
-    for index, shard in iter_shards(settings.data):
+    for index, table in iter_tables(settings.data):
         rows = None
         if settings.states is not None:
-            rows = read_teacher(
-                shard_path(settings.states, index), [s.num_labels for s in shard], states=True
-            )
-        for place, sequence in enumerate(shard):
+            rows = read_teacher(shard_path(settings.states, index), table, states=True)
+        for place, sequence in enumerate(table.sequences()):
             if sequence.greedy and (settings.heldout is None or is_heldout(sequence, settings.heldout)):
                 found.append(Answer(sequence, None if rows is None else rows[place].states))
     if not found:

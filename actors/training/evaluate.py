@@ -61,8 +61,16 @@ def accepted_lengths(
     """[answer][label after the first]: how many tokens of a chain of `length` from there, drafted at exit
     `depth`, the target would accept. The first label comes with the prompt's own pass, before any draft.
     `context`: tokens of a session that the draft reads at most, None for all."""
-    longest = max(len(a.sequence.ids) for a in answers)
-    drafter = NestedDrafter(
+    drafter = _drafter(draft, context, max(len(a.sequence.ids) for a in answers))
+    found: list[list[int]] = []
+    for start in range(0, len(answers), ANSWERS_TOGETHER):
+        found += _walk_together(drafter, answers[start : start + ANSWERS_TOGETHER], depth, length)
+    return found
+
+
+def _drafter(draft: LoadedDraft, context: int | None, longest: int) -> NestedDrafter:
+    """As it serves, but that it absorbs sessions of `longest` tokens at once."""
+    return NestedDrafter(
         draft.runner,
         draft.exits,
         heads=draft.heads,
@@ -71,10 +79,6 @@ def accepted_lengths(
         state_in=draft.state_in,
         catch_up=max(32, longest),
     )
-    found: list[list[int]] = []
-    for start in range(0, len(answers), ANSWERS_TOGETHER):
-        found += _walk_together(drafter, answers[start : start + ANSWERS_TOGETHER], depth, length)
-    return found
 
 
 def _walk_together(
@@ -135,11 +139,12 @@ def walk(answers: Sequence[Sequence[int]], length: int) -> ChainCounts:
     return ChainCounts(rounds, tokens, tuple(reached), tuple(accepted))
 
 
-def draft_seconds(draft: LoadedDraft, depth: int, context: int, length: int, repeats: int) -> float:
-    """Median seconds a draft token of chains of `length` at one exit, as the drafter serves them."""
-    drafter = NestedDrafter(
-        draft.runner, draft.exits, heads=draft.heads, window=draft.window, catch_up=max(32, context)
-    )
+def draft_seconds(
+    draft: LoadedDraft, depth: int, context: int, length: int, repeats: int, draft_context: int | None
+) -> float:
+    """Median seconds a draft token of chains of `length` at one exit, after `context` tokens, of which the
+    draft reads `draft_context` at most, as the drafter serves them."""
+    drafter = _drafter(draft, draft_context, context)
     tokens = tuple(1 + i % 50 for i in range(context))
     drafter.open(SessionOpen(0, tokens, len(tokens), DraftSampling(key=0)))
     drafter.propose([DraftQuery(0, 0, length, depth)])
@@ -194,7 +199,7 @@ def evaluate(
     for depth in draft.exits:
         lengths = accepted_lengths(draft, answers, depth, max_chain, draft_context)
         say(f"cost of exit {depth}")
-        seconds = draft_seconds(draft, depth, context, max_chain, repeats)
+        seconds = draft_seconds(draft, depth, context, max_chain, repeats, draft_context)
         chains = [walk(lengths, k) for k in range(1, max_chain + 1)]
         longest, rates = chains[-1], [c.tokens / max(1, c.rounds) for c in chains]
         speedups: list[float | None] = [None] * max_chain

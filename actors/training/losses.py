@@ -87,7 +87,7 @@ class SortedLoss(nn.Module):
         states = batch.states if taught is None else taught.states
         hidden = self.student(batch.ids, batch.positions, batch.sequence, states)
         losses = [
-            self._exit_loss(self.student.logits(h[batch.rows, batch.columns], index), batch, taught)
+            self._exit_loss(self.student.loss_logits(h[batch.rows, batch.columns], index), batch, taught)
             for index, h in enumerate(hidden)
         ]
         stacked = torch.stack(losses)

@@ -41,6 +41,8 @@ def train_on_ray(settings: TrainSettings, cluster: RaySettings) -> None:
         raise RayTrainUnavailableError(f"{error}; or: pip install 's2d-serve[train]'") from error
     if not ray.is_initialized():
         ray.init(address=cluster.address, log_to_driver=True)
+    # Other workers may share the machine: a worker takes what it reserves.
+    settings = settings.model_copy(update={"threads": settings.threads or max(1, int(cluster.cpus))})
     resources = {"CPU": cluster.cpus, **({"GPU": 1.0} if cluster.gpu else {})}
     trainer = TorchTrainer(
         worker,
@@ -59,6 +61,7 @@ def train_on_ray(settings: TrainSettings, cluster: RaySettings) -> None:
 
 def worker(config: dict[str, Any]) -> None:
     """What each worker runs. Our own checkpoints, in the output folder, are what a restart goes on from."""
+    import torch
     from ray import train as ray_train
     from ray.train import torch as ray_torch
 
@@ -66,6 +69,7 @@ def worker(config: dict[str, Any]) -> None:
     from actors.training.run import build_run
 
     settings = TrainSettings.model_validate(config["settings"])
+    torch.set_num_threads(settings.threads)
     context = ray_train.get_context()
     device = str(ray_torch.get_device())
     run = build_run(settings.model_copy(update={"device": device}))

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from actors.models.linear import CudaFloat32Product, MatrixProduct, PlainProduct, can_return_float32
 from actors.models.llama_weights import LlamaWeights
 from actors.models.runner import normalised
 from actors.training.batches import Batch, TeacherBatch
@@ -122,9 +123,19 @@ class OnlineTeacher(nn.Module):
         return normalised(hidden).half()
 
     def _logits(self, states: Tensor, batch: Batch) -> Iterator[Tensor]:
-        """float32 [n, V] of the batch's labels, in parts."""
+        """float32 [n, V] of the batch's labels, in parts. Autocast may round the factors of the product to
+        bfloat16, but not what comes out: close logits would be equal."""
+        device, product = self.head.device, self._head_product()
         for part in torch.split(states[batch.rows, batch.columns], _ROWS):
-            yield F.linear(part.float() * self.norm, self.head).float()
+            with torch.autocast(device.type, enabled=False):
+                logits = product(part.float() * self.norm)
+            yield logits
+
+    def _head_product(self) -> MatrixProduct:
+        device = self.head.device
+        if torch.is_autocast_enabled(device.type) and can_return_float32(device):
+            return CudaFloat32Product(self.head.bfloat16())
+        return PlainProduct(self.head)
 
     def _read_states(self, states: Tensor, batch: Batch) -> Tensor | None:
         """A token's state is that of the place before it, from which the target emitted it."""

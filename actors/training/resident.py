@@ -22,6 +22,8 @@ GREEDY = 8
 RECORDED_STEPS = 128
 """Steps between looks of the host."""
 _TINY = 1e-20
+Recorded = tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8], npt.NDArray[np.int32]]
+"""Tokens, what they are, and the first token of the conversation that each belongs to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +90,7 @@ class ResidentTalk:
         self._answer_ends = torch.tensor(script.answer_ends, device=self.device)
         self._records = [
             torch.zeros(RECORDED_STEPS, rows, dtype=kind, device=self.device)
-            for kind in (torch.int32, torch.uint8)
+            for kind in (torch.int32, torch.uint8, torch.int32)
         ]
         self._at = torch.zeros(1, dtype=torch.int64, device=self.device)
         self._begin()
@@ -124,23 +126,23 @@ class ResidentTalk:
         return graph
 
     @torch.inference_mode()
-    def record(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]:
-        """Run `RECORDED_STEPS` steps: tokens and what they are, [steps, rows] each."""
+    def record(self) -> Recorded:
+        """Run `RECORDED_STEPS` steps: [steps, rows] each."""
         self._at.zero_()
         for _ in range(RECORDED_STEPS):
             if self._graph is not None:
                 self._graph.replay()
             else:
                 self._advance()
-        tokens, kinds = (record.cpu().numpy() for record in self._records)
+        tokens, kinds, firsts = (record.cpu().numpy() for record in self._records)
         # On a CPU these are the buffers themselves.
-        return tokens.copy(), kinds.copy()
+        return tokens.copy(), kinds.copy(), firsts.copy()
 
     @property
     def prefix(self) -> npt.NDArray[np.int64]:
-        """The ids that precede what is recorded of each conversation."""
+        """The ids between a conversation's first one and what is recorded of it: the same for all."""
         text = (self._script.prompts or (self._script.before,))[0]
-        return np.array(text[: self._shared], dtype=np.int64)
+        return np.array(text[1 : self._shared], dtype=np.int64)
 
     def _advance(self) -> None:
         """One token a row. Everything is written in place: a graph's tensors stay where they are."""
@@ -161,7 +163,8 @@ class ResidentTalk:
         written = following - len(self._script.before) + 1
         too_long = free & ~self._answering & ~turn_ends & (written >= self._pace.turn_tokens)
         dropped = ~idle & (too_long | (full & ~label))
-        self._record(token, torch.where(idle, NOTHING, GIVEN + label.long()), last, dropped)
+        kind = torch.where(idle, NOTHING, GIVEN + label.long())
+        self._record(token, kind, last, dropped, self._texts[text, 0])
 
         header_at = torch.where(heading, self._header_at + 1, torch.where(turn_ends, 1, -1))
         headed = header_at == len(self._header)
@@ -189,53 +192,51 @@ class ResidentTalk:
         noise = torch.empty(logits.shape, dtype=torch.float32, device=self.device).exponential_()
         return noise.clamp_(min=_TINY).log_().mul_(-temperature[:, None]).add_(logits).argmax(dim=-1)
 
-    def _record(self, token: Tensor, kind: Tensor, last: Tensor, dropped: Tensor) -> None:
+    def _record(self, token: Tensor, kind: Tensor, last: Tensor, dropped: Tensor, first: Tensor) -> None:
         kind = torch.where(last, LAST, torch.where(dropped, DROPPED, kind))
         kind = torch.where(kind == NOTHING, kind, kind + GREEDY * self._greedy.long())
         at = self._at % RECORDED_STEPS
-        for buffer, values in zip(self._records, (token, kind), strict=True):
+        for buffer, values in zip(self._records, (token, kind, first), strict=True):
             buffer.index_copy_(0, at, values[None].to(buffer.dtype))
         self._at.add_(1)
-
-
-Recorded = tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]
-"""Tokens, and what they are."""
 
 
 class Assembler:
     """Cuts what rows recorded into conversations.
 
     Args:
-        prefix: int64 ids that precede what is recorded of each.
+        prefix: int64 ids between the first id of each and what is recorded of it.
     """
 
     def __init__(self, rows: int, prefix: npt.NDArray[np.int64]) -> None:
         self._prefix = prefix
         self._open: list[list[Recorded]] = [[] for _ in range(rows)]
 
-    def add(self, tokens: npt.NDArray[np.int32], kinds: npt.NDArray[np.uint8]) -> list[Finished]:
+    def add(self, recorded: Recorded) -> list[Finished]:
         """Conversations that end within these steps ([steps, rows] each), row by row."""
         finished: list[Finished] = []
+        tokens, kinds, firsts = recorded
         what = kinds % GREEDY
         ends = (what == LAST) | (what == DROPPED)
         for row, parts in enumerate(self._open):
             start = 0
             for end in np.flatnonzero(ends[:, row]).tolist():
-                parts.append((tokens[start : end + 1, row], kinds[start : end + 1, row]))
+                here = slice(start, end + 1)
+                parts.append((tokens[here, row], kinds[here, row], firsts[here, row]))
                 if what[end, row] == LAST:
                     finished.append(self._join(parts))
                 parts.clear()
                 start = end + 1
             if start < len(tokens) and kinds[-1, row] != NOTHING:
-                parts.append((tokens[start:, row], kinds[start:, row]))
+                parts.append((tokens[start:, row], kinds[start:, row], firsts[start:, row]))
         return finished
 
     def _join(self, parts: Sequence[Recorded]) -> Finished:
-        tokens, kinds = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        tokens, kinds, firsts = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         what = kinds % GREEDY
         given = int(np.count_nonzero(what == GIVEN))
-        ids = np.concatenate((self._prefix, tokens.astype(np.int64)))
-        return Finished(ids, len(self._prefix) + given, bool(kinds[-1] >= GREEDY))
+        ids = np.concatenate((firsts[:1], self._prefix, tokens), dtype=np.int64)
+        return Finished(ids, 1 + len(self._prefix) + given, bool(kinds[-1] >= GREEDY))
 
 
 def talk(run: ResidentTalk, wanted: int) -> Iterator[tuple[list[Finished], int]]:
@@ -244,8 +245,9 @@ def talk(run: ResidentTalk, wanted: int) -> Iterator[tuple[list[Finished], int]]
     run.start()
     assembler = Assembler(run.rows, run.prefix)
     while wanted > 0:
-        tokens, kinds = run.record()
-        made = assembler.add(tokens, kinds)[:wanted]
+        recorded = run.record()
+        kinds = recorded[1]
+        made = assembler.add(recorded)[:wanted]
         wanted -= len(made)
         yield made, int(np.count_nonzero(kinds))
         if not kinds[-1].any():
@@ -253,7 +255,8 @@ def talk(run: ResidentTalk, wanted: int) -> Iterator[tuple[list[Finished], int]]
 
 
 def _common_prefix(texts: Sequence[Sequence[int]]) -> int:
-    """How many ids all texts begin with, at least 1 and less than the shortest unless there is one text."""
+    """How many ids all texts begin with, less than the shortest unless there is one text; at least 1, though
+    the first may differ: a row is given it."""
     if len(texts) == 1:
         return len(texts[0])
     shortest = min(map(len, texts))

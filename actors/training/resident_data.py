@@ -12,6 +12,7 @@ from actors.models.convert import model_folder
 from actors.models.llama_load import load_llama_weights
 from actors.models.load import choose_device
 from actors.models.source import resolve_source
+from actors.models.threads import physical_cores
 from actors.text.chat_template import render
 from actors.text.tokenizer import TextTokenizer
 from actors.training.data_cards import data_card
@@ -41,6 +42,7 @@ def collect_resident(
     settings: DataSettings, say: Callable[[str], None], advance: Callable[[int, int], None]
 ) -> DataCard:
     """Make a data set, or what is missing of it. Raises DataError, ValueError, OSError."""
+    torch.set_num_threads(settings.threads or physical_cores())
     device = choose_device(settings.device)
     resolved = resolve_source(settings.source)
     folder = model_folder(resolved, say)
@@ -58,7 +60,12 @@ def collect_resident(
         wanted = settings.samples - made_before
     else:
         answered = {s.ids[: s.labels_from] for table in earlier for s in table.sequences()}
-        prompts = tuple(p for p in _prompts(settings.prompts, settings, tokenizer) if p not in answered)
+        given = _prompts(settings.prompts, settings, tokenizer)
+        if answered.difference(given):
+            raise DataError(
+                f"{settings.out} answers prompts that {settings.prompts} lacks: choose another folder"
+            )
+        prompts = tuple(p for p in given if p not in answered)
         wanted = len(prompts)
     if wanted <= 0:
         return card

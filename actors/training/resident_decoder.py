@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from actors.models.linear import pack
 from actors.models.llama_weights import LlamaLayerWeights, LlamaWeights
 from actors.training.student import rotate, rotation
 
@@ -28,11 +29,13 @@ class ResidentDecoder:
         self._keys = torch.zeros(shape, dtype=self._dtype, device=device)
         self._values = torch.zeros(shape, dtype=self._dtype, device=device)
         self._places = torch.arange(length, device=device)
+        # Greedy answers are the largest logit: rounded to bfloat16, close ones would be equal.
+        self._head = pack(weights.head, float32_output=True)
         turns = rotation(self._places[None], weights.inv_freq.float(), weights.attention_scaling)
         self._cos, self._sin = (turn[0, 0] for turn in turns)
 
     def step(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Logits [rows, V], in the weights' dtype, after token `tokens[r]` at `positions[r]` (int64 [rows])
+        """Logits, float32 [rows, V], after token `tokens[r]` at `positions[r]` (int64 [rows])
         of row r. What the row holds at later positions is as if it were not there."""
         w = self._weights
         cos, sin = self._cos[positions][:, None], self._sin[positions][:, None]
@@ -45,7 +48,7 @@ class ResidentDecoder:
             hidden = hidden + F.linear(attended, layer.o)
             gate, up = F.linear(self._norm(hidden, layer.post_norm), layer.gate_up).chunk(2, dim=-1)
             hidden = hidden + F.linear(F.silu(gate) * up, layer.down)
-        return F.linear(self._norm(hidden, w.final_norm), w.head)
+        return self._head(self._norm(hidden, w.final_norm))
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), weight.float(), self._weights.rms_norm_eps).to(self._dtype)

@@ -151,9 +151,9 @@ class TrainSettings(SettingsModel):
     withheld: float = Field(
         0.3,
         ge=0.0,
-        lt=1.0,
+        le=5 / 7,
         description="Share of tokens whose states are withheld in training, in runs as long as drafts are; "
-        "of half as many sequences all are.",
+        "of half as many sequences all are. More than 5/7 would leave no token between runs.",
     )
     distill: float = Field(1.0, ge=0.0, le=1.0, description="Weight of the teachers; labels have the rest.")
     steps: int = Field(2000, ge=1)
@@ -183,7 +183,9 @@ class TrainSettings(SettingsModel):
     checkpoint_every: int = Field(200, ge=1, description="Steps between checkpoints.")
     seed: int = Field(0, ge=0)
     device: str = "auto"
-    threads: int = Field(0, ge=0, description="Compute threads; 0 takes the physical cores.")
+    threads: int = Field(
+        0, ge=0, description="Compute threads; 0 takes the physical cores, on Ray a worker's CPUs."
+    )
     storage: Literal["bfloat16", "int8"] = Field("bfloat16", description="Of the artifact's matrices.")
 
     @model_validator(mode="after")

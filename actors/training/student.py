@@ -147,9 +147,19 @@ class SortedStudent(nn.Module):
         return read
 
     def logits(self, hidden: Tensor, exit_index: int) -> Tensor:
-        """float32 [N, D] of hidden [N, H] at one exit."""
+        """float32 [N, D] of hidden [N, H] at one exit, in float32 under autocast too: rounded to bfloat16,
+        close ones would be equal, and the first of them the likeliest."""
+        normed = self._normed(hidden, exit_index)
+        with torch.autocast(normed.device.type, enabled=False):
+            return F.linear(normed, self.head)
+
+    def loss_logits(self, hidden: Tensor, exit_index: int) -> Tensor:
+        """As `logits`, but in autocast's dtype if it is on: faster, and enough to learn from."""
+        return F.linear(self._normed(hidden, exit_index), self.head).float()
+
+    def _normed(self, hidden: Tensor, exit_index: int) -> Tensor:
         norm = self.norms[exit_index if self.norms.shape[0] > 1 else 0]
-        return F.linear(rms_norm(hidden, norm, self._eps), self.head).float()
+        return rms_norm(hidden, norm, self._eps)
 
     @torch.no_grad()
     def take(self, weights: DraftWeights) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from actors.models.llama_load import UnsupportedModelError
 from actors.models.runner import BLOCK_SIZE, LayeredRunner, ModelRunner, RaggedBatch, normalised
 from actors.training.token_store import TeacherRows, TokenSequence
 
@@ -21,6 +22,8 @@ class Teacher:
         top: tokens kept a label.
         batch_tokens: of a pass, at most; a longer sequence has one of its own.
         states: whether rows come with states, which needs a `LayeredRunner`.
+
+    Raises UnsupportedModelError for a runner that gives no states.
     """
 
     def __init__(self, runner: ModelRunner, top: int, batch_tokens: int, *, states: bool = False) -> None:
@@ -28,7 +31,8 @@ class Teacher:
         self._layered: LayeredRunner | None = None
         if states:
             if not isinstance(runner, LayeredRunner):
-                raise TypeError(f"{type(runner).__name__} gives no hidden states")
+                kind = type(runner).__name__
+                raise UnsupportedModelError(f"states: {runner.info.name} runs on {kind}, which gives none")
             self._layered = runner
 
     def rows(

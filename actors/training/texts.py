@@ -60,7 +60,8 @@ def read_texts(path: Path, tokenizer: TextTokenizer, max_len: int) -> Iterator[T
 
 def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: JSON strings may hold other line separators (U+2028, U+2029, U+0085).
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: {error}") from error
     for number, text in enumerate(lines, 1):

@@ -16,12 +16,14 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save
 
 from actors.files import complete_or_absent
 
 DATA_CARD, TEACHER_CARD = "dataset.json", "teacher.json"
+_MADE_OF = "made_of"
+"""In a shard's metadata. One value: several would have no fixed order, and shards are hashed."""
 SMALL_VOCABULARY = 1 << 16
 Ids = npt.NDArray[np.int64]
 T = TypeVar("T", bound=BaseModel)
@@ -36,7 +38,7 @@ class _CardModel(BaseModel):
 
 
 class DataCard(_CardModel):
-    """`made_with` is a digest of the settings, so that only the same run continues a folder."""
+    """`made_with` is a digest of the settings and of texts, so that only the same run continues a folder."""
 
     format: int = 1
     name: str
@@ -98,6 +100,18 @@ class SequenceTable:
     def sequences(self) -> list[TokenSequence]:
         return [self.sequence(index) for index in range(len(self))]
 
+    @property
+    def labels(self) -> list[int]:
+        """How many each sequence has."""
+        counts: list[int] = (np.diff(self.starts) - self.labels_from).tolist()
+        return counts
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the ids and of where sequences and their labels begin."""
+        arrays = (self.ids, self.starts, self.labels_from)
+        return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
+
 
 def table_of(sequences: Sequence[TokenSequence], vocab_size: int) -> SequenceTable:
     lengths = [len(s.ids) for s in sequences]
@@ -138,11 +152,12 @@ def shard_path(folder: Path, index: int) -> Path:
 
 
 def shard_count(folder: Path) -> int:
-    """Shards 0 .. n - 1 without a gap."""
-    count = 0
-    while shard_path(folder, count).is_file():
-        count += 1
-    return count
+    """n of the shards 0 .. n - 1. Raises DataError when one of them is missing before the last."""
+    there = {path.name for path in folder.glob("shard-*.safetensors")}
+    for index in range(len(there)):
+        if shard_path(folder, index).name not in there:
+            raise DataError(f"{folder}: shard {index} is missing")
+    return len(there)
 
 
 def id_type(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
@@ -183,18 +198,30 @@ def _write(path: Path, data: bytes) -> None:
         partial.write_bytes(data)
 
 
-def write_sequences(path: Path, sequences: Sequence[TokenSequence], vocab_size: int) -> None:
-    write_table(path, table_of(sequences, vocab_size))
+def write_sequences(
+    path: Path, sequences: Sequence[TokenSequence], vocab_size: int, made_of: str = ""
+) -> None:
+    """`made_of`: what the sequences were made of, kept with them for `read_made_of`."""
+    write_table(path, table_of(sequences, vocab_size), made_of)
 
 
-def write_table(path: Path, table: SequenceTable) -> None:
+def write_table(path: Path, table: SequenceTable, made_of: str = "") -> None:
     tensors = {
         "ids": table.ids,
         "starts": table.starts,
         "labels_from": table.labels_from,
         "greedy": table.greedy.astype(np.uint8),
     }
-    _write(path, save(tensors))
+    _write(path, save(tensors, {_MADE_OF: made_of} if made_of else None))
+
+
+def read_made_of(path: Path) -> str:
+    """What a shard says it was made of, "" if nothing. Raises DataError."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return str((file.metadata() or {}).get(_MADE_OF, ""))
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
 
 
 def read_sequences(path: Path) -> list[TokenSequence]:
@@ -207,8 +234,10 @@ def read_table(path: Path) -> SequenceTable:
     return SequenceTable(tensors["ids"], tensors["starts"], tensors["labels_from"], greedy)
 
 
-def write_teacher(path: Path, rows: Sequence[TeacherRows], vocab_size: int) -> None:
-    """Rows of each sequence of the shard, in order. Log-probabilities are kept in float16."""
+def write_teacher(
+    path: Path, rows: Sequence[TeacherRows], sequences: Sequence[TokenSequence], vocab_size: int
+) -> None:
+    """Rows of each of a shard's sequences, in order. Log-probabilities are kept in float16."""
     width = max((r.ids.shape[1] for r in rows), default=0)
     ids = np.concatenate([r.ids for r in rows]) if rows else np.zeros((0, width), np.int64)
     logprobs = np.concatenate([r.logprobs for r in rows]) if rows else np.zeros((0, width), np.float32)
@@ -221,17 +250,25 @@ def write_teacher(path: Path, rows: Sequence[TeacherRows], vocab_size: int) -> N
     states = [r.states for r in rows if r.states is not None]
     if states:
         stored["states"] = np.concatenate(states)
-    _write(path, save(stored))
+    _write(path, save(stored, {_MADE_OF: table_of(sequences, vocab_size).digest}))
 
 
-def read_teacher(path: Path, labels: Sequence[int], *, states: bool = False) -> list[TeacherRows]:
-    """Rows of each of the shard's sequences, with states when asked for. `labels`: how many each has. Raises
-    DataError when there are not as many rows as labels, or no states."""
+def is_teacher_of(path: Path, table: SequenceTable) -> bool:
+    """Whether there are rows, and for these sequences. Raises DataError for a file that cannot be read."""
+    return path.is_file() and read_made_of(path) == table.digest
+
+
+def read_teacher(path: Path, table: SequenceTable, *, states: bool = False) -> list[TeacherRows]:
+    """Rows of each of a shard's sequences, with states when asked for. Raises DataError when there are not as
+    many rows as labels, when they were made for other sequences, and when there are no states."""
     tensors = _load(path)
-    if states and "states" not in tensors:
+    # Where there are no labels there are no states either.
+    if states and len(table) and "states" not in tensors:
         raise DataError(f"{path} holds no states: they are made by s2d draft teach --states")
-    if tensors["counts"].tolist() != list(labels):
+    if tensors["counts"].tolist() != table.labels:
         raise DataError(f"{path} does not hold one row for each label of its shard")
+    if not is_teacher_of(path, table):
+        raise DataError(f"{path} was made for other sequences: make it again")
     ends = np.cumsum(tensors["counts"], dtype=np.int64)
     ids, logprobs = tensors["ids"].astype(np.int64), tensors["logprobs"].astype(np.float32)
     return [

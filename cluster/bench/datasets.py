@@ -53,7 +53,8 @@ def builtin() -> tuple[Question, ...]:
 def read_spec_bench(path: Path) -> tuple[Question, ...]:
     """Questions of a file in Spec-Bench's format, in its order. Raises DatasetError."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: JSON strings may hold other line separators (U+2028, U+2029, U+0085).
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"{path}: {error}") from error
     questions = []

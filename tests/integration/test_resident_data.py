@@ -102,6 +102,24 @@ def test_an_interrupted_set_goes_on(base: Path, prompts: Path, tmp_path: Path) -
     assert len({s.ids for s in stored(talked.out)}) > 12
 
 
+def test_prompts_may_differ_in_their_first_token(base: Path) -> None:
+    """As where a template begins with the role: every conversation keeps that of its own prompt."""
+    weights, _ = load_llama_weights(base, torch.float32, torch.device("cpu"))
+    prompts = tuple((40 + n % 3, 50 + n, *range(60, 61 + n % 2)) for n in range(11))
+    script = Script(prompts, (), (), (0,), (0,))
+    run_ = ResidentTalk(weights, script, Pace(1.0, 0.8, 1.0, 8), 4, 12)
+    made = [f for part, _ in talk(run_, len(prompts)) for f in part]
+    assert sorted(tuple(f.ids[: f.labels_from].tolist()) for f in made) == sorted(prompts)
+    engine = make_engine(torch_runner(base), [PromptLookupDrafter()])
+    for finished in made:
+        ids = finished.ids.tolist()
+        prompt = tuple(ids[: finished.labels_from])
+        sampling = SamplingParams(max_tokens=12 - len(prompt), temperature=0.0, eos_token_ids=(0,))
+        (result,) = run(engine, [EngineRequest("x", prompt, sampling)]).values()
+        assert result.token_ids == ids[finished.labels_from :]
+    engine.close()
+
+
 def test_sampled_answers_follow_the_targets_distribution(base: Path) -> None:
     """The first token of many sampled answers to one prompt, against the model's own probabilities."""
     weights, _ = load_llama_weights(base, torch.float32, torch.device("cpu"))

@@ -52,6 +52,15 @@ def test_faults_are_named_with_their_line(tmp_path: Path, bad: str, says: str) -
     assert says in str(error.value)
 
 
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\u0085"])
+def test_a_line_ends_at_a_line_feed_only(tmp_path: Path, separator: str) -> None:
+    """JSON strings may hold what else separates lines of text."""
+    text = f"one{separator}two"
+    written = json.dumps({"question_id": 1, "category": "qa", "turns": [text]}, ensure_ascii=False)
+    questions = read_spec_bench(write(tmp_path, written, line(2, "qa", "x")))
+    assert [q.turns for q in questions] == [(text,), ("x",)]
+
+
 def test_missing_and_empty_files(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="No such file"):
         read_spec_bench(tmp_path / "nothing.jsonl")

@@ -62,6 +62,21 @@ def test_a_fitted_curve_finds_the_law_behind_the_labels() -> None:
     assert fit_curve(confidence[:5], accepted[:5]) is None
 
 
+def test_a_saturated_drafts_curve_ascends() -> None:
+    """Most confidences round to 1: the card could not tell their bins apart."""
+    rng = np.random.default_rng(0)
+    confidence = 1 - 10 ** -rng.uniform(0.3, 7, 2000)
+    curve = fit_curve(confidence, (rng.uniform(0, 1, 2000) < confidence).astype(float))
+    assert curve is not None
+    assert curve.confidence[-1] == 1.0
+    # Of six bins of eight labels the last four are one knot: its acceptance is that of all their labels.
+    confidence = np.repeat([0.2, 0.4, 0.999996, 0.999999], [8, 8, 8, 24])
+    accepted = np.concatenate((np.zeros(16), np.ones(8), np.tile([0.0, 1.0], 12)))
+    curve = fit_curve(confidence, accepted)
+    assert curve is not None
+    assert (curve.confidence, curve.acceptance) == ((0.2, 0.4, 1.0), (0.0, 0.0, 0.625))
+
+
 def test_soft_labels_average_to_the_overlap_of_both_distributions() -> None:
     """E over x ~ q of min(1, p / q) is the sum of min(p, q)."""
     q = torch.tensor([[0.6, 0.3, 0.1]]).repeat(20_000, 1)
