@@ -23,8 +23,8 @@ class DraftAssignment:
 
     worker_id: draft worker to connect to; None leaves it to the link. Another serves while it is away.
     exit_depth: of the nested drafter, in layers; None for the drafter's own choice.
-    nested_cap: longest draft of the nested drafter, 0 for none, None for no limit but the budget.
-    cap: longest draft of any drafter, 0 for none.
+    nested_cap: longest chain of the nested drafter, 0 for none, None for no limit but the budget.
+    cap: longest draft that is a chain, of any drafter; 0 for no drafts at all.
     Requests that force their length or pin an exit are bound by neither cap, those that pin an exit keep it.
     """
 

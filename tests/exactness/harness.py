@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,6 +34,8 @@ class Result:
     rounds: list[RoundReport] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     cached_tokens: int = 0
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    error: str | None = None
 
     @property
     def drafted(self) -> int:
@@ -44,7 +46,7 @@ class Result:
         return sum(r.accepted for r in self.rounds)
 
 
-def tiny_llama(folder: Path, *, seed: int = 0, vocab: int = 320, layers: int = 4) -> Path:
+def tiny_llama(folder: Path, *, seed: int = 0, vocab: int = 320, layers: int = 4, tied: bool = False) -> Path:
     """A small random Llama with grouped queries, saved as a Hugging Face folder."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -57,6 +59,7 @@ def tiny_llama(folder: Path, *, seed: int = 0, vocab: int = 320, layers: int = 4
         max_position_embeddings=512,
         # Large enough that outputs vary with the context instead of repeating one token.
         initializer_range=0.3,
+        tie_word_embeddings=tied,
         eos_token_id=None,
         bos_token_id=None,
     )
@@ -75,20 +78,40 @@ def no_grammar(spec: GrammarSpec) -> GrammarMatcher:
     raise ParameterError("response_format", "this engine was built without a tokenizer")
 
 
+class AnyText(GrammarMatcher):
+    """A grammar that allows every token."""
+
+    finished = False
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+
+    def admissible(self, drafts: Sequence[int]) -> int:
+        return len(drafts)
+
+    def mask(self) -> torch.Tensor:
+        return torch.ones(self._vocab_size, dtype=torch.bool)
+
+    def advance(self, token: int) -> None: ...
+
+    def rollback(self, count: int) -> None: ...
+
+
 def make_engine(
     runner: LayeredRunner,
     drafters: Sequence[Drafter] = (),
     *,
     source: DraftSource | None = None,
     compile_grammar: Callable[[GrammarSpec], GrammarMatcher] = no_grammar,
-    verification: str = "coupled",
+    speculation: Mapping[str, object] | None = None,
     **engine: object,
 ) -> TorchEngine:
-    """An engine over `runner` with drafters in this process. `engine` overrides EngineConfig fields."""
+    """An engine over `runner` with drafters in this process. `engine` overrides EngineConfig fields,
+    `speculation` SpeculationConfig fields."""
     return build_engine(
         runner,
         EngineConfig.model_validate(engine),
-        SpeculationConfig.model_validate({"verification": verification}),
+        SpeculationConfig.model_validate(speculation or {}),
         source or LocalDraftSource(DrafterPool(drafters)),
         compile_grammar,
     )
@@ -119,6 +142,8 @@ def run(
                 result.rounds.append(output.round)
             result.finish_reason = output.finish_reason
             result.cached_tokens += output.cached_tokens
+            result.prompt_logprobs = output.prompt_logprobs or result.prompt_logprobs
+            result.error = output.error
         if on_step is not None:
             on_step(step)
     raise AssertionError("the engine did not finish")

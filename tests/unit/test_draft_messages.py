@@ -7,7 +7,7 @@ from typing import get_args
 
 import pytest
 
-from actors.drafting import codec
+from actors.drafting import codec, session_ledger
 from actors.drafting.interface import (
     DraftErrorCode,
     NestedWish,
@@ -86,6 +86,34 @@ def test_ledger_opens_lazily_and_accumulates() -> None:
     assert closing is not None
     assert list(closing.closes) == [5]
     assert ledger.flush() is None
+
+
+def test_ledger_holds_the_last_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_ledger, "MAX_HELD_CANDIDATES", 2)
+    ledger = SessionLedger()
+    ledger.open(session(5, [1]))
+    for epoch in (1, 2, 3):
+        ledger.round([wish(5, epoch, [2], budget=0, candidates=((epoch, (9,)),))], 0.0)
+    message = ledger.round([wish(5, 4, [2], candidates=((4, (9,)),))], 0.0)
+    assert message is not None
+    assert [c.token_id for c in message.updates[0].candidates] == [3, 4]
+
+
+def test_ledger_opens_sessions_of_so_many_tokens_in_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_ledger, "MAX_OPEN_TOKENS", 2)
+    ledger = SessionLedger()
+    lengths = {1: 3, 2: 1, 3: 1, 4: 1}  # the first is longer than what fits
+    for sid, length in lengths.items():
+        ledger.open(session(sid, [7] * length))
+    opened = []
+    for epoch in (1, 2, 3):
+        message = ledger.round([wish(sid, epoch) for sid in lengths], 0.0)
+        assert message is not None
+        opened.append([o.session_id for o in message.opens])
+        known = {sid for sids in opened for sid in sids}
+        assert {u.session_id for u in message.updates} == known
+        assert {sid for sid in lengths if ledger.awaits(sid, epoch)} == known
+    assert opened == [[1], [2, 3], [4]]
 
 
 def test_ledger_opens_again_after_errors_and_ignores_a_former_life() -> None:

@@ -20,6 +20,8 @@ from cryptography.x509.oid import NameOID
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from actors.draft_worker import service
+from actors.draft_worker.batcher import DraftBatcher
 from actors.draft_worker.server import DraftServer, build_draft_server
 from actors.draft_worker.vocabularies import DraftVocabulary
 from actors.drafting import codec
@@ -77,6 +79,17 @@ async def test_unknown_sessions_and_stale_epochs_are_reported(worker: Worker) ->
         await nonsense.call.write(pb.DraftRound(opens=[pb.SessionOpen(session_id=1)]))
         assert await nonsense.call.code() == grpc.StatusCode.INVALID_ARGUMENT
     until(lambda: worker.server is not None and worker.server.state.streams == 0)
+
+
+async def test_shadow_drafts_that_are_not_taken_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "MAX_UNANSWERED", 2)
+    stream = service._Stream(DraftBatcher(model_free()), "one", "v", None, ahead=False, weight=1.0)
+    for round_id in (1, 2, 3):
+        stream._put_shadow(pb.DraftReply(round_id=round_id, shadows=[pb.SessionDraft()]))
+    taken = [await stream.next_reply() for _ in range(2)]
+    stream._put_shadow(pb.DraftReply(round_id=4, shadows=[pb.SessionDraft()]))
+    taken.append(await stream.next_reply())
+    assert [reply.round_id for reply in taken if reply is not None] == [1, 2, 4]
 
 
 async def test_other_vocabularies_are_refused(worker: Worker, sources) -> None:  # type: ignore[no-untyped-def]

@@ -88,7 +88,7 @@ def test_all_who_wait_count() -> None:
 
 
 def test_drawn_drafts_are_worth_what_became_of_what_was_verified() -> None:
-    """The target's own draw is another token than an unverified one, however alike their distributions are."""
+    """The target's own draw is another token than one that was not verified, however alike they are drawn."""
     worth, judged = DraftWorth(Clock()), DraftWorth(Clock())
     offered = SessionDraft(0, 1, (1, 2), drafter="n", q=(((1, 1.0),), ((2, 1.0),)))
     for known in (worth, judged):

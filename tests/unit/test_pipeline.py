@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -279,6 +280,35 @@ def test_greedy_ignores_temperature_and_truncation_but_not_penalties() -> None:
     best = int(logits.argmax())
     biased = sampler(temperature=0.0, logit_bias={best: -100.0}).scores(logits, [])
     assert int(biased.argmax()) != best
+
+
+PLAIN_GREEDY: dict[str, tuple[object, bool]] = {
+    "max_tokens": (3, True),
+    "min_tokens": (1, False),
+    "temperature": (0.7, False),
+    "top_p": (0.5, True),
+    "top_k": (2, True),
+    "min_p": (0.5, True),
+    "seed": (5, True),
+    "logit_bias": ({3: 1.0}, False),
+    "presence_penalty": (0.1, False),
+    "frequency_penalty": (-0.1, False),
+    "repetition_penalty": (1.1, False),
+    "stop_token_ids": ((3,), True),
+    "eos_token_ids": ((3,), True),
+    "ignore_eos": (True, True),
+    "logprobs": (2, True),
+    "prompt_logprobs": (2, True),
+    "grammar": (GrammarSpec("json_object"), False),
+}
+"""A value of each parameter, and whether plain argmax still decides with it."""
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(SamplingParams)])
+def test_argmax_decides_unless_a_parameter_says_otherwise(name: str) -> None:
+    value, plain = PLAIN_GREEDY[name]
+    assert SamplingParams(temperature=0.0).plain_greedy
+    assert SamplingParams(**{"temperature": 0.0, name: value}).plain_greedy == plain
 
 
 def test_unknown_ids_are_refused_by_name() -> None:

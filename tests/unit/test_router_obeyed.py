@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +13,15 @@ import pytest
 
 from actors.draft_worker.server import DraftServer
 from actors.drafting.assignment import UNRESTRICTED, DraftAssignment, Shadow
-from actors.drafting.interface import DraftSampling, NestedWish, SessionOpen, SessionUpdate, TargetIdentity
+from actors.drafting.interface import (
+    DraftQuery,
+    DraftSampling,
+    NestedWish,
+    SessionDraft,
+    SessionOpen,
+    SessionUpdate,
+    TargetIdentity,
+)
 from actors.drafting.local_source import LocalDraftSource
 from actors.drafting.nested import NestedDrafter
 from actors.drafting.placed_source import PlacedDraftSource
@@ -26,6 +34,7 @@ from actors.engine.torch_engine import TorchEngine
 from actors.sampling.params import MAX_DRAFT_TOKENS, SamplingParams, SpeculationParams
 from cluster.deployments.routing import engine_assignment
 from cluster.router.reports import Assignment, ShadowScoring
+from tests.draft_rig import SlowDrafter, session, wish
 from tests.exactness.harness import Result, make_engine, run, tiny_llama, torch_runner
 
 LAYERS = 4
@@ -98,11 +107,23 @@ def test_caps_bind_all_but_what_a_request_pins(engine: TorchEngine) -> None:
     assert unbound.token_ids == result.token_ids == pinned.token_ids
 
 
-def test_a_cap_bounds_the_length(engine: TorchEngine) -> None:
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_cap_bounds_the_length_of_chains(folder: Path, count: int) -> None:
+    drafter = SlowDrafter()
+    engine = make_engine(torch_runner(folder), [drafter])
     engine.assign(DraftAssignment(exit_depth=4, nested_cap=2, cap=2))
-    result = generate(engine, tokens=60)
-    assert max((r.drafted for r in result.rounds), default=0) <= 2
+    batch = [
+        EngineRequest(f"r{i}", PROMPT, SamplingParams(max_tokens=60, seed=i), SpeculationParams(tree=False))
+        for i in range(count)
+    ]
+    results = run(engine, batch)
+    assert max(query.budget for query in drafter.queries) == 2
+    drafted = [r.drafted for result in results.values() for r in result.rounds]
+    assert max(drafted) <= 2
+    if count == 1:  # a batch may verify nothing of what it asks for
+        assert max(drafted) > 0
     assert max(r.drafted for r in generate(engine, force=True, max_draft_tokens=5).rounds) == 5
+    engine.close()
 
 
 def update(budget: int = 4, **fields: object) -> SessionUpdate:
@@ -222,6 +243,34 @@ def test_the_assigned_worker_drafts_and_another_while_it_is_away(workers: DraftW
         source.assign("c")  # it has a lease and cannot be reached
         until(lambda: source.stats()["worker_id"] == "a")
         del workers.servers["c"]
+    finally:
+        source.close()
+
+
+def test_what_a_worker_did_for_a_target_is_counted(workers: DraftWorkers) -> None:
+    class Nested(SlowDrafter):
+        def propose(self, queries: Sequence[DraftQuery]) -> list[SessionDraft]:
+            return [replace(draft, exit_depth=2) for draft in super().propose(queries)]
+
+    drafter = Nested()
+    drafter.delay_s = 0.02
+    workers.start("a", DrafterPool([drafter]))
+    source = connect(workers)
+
+    def asked(epoch: int, budgets: tuple[int, int], **fields: object) -> tuple[int, int, int]:
+        source.submit([replace(wish(s, epoch, [5], b), **fields) for s, b in enumerate(budgets)])  # type: ignore[arg-type]
+        source.collect({s: epoch for s, b in enumerate(budgets) if b}, WAIT_S)
+        counted = source.served()
+        return counted.rounds, counted.steps, counted.tokens
+
+    try:
+        until(lambda: source.connected)
+        for sid in (0, 1):
+            source.open(session(sid, [5]))
+        assert asked(1, (4, 0)) == (1, 4, 4), "one of two asks"
+        assert asked(2, (2, 3)) == (2, 7, 9)
+        assert 0.04 <= source.served().seconds < WAIT_S
+        assert asked(3, (1, 0), drafter="nobody") == (2, 7, 9), "an error is no draft"
     finally:
         source.close()
 

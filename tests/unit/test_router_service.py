@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from actors.draft_worker.batcher import BatcherState
 from actors.drafting.assignment import DraftAssignment
+from actors.drafting.interface import ServedRounds
 from actors.drafting.nested import NestedDrafter
 from actors.engine.async_engine import AsyncEngine
 from actors.engine.messages import DraftingMeasurements, EngineRequest, EngineStats
@@ -31,8 +32,9 @@ from cluster.gateway.http_app import build_http_app
 from cluster.gateway.routes import Gateway
 from cluster.named_actor import ActorUnavailableError
 from cluster.router import service as service_module
-from cluster.router.reports import Assignment, ExitAcceptance, Pin, TargetReport
+from cluster.router.reports import Assignment, DraftService, ExitAcceptance, Pin, TargetReport
 from cluster.router.service import SETTLE_INTERVALS, PinError, RouterService
+from cluster.router.settings import RouterSettings
 from tests.exactness.harness import make_engine, tiny_llama, torch_runner
 from tests.unit.fake_target import FakeTarget, gateway
 from tests.unit.test_router import key, target, worker
@@ -151,6 +153,18 @@ def test_pins_that_cannot_be_met_are_refused(name: str, pin: Pin, field: str) ->
         service.unpin(2.5, "m")
 
 
+def test_pins_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_module, "MAX_PINS", 2)
+    service = started()
+    for name in ("m", "x"):
+        service.pin(2.5, name, Pin(cap=0))
+    with pytest.raises(PinError, match="2 pins exist"):
+        service.pin(2.5, "r1", Pin(cap=0))
+    service.pin(2.5, "x", Pin(cap=1))
+    service.unpin(2.5, "m")
+    service.pin(2.5, "r1", Pin(cap=0))
+
+
 def test_a_restarted_router_goes_on_where_it_stopped() -> None:
     service = started()
     service.pin(2.5, "m", Pin(exits=(2,)))
@@ -172,16 +186,27 @@ def test_a_restarted_router_goes_on_where_it_stopped() -> None:
         RouterService.restore({"version": 0})
 
 
+def test_a_restarted_router_has_the_settings_of_today() -> None:
+    service = started()
+    service.pin(2.5, "m", Pin(exits=(2,)))
+    saved = json.loads(json.dumps(service.export_state()))
+    saved["router"]["settings"] = {"dwell_s": 99.0, "that_there_is_no_more": 1}  # as older ones were saved
+    again = RouterService.restore(saved)
+    assert again.view(3.0)["pins"] == {"m": {"worker": None, "exits": [2], "cap": None}}
+    assert again._router.settings == RouterSettings()
+
+
 # What workers report, and how they follow.
 
 
-def stats(steps: int = 0, asked: int = 0, **fields: Any) -> EngineStats:
+def stats(steps: int = 0, asked: int = 0, held: bool = False, **fields: Any) -> EngineStats:
     drafting = DraftingMeasurements(
         cost_s_by_rows={1: 0.01, 8: 0.012},
         acceptance_by_exit={2: ((0.5, 0.25), (40, 20))},
         asked_tokens=asked,
-        wait_s=0.002,
+        served=ServedRounds(steps // 4, steps * 0.001, steps, 2 * steps),
         latency_s={"d0": 0.001},
+        holds_draft=held,
     )
     return EngineStats(steps=steps, running=3, drafting=drafting, **fields)
 
@@ -194,10 +219,14 @@ def test_reports_of_a_target_are_what_its_engine_measured() -> None:
     assert (first.target_id, first.model, first.running, first.max_draft) == ("r1", "m", 3, 5)
     assert (first.rounds_per_s, first.draft_tokens_per_s) == (0.0, 0.0)
     assert first.acceptance == {2: ExitAcceptance((0.5, 0.25), (40, 20))}
-    assert (first.latency_s, first.draft_wait_s) == ({"d0": 0.001}, 0.002)
+    assert (first.latency_s, first.service, first.holds_draft) == ({"d0": 0.001}, DraftService(), False)
     second = reports.build(12.0, stats(steps=160, asked=150))
     assert second is not None
     assert (second.rounds_per_s, second.draft_tokens_per_s) == (30.0, 50.0)
+    assert second.service == DraftService(7.5, pytest.approx(0.004), 4.0, 8.0)
+    third = reports.build(13.0, stats(steps=160, asked=150, held=True))
+    assert third is not None
+    assert (third.service, third.holds_draft) == (DraftService(), True)
     dear = TargetReports("r1", "m", SpeculationConfig(weight=3.0)).build(1.0, stats())
     assert dear is not None
     assert dear.weight == 3.0

@@ -1,16 +1,22 @@
-"""Rounds in which a batch rests: who joins is heard at once, and what passed is counted, no more."""
+"""What sequences tell their source, and when: rounds in which a batch rests, waits, what is held back."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 
+import pytest
 import torch
 
-from actors.drafting.interface import DraftSampling, SessionOpen, SessionUpdate
+from actors.drafting import local_source
+from actors.drafting.assignment import DraftAssignment
+from actors.drafting.interface import DraftSampling, SessionDraft, SessionOpen, SessionUpdate
 from actors.drafting.local_source import LocalDraftSource
 from actors.drafting.prompt_lookup import PromptLookupDrafter
 from actors.drafting.selector import DrafterPool
 from actors.drafting.token_recycling import TokenRecyclingDrafter
+from actors.engine import speculator as speculator_module
 from actors.engine.controller import Controller
 from actors.engine.costs import CostModel
 from actors.engine.messages import EngineRequest
@@ -21,6 +27,7 @@ from actors.sampling.params import SamplingParams, SpeculationParams
 from actors.verification.registry import get_rule
 
 _ids = itertools.count()
+ROUND_S, FORCED_S = 0.1, 1.0
 
 
 def _sequence(force: bool = False, tree: bool | None = None, trees: bool = False) -> Sequence:
@@ -33,13 +40,31 @@ def _sequence(force: bool = False, tree: bool | None = None, trees: bool = False
     return Sequence(request, None, get_rule("coupled"), 0, 4, trees)
 
 
-def _speculator() -> Speculator:
+class _Noting(LocalDraftSource):
+    """Notes what it is told, and how long it may take."""
+
+    def __init__(self) -> None:
+        super().__init__(DrafterPool([PromptLookupDrafter(), TokenRecyclingDrafter()]))
+        self.updates: list[SessionUpdate] = []
+        self.submit_s: list[float] = []
+        self.collect_s: list[float] = []
+
+    def submit(self, updates: Seq[SessionUpdate], timeout_s: float = 0.0) -> None:
+        self.updates += updates
+        self.submit_s.append(timeout_s)
+        super().submit(updates, timeout_s)
+
+    def collect(self, wanted: Mapping[int, int], timeout_s: float) -> dict[int, SessionDraft]:
+        self.collect_s.append(timeout_s)
+        return super().collect(wanted, timeout_s)
+
+
+def _speculator(source: LocalDraftSource | None = None) -> Speculator:
     """Rows are so dear that drafting never pays."""
     costs = CostModel()
     for rows in (1, 2, 4, 8, 16):
         costs.observe(rows, 0.01 * rows)
-    source = LocalDraftSource(DrafterPool([PromptLookupDrafter(), TokenRecyclingDrafter()]))
-    return Speculator(source, Controller(costs), DraftTimeouts(0.1, 1.0), 4096, 100)
+    return Speculator(source or _Noting(), Controller(costs), DraftTimeouts(ROUND_S, FORCED_S), 4096, 100)
 
 
 def _starts(speculator: Speculator, seq: Sequence) -> None:
@@ -124,6 +149,56 @@ def test_states_of_tokens_that_others_followed_without_are_dropped() -> None:
     source.submit([SessionUpdate(0, 3, (6,), 2, states=[(states, 2)])])
     source.collect({0: 3}, 0.0)
     assert seen == [((states, 2),)]
+
+
+def test_a_session_that_is_not_asked_for_holds_the_last_of_what_it_was_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(local_source, "MAX_HELD_CANDIDATES", 2)
+    monkeypatch.setattr(local_source, "MAX_HELD_STATES", 2)
+    seen: list[SessionUpdate] = []
+
+    class Watching(DrafterPool):
+        def apply(self, update: SessionUpdate) -> None:
+            seen.append(update)
+
+    source = LocalDraftSource(Watching([PromptLookupDrafter()]))
+    source.open(SessionOpen(0, (1, 2), 2, DraftSampling(1)))
+    states = torch.zeros(5, 2)
+    for n in (1, 2, 3, 4):
+        source.submit([SessionUpdate(0, n, (n,), 2, candidates=((n, (9,)),), states=[(states, n)])])
+    source.collect({0: 4}, 0.0)
+    (told,) = seen
+    assert told.new_tokens == (1, 2, 3, 4)
+    assert [token for token, _ in told.candidates] == [3, 4]
+    assert [row for _, row in told.states] == [3, 4]
+
+
+def test_who_wants_no_draft_tells_its_source_of_its_tokens_now_and_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(speculator_module, "_HELD_BACK", 2)
+    source, seq = _Noting(), _sequence()
+    speculator = _speculator(source)
+    speculator.assign(DraftAssignment(cap=0))
+    _starts(speculator, seq)
+    for token in range(5):
+        _round(speculator, [seq], token)
+    assert [(update.budget, update.new_tokens) for update in source.updates] == [(0, (0, 1)), (0, (2, 3))]
+
+
+def test_a_round_waits_longer_for_drafts_where_a_request_forces_them() -> None:
+    source, free, forcing = _Noting(), _sequence(), _sequence(force=True)
+    speculator = _speculator(source)
+    for seq in (free, forcing):
+        _starts(speculator, seq)
+    for _ in range(20):
+        if not source.collect_s:
+            _round(speculator, [free])
+    assert (source.submit_s[-1], source.collect_s) == (ROUND_S, [ROUND_S])
+    for _ in range(2):
+        _round(speculator, [free, forcing])
+    assert (source.submit_s[-1], source.collect_s[-1]) == (FORCED_S, FORCED_S)
 
 
 def test_a_request_alone_is_given_trees_a_batch_chains_and_who_insists_trees() -> None:

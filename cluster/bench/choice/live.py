@@ -150,8 +150,8 @@ async def _measure_cell(
     if not asked:
         raise BenchError(f"path: there are no questions of {cell.task}")
     names = {fixed: f"fixed: {fixed.name}" for fixed in cell.best}
-    # What is measured stays from block to block: a choice is judged once it is made. What drafters remember of
-    # texts does not: the other arms have just given the same answers.
+    # What is measured stays from block to block: a choice is judged once it is made. What drafters remember
+    # of texts does not: the other arms have just given the same answers.
     arms = [S2DEngine(FREE, server, speculation(None), reset="caches")]
     arms += [S2DEngine(name, server, speculation(fixed), reset="caches") for fixed, name in names.items()]
     load = LoadSettings(
