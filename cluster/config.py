@@ -145,6 +145,14 @@ class ModelConfig(ConfigModel):
     def most_replicas(self) -> int:
         return self.replicas if self.autoscaling is None else self.autoscaling.max_replicas
 
+    @property
+    def first_replicas(self) -> int:
+        """Those that start with the cluster."""
+        scaling = self.autoscaling
+        if scaling is None:
+            return self.replicas
+        return scaling.min_replicas if scaling.initial_replicas is None else scaling.initial_replicas
+
 
 class NestedDrafterConfig(ConfigModel):
     """The nested drafter: sub-models are the first n layers of `source`, as they are or as `artifact` has
@@ -272,6 +280,11 @@ class DraftPoolConfig(ConfigModel):
     def most_replicas(self) -> int:
         return self.replicas if self.autoscaling is None else self.autoscaling.max_replicas
 
+    @property
+    def first_replicas(self) -> int:
+        """Those that start with the cluster."""
+        return self.replicas if self.autoscaling is None else self.autoscaling.min_replicas
+
 
 class GatewayConfig(ConfigModel):
     """What clients talk to."""
@@ -282,7 +295,9 @@ class GatewayConfig(ConfigModel):
     http_port: int = Field(8000, ge=1, le=65535)
     grpc_port: int = Field(9000, ge=1, le=65535)
     api_key: str | None = Field(None, description="Bearer token that clients must send; null for none.")
-    max_body_bytes: int = Field(4 * 1024 * 1024, ge=1024, description="Larger HTTP bodies get 413.")
+    max_body_bytes: int = Field(
+        4 * 1024 * 1024, ge=1024, description="Larger HTTP bodies and gRPC requests are refused (413)."
+    )
     request_timeout_s: float = Field(600.0, gt=0, description="Longest time one request may take.")
     max_resumes: int = Field(
         3, ge=0, description="Times that a request goes on at another replica when its target worker is lost."

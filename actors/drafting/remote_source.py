@@ -31,6 +31,8 @@ _MAX_WORKERS = 64
 """Draft workers whose latency is remembered."""
 _AVERAGE_WEIGHT = 0.05
 """Weight of the newest round in the averages of `stats`."""
+_LONGEST_S = 0.1
+"""A round counts as no longer at a worker: it waits for less, unless its drafts are forced."""
 
 
 class RemoteDraftSource:
@@ -243,7 +245,7 @@ def _plus(served: ServedRounds, seconds: float, answers: Sequence[SessionDraft])
     nested = [answer for answer in answers if answer.exit_depth is not None]
     return ServedRounds(
         served.rounds + 1,
-        served.seconds + seconds,
+        served.seconds + min(seconds, _LONGEST_S),
         served.steps + max((max(depths(parents_of(a)), default=0) for a in nested), default=0),
         served.tokens + sum(len(a.token_ids) for a in nested),
     )

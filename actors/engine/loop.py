@@ -205,7 +205,8 @@ class EngineLoop:
                 self._engine.reset_shared_state(call.scope)
                 reply = Reply(call.call_id)
             else:
-                reply = Reply(call.call_id, stats=replace(self._engine.stats(), idle_s=self._idle_s))
+                stats = replace(self._engine.stats(), idle_s=self._idle_s, clock_s=time.perf_counter())
+                reply = Reply(call.call_id, stats=stats)
         except Exception as error:
             logger.exception("engine call %s failed", call.what)
             reply = Reply(call.call_id, error=f"{type(error).__name__}: {error}")

@@ -3,7 +3,8 @@
 The model's own modules run unchanged on packed tokens; only attention is ours, through transformers'
 attention interface. What an architecture does beyond that interface (recurrent state, position biases,
 chunked attention) cannot be served this way. It is found out at load: a probe runs a few tokens through the
-model's own attention and through ours, in chunks and in a batch, and the logits must agree.
+model's own attention and through ours, in chunks and in a batch, and the logits must agree. Windows, which
+begin behind the probe, are read from the model's masks.
 """
 
 from __future__ import annotations
@@ -15,10 +16,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from actors.models.attention import AttentionPlan, plan_attention
-from actors.models.hf_attention import ATTENTION_NAME, PagedPass, freeze_rope, paged_attention
+from actors.models.hf_attention import (
+    ATTENTION_NAME,
+    WINDOWS_NAME,
+    PagedPass,
+    freeze_rope,
+    register_attention,
+)
 from actors.models.linear import MatrixProduct, ProductKind, pack
 from actors.models.llama_load import UnsupportedModelError, architecture_of, context_limit, load_config
 from actors.models.runner import BLOCK_SIZE, ModelInfo, RaggedBatch
@@ -26,7 +33,8 @@ from actors.native.library import available as native_available
 
 logger = logging.getLogger(__name__)
 
-REFUSED_LAYERS = ("chunked_attention", "linear_attention", "recurrent")
+SERVED_LAYERS = ("full_attention", "sliding_attention", "attention")
+"""Of a configuration's `layer_types`. Others keep states, compress their keys, or choose among them."""
 PROBE_TOKENS = 24
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """Difference of a typical row's logits in the probe, as a share of their spread (both root mean squares).
@@ -81,7 +89,7 @@ class GenericModel:
 
     def __init__(self, model: Any, info: ModelInfo) -> None:
         self.model, self.info = model.eval().requires_grad_(False), info
-        self.windows = _windows(model.config.get_text_config())
+        self.windows: dict[int, int | None] = {}
         self._takes_rows = "logits_to_keep" in inspect.signature(model.forward).parameters
         freeze_rope(model, info.max_model_len)
         kind: ProductKind = "auto"
@@ -148,21 +156,20 @@ class GenericModel:
     def _probe(self) -> list[tuple[int, int, int]]:
         """Compare with the model's own attention; returns (kv_heads, key dim, value dim) of each layer."""
         config, device = self.model.config.get_text_config(), self.info.device
-        unservable = [t for t in (getattr(config, "layer_types", None) or ()) if t in REFUSED_LAYERS]
+        unservable = [t for t in (getattr(config, "layer_types", None) or ()) if t not in SERVED_LAYERS]
         if unservable or getattr(config, "attention_chunk_size", None):
             raise self.unsupported(
                 f"it has layers of type {unservable[0] if unservable else 'chunked_attention'}"
             )
         length = min(PROBE_TOKENS, self.info.max_model_len)
         ids = torch.randint(0, self.info.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+        state = PagedPass(AttentionPlan(torch.empty(0), ()), 3, {}, self.windows)
         try:
             with torch.no_grad():
                 own = self.model(input_ids=ids.to(device), use_cache=False).logits.float()
-            AttentionInterface.register(ATTENTION_NAME, paged_attention)
-            self.model.set_attn_implementation(ATTENTION_NAME)
-            if config._attn_implementation != ATTENTION_NAME:
-                raise ValueError("it does not use transformers' attention interface")
-            state = PagedPass(AttentionPlan(torch.empty(0), ()), 2, {}, self.windows)
+                self._attend(WINDOWS_NAME)
+                self.model(input_ids=ids[:1].to(device), use_cache=False, s2d_pass=state)
+            self._attend(ATTENTION_NAME)
             parts = [
                 self._probe_part(ids, low, high, state)
                 for low, high in ((0, length // 2), (length // 2, length))
@@ -181,15 +188,23 @@ class GenericModel:
             (k.shape[2], k.shape[3], v.shape[3]) for k, v in (state.pools[layer] for layer in range(layers))
         ]
 
+    def _attend(self, name: str) -> None:
+        """Let the model's layers call an attention of ours. Raises ValueError when they do not."""
+        register_attention()
+        self.model.set_attn_implementation(name)
+        if self.model.config.get_text_config()._attn_implementation != name:
+            raise ValueError("it does not use transformers' attention interface")
+
     def _probe_part(self, ids: Tensor, low: int, high: int, state: PagedPass) -> Tensor:
-        """Logits [2, high - low, V] of one chunk of both sequences, packed."""
+        """Logits [2, high - low, V] of one chunk of both sequences, packed. Beside them stands a token at the
+        last position that is served, which must not change them."""
         size = high - low
         batch = RaggedBatch(
-            token_ids=ids[:, low:high].flatten(),
-            positions=torch.arange(low, high).repeat(2),
-            query_start=torch.tensor([0, size, 2 * size]),
-            context_lens=torch.tensor([high, high]),
-            block_tables=torch.tensor([[1], [0]], dtype=torch.int32),
+            token_ids=torch.cat([ids[:, low:high].flatten(), ids[0, :1]]),
+            positions=torch.tensor([*range(low, high), *range(low, high), self.info.max_model_len - 1]),
+            query_start=torch.tensor([0, size, 2 * size, 2 * size + 1]),
+            context_lens=torch.tensor([high, high, 1]),
+            block_tables=torch.tensor([[1], [0], [2]], dtype=torch.int32),
             logit_rows=torch.arange(2 * size),
         )
         state.plan = plan_attention(batch, self.info.device)
@@ -254,9 +269,11 @@ def load_generic(
     config = load_config(folder)
     architecture = architecture_of(config)
     text = config.get_text_config()
+    # Layers may differ (Gemma 4): the pool asks each of them; in what is reported the first stands for all.
+    layer = text.per_layer_config[0] if getattr(text, "is_heterogeneous", False) else text
     try:
         limit = context_limit(config, max_model_len)
-        heads = text.num_attention_heads
+        heads = layer.num_attention_heads
         layers = text.num_hidden_layers
     except AttributeError as error:
         raise UnsupportedModelError(
@@ -268,8 +285,8 @@ def load_generic(
         num_layers=layers,
         hidden_size=text.hidden_size,
         num_heads=heads,
-        num_kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        num_kv_heads=getattr(layer, "num_key_value_heads", None) or heads,
+        head_dim=getattr(layer, "head_dim", None) or text.hidden_size // heads,
         vocab_size=text.vocab_size,
         max_model_len=limit,
         dtype=dtype,
@@ -284,10 +301,3 @@ def load_generic(
     except (ValueError, KeyError) as error:
         raise UnsupportedModelError(f"{architecture} is not supported: {error}") from error
     return GenericModel(model.to(device), info)
-
-
-def _windows(config: Any) -> tuple[int | None, ...]:
-    """Attention window of each layer, for architectures that put it only into the mask."""
-    types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    window = getattr(config, "sliding_window", None)
-    return tuple(window if kind == "sliding_attention" else None for kind in types)

@@ -153,13 +153,15 @@ def load_llama_weights(
 
     tensors = _Checkpoint(folder, dtype, device)
     embed = tensors.get("model.embed_tokens.weight")
-    tied = config.tie_word_embeddings or "lm_head.weight" not in tensors
+    head = tensors.get("lm_head.weight") if "lm_head.weight" in tensors else embed
+    if config.tie_word_embeddings and torch.equal(head, embed):
+        head = embed  # as transformers: a stored head that differs stands, whatever the configuration says
     inv_freq, scaling = rotary_frequencies(config)
     weights = LlamaWeights(
         embed=embed,
         layers=tuple(_read_layer(tensors, index) for index in range(depth)),
         final_norm=tensors.get("model.norm.weight"),
-        head=embed if tied else tensors.get("lm_head.weight"),
+        head=head,
         inv_freq=inv_freq.to(device),
         attention_scaling=scaling,
         rms_norm_eps=config.rms_norm_eps,

@@ -6,11 +6,12 @@ are subtracted. Processor time is what the operating system booked on each proce
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.bench.config import ProfileSettings
 from cluster.bench.datasets import Question
@@ -19,6 +20,9 @@ from cluster.bench.engines.s2d import S2DEngine
 from cluster.bench.load import closed_loop, load_requests
 from cluster.bench.rendering import PromptRenderer
 from cluster.bench.running import BenchError, reset, rotated, warm_up
+
+if TYPE_CHECKING:
+    import psutil
 
 PARTS = (
     "target forward",
@@ -37,8 +41,10 @@ PROCESSES = ("target worker", "draft worker", "gateway", "proxy", "Ray", "client
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Counters of one engine at one time, in seconds. `draft_s`: spent on drafting, here or in the worker."""
+    """Counters of one engine at `at_s` of its process's clock, in seconds. `draft_s`: spent on drafting,
+    here or in the worker."""
 
+    at_s: float
     steps: int
     phases: Mapping[str, float]
     idle_s: float
@@ -51,6 +57,7 @@ class Snapshot:
         source = engine["draft_source"]
         places = (source, source.get("remote", {}), source.get("local", {}))
         return cls(
+            engine["clock_s"],
             engine["steps"],
             engine["phase_seconds"],
             engine["idle_s"],
@@ -59,7 +66,11 @@ class Snapshot:
 
 
 def split(before: Snapshot, after: Snapshot, wall_s: float) -> dict[str, float]:
-    """Seconds by part; they add up to `wall_s` unless the engine's own times exceed it."""
+    """Seconds by part; they add up to `wall_s` unless the engine's own times exceed it.
+
+    wall_s: from first request sent to last token, which lies between the snapshots; outside of it no request
+    is inside the engine.
+    """
     phase = {name: seconds - before.phases[name] for name, seconds in after.phases.items()}
     drafting = min(phase["drafts"], after.draft_s - before.draft_s)
     parts = {
@@ -69,7 +80,8 @@ def split(before: Snapshot, after: Snapshot, wall_s: float) -> dict[str, float]:
         "sampling": phase["judge"],
         "scheduling": phase["schedule"] + phase["learn"] + phase["commit"] + phase["submit"],
     }
-    idle = min(after.idle_s - before.idle_s, wall_s)
+    outside = after.at_s - before.at_s - wall_s
+    idle = max(0.0, after.idle_s - before.idle_s - outside)
     parts["between rounds"] = max(0.0, wall_s - sum(parts.values()) - idle)
     parts["no request inside"] = idle
     return parts
@@ -96,13 +108,30 @@ def process_kind(command: str) -> str:
     return "proxy" if "ProxyActor" in command else "Ray"
 
 
-def cpu_seconds(server_pid: int) -> dict[str, float]:
-    """Processor seconds so far, user and system, by kind of process; our own count as the client."""
+def require_psutil() -> None:
+    """Raises BenchError without psutil, to be asked before anything is started."""
+    if importlib.util.find_spec("psutil") is None:
+        raise BenchError("psutil is not installed; run: pip install 's2d-serve[bench]'")
+
+
+def server_processes(server_pid: int) -> list[psutil.Process]:
+    """The server and all that it started. Raises BenchError when it is gone."""
     import psutil  # of the extra "bench"
 
+    try:
+        root = psutil.Process(server_pid)
+        return [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess as error:
+        raise BenchError("the server has ended") from error
+
+
+def cpu_seconds(server_pid: int) -> dict[str, float]:
+    """Processor seconds so far, user and system, by kind of process; our own count as the client. Raises
+    BenchError when the server is gone."""
+    import psutil
+
     total = dict.fromkeys(PROCESSES, 0.0) | {"client": sum(os.times()[:2])}
-    root = psutil.Process(server_pid)
-    for process in (root, *root.children(recursive=True)):
+    for process in server_processes(server_pid):
         try:
             times = process.cpu_times()
             total[process_kind(" ".join(process.cmdline()))] += times.user + times.system

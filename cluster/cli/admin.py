@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import httpx
-from rich.markup import escape
 
 from cluster.cli.common import fail
 
@@ -30,4 +29,4 @@ def change(method: str, url: str, path: str, api_key: str | None, body: dict[str
         raise fail(f"{address} answered {response.status_code}, not JSON") from problem
     if response.status_code in (404, 405) and refusal.get("param") is None:
         raise fail("changes are guarded: the server must run with gateway.admin_endpoints: true")
-    raise fail(escape(str(refusal["message"])))
+    raise fail(str(refusal["message"]))

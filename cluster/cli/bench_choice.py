@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cluster.cli.bench_common import checked, run_measurement
+from cluster.cli.bench_common import checked, run_blocking, run_measurement
 from cluster.cli.common import fail, out
 
+tell = partial(out.print, markup=False)
 Folder = Annotated[Path, typer.Option("--out", "-o", help="Folder for JSON, Markdown and PNG.")]
 
 
@@ -36,7 +38,7 @@ def trace(
     from cluster.config import ClusterConfig
     from cluster.simulator.trace import TraceError, save_trace
 
-    async def measure() -> None:
+    def measure() -> None:
         nested = None
         if config is not None:
             nested = ClusterConfig.from_yaml(config).draft_pool.nested
@@ -48,12 +50,12 @@ def trace(
             seed=seed,
         )  # fmt: skip
         try:
-            card = save_trace(record_trace(settings, out.print), file)
+            card = save_trace(record_trace(settings, tell), file)
         except (TraceError, ValueError) as error:
             raise fail(str(error)) from error
-        out.print(f"{len(card.tasks)} answers of {card.target} in {file}, {card.content_hash[:12]}")
+        tell(f"{len(card.tasks)} answers of {card.target} in {file}, {card.content_hash[:12]}")
 
-    run_measurement(measure)
+    run_blocking(measure)
 
 
 def replay(
@@ -98,7 +100,7 @@ def replay(
         result = write(folder, [t.card for t in loaded], settings, cells)
     except (TraceError, ValueError, OSError) as error:
         raise fail(str(error)) from error
-    out.print(
+    tell(
         f"{result['held']} of {result['cells']} cells hold; lowest {result['lowest_to_best']:.3f} of the "
         f"best fixed setting, {result['lowest_to_plain']:.3f} of plain decoding; files in {folder}"
     )
@@ -133,8 +135,8 @@ def choice(
     )  # fmt: skip
 
     async def measure() -> bool:
-        rows = await measure_choice(settings, folder, out.print)
-        out.print(table(rows).markdown())
+        rows = await measure_choice(settings, folder, tell)
+        tell(table(rows).markdown())
         return all(row.holds for row in rows)
 
     if not run_measurement(measure):

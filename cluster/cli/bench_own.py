@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cluster.cli.bench_common import checked, run_measurement
+from cluster.cli.bench_common import checked, run_blocking, run_measurement
 
 Source = Annotated[str | None, typer.Option(help="The model: folder, hub id, or package:NAME.")]
 DType = Annotated[str, typer.Option(help="Precision of the weights.")]
@@ -55,12 +55,12 @@ def step(
         row_invariance_price=row_invariance_price, agreement=agreement, agreement_tokens=agreement_tokens,
     )  # fmt: skip
 
-    async def measure() -> None:
+    def measure() -> None:
         from cluster.bench.step.command import measure_step
 
         measure_step(settings, out)
 
-    run_measurement(measure)
+    run_blocking(measure)
 
 
 def soak(

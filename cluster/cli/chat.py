@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import sys
+from concurrent.futures import Future
+from threading import Thread
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from cluster.cli.common import DEFAULT_ADDRESS, NO_RETRY, Address, ApiKey, Model, choose_model, err, out, run
 from cluster.cli.generate import show
@@ -37,12 +41,12 @@ def chat(
     async def work() -> None:
         async with S2DClient(address, api_key=api_key, retry=NO_RETRY) as client:
             name = await choose_model(client, model)
-            err.print(f"[dim]{name}. {HELP}[/]")
+            err.print(f"[dim]{escape(name)}. {HELP}[/]")
             first = [("system", system)] if system is not None else []
             history = list(first)
             while True:
                 try:
-                    line = (await asyncio.to_thread(out.input, "[bold]> [/]")).strip()
+                    line = (await read_line("[bold]> [/]")).strip()
                 except EOFError:
                     return
                 if line == "/quit":
@@ -55,3 +59,22 @@ def chat(
                     history.append(("assistant", answer))
 
     run(work(), address)
+
+
+async def read_line(prompt: str) -> str:
+    """A line from stdin. Raises EOFError. Cancelled, it leaves a thread that goes on waiting for the line.
+
+    Not in the loop's executor: asyncio.run, and the interpreter, wait for the threads of that at the end.
+    """
+    line: Future[str] = Future()
+    line.set_running_or_notify_cancel()
+
+    def read(_held: object) -> None:
+        try:
+            line.set_result(out.input(prompt))
+        except Exception as error:
+            line.set_exception(error)
+
+    # The thread holds stdin: the interpreter aborts where it has to close a pipe that is being read.
+    Thread(target=read, args=(sys.stdin,), name="s2d-input", daemon=True).start()
+    return await asyncio.wrap_future(line)

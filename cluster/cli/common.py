@@ -9,12 +9,13 @@ from typing import Annotated, Any, TypeVar
 import grpc
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from cluster.client import RetryPolicy, S2DClient, S2DError
 
 T = TypeVar("T")
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+out = Console(highlight=False, emoji=False)
+err = Console(stderr=True, highlight=False, emoji=False)
 
 Address = Annotated[
     str, typer.Option("--address", "-a", envvar="S2D_GRPC_ADDRESS", help="gRPC address, host:port.")
@@ -28,9 +29,14 @@ NO_RETRY = RetryPolicy(attempts=1)
 
 
 def fail(message: str) -> typer.Exit:
-    """Print one line to stderr; raise what is returned."""
-    err.print(f"[bold red]error:[/] {message}", soft_wrap=True)
+    """Print one line to stderr, as it is: brackets are no markup. Raise what is returned."""
+    err.print("[bold red]error:[/]", Text(message), soft_wrap=True)
     return typer.Exit(1)
+
+
+def say(text: object) -> None:
+    """Print what others wrote to stderr, as it is: brackets are no markup."""
+    err.print(text, markup=False)
 
 
 def explain(error: S2DError, address: str) -> str:

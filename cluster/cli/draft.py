@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from cluster.cli.common import err, fail, out
+from cluster.cli.common import err, fail, out, say
 
 T = TypeVar("T")
 draft = typer.Typer(
@@ -65,8 +65,8 @@ def data(
         )  # fmt: skip
         total = None if settings.prompts or settings.texts else settings.samples
         with _counting("conversations", total) as advance:
-            collect_data(settings, err.print, advance)
-        out.print(f"data set: {settings.out}")
+            collect_data(settings, say, advance)
+        out.print(f"data set: {settings.out}", markup=False)
 
     _guard(work)
 
@@ -92,7 +92,7 @@ def prompts(
     from actors.training.token_store import iter_shards
 
     def work() -> None:
-        tokenizer = TextTokenizer(model_folder(resolve_source(source), err.print))
+        tokenizer = TextTokenizer(model_folder(resolve_source(source), say))
         texts = [
             tokenizer.decode(s.ids[s.labels_from :], skip_special_tokens=True)
             for _, shard in iter_shards(folder)
@@ -104,7 +104,7 @@ def prompts(
         ]
         with complete_or_absent(target) as partial:
             partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        out.print(f"{len(lines)} prompts: {target}")
+        out.print(f"{len(lines)} prompts: {target}", markup=False)
 
     _guard(work)
 
@@ -137,8 +137,8 @@ def teach(
             },
         )  # fmt: skip
         with _counting("sequences", None) as advance:
-            written = run_teacher(settings, err.print, advance)
-        out.print(f"teacher: {written}")
+            written = run_teacher(settings, say, advance)
+        out.print(f"teacher: {written}", markup=False)
 
     _guard(work)
 
@@ -187,6 +187,10 @@ def train(
         int | None, typer.Option(min=1, help="Train on Ray with so many workers; not given: here.")
     ] = None,
     ray_gpu: Annotated[bool, typer.Option("--ray-gpu", help="One GPU a worker.")] = False,
+    ray_cpus: Annotated[float | None, typer.Option(help="CPUs a worker reserves.")] = None,
+    ray_max_failures: Annotated[
+        int | None, typer.Option(min=0, help="Restarts, each from the last checkpoint.")
+    ] = None,
     ray_address: Annotated[str | None, typer.Option(help="Ray cluster.")] = None,
 ) -> None:
     """Sorted fine-tuning. Run it again to go on from the last checkpoint."""
@@ -212,8 +216,15 @@ def train(
         else:
             from actors.training.on_ray import RaySettings, train_on_ray
 
-            train_on_ray(settings, RaySettings(workers=ray_workers, gpu=ray_gpu, address=ray_address))
-        out.print(f"artifact: {settings.out / 'draft.safetensors'}")
+            cluster = RaySettings.read(
+                None,
+                {
+                    "workers": ray_workers, "gpu": ray_gpu, "cpus": ray_cpus, "address": ray_address,
+                    "max_failures": ray_max_failures,
+                },
+            )  # fmt: skip
+            train_on_ray(settings, cluster)
+        out.print(f"artifact: {settings.out / 'draft.safetensors'}", markup=False)
 
     _guard(work)
 
@@ -226,7 +237,7 @@ def _train_here(settings: Any) -> None:
     from actors.training.run import build_run
 
     torch.set_num_threads(settings.threads or physical_cores())
-    run = build_run(settings, err.print)
+    run = build_run(settings, say)
     with _progress() as progress:
         task = progress.add_task("training", total=settings.steps, note="")
 
@@ -278,8 +289,8 @@ def evaluate(
                 "dtype": dtype, "device": device, "threads": threads,
             },
         )  # fmt: skip
-        out.print(run_evaluation(settings, err.print))
-        out.print(f"written to {settings.out}")
+        out.print(run_evaluation(settings, say), markup=False)
+        out.print(f"written to {settings.out}", markup=False)
 
     _guard(work)
 

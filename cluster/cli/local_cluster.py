@@ -39,6 +39,9 @@ RAY_ENVIRONMENT = {
     "RAY_raylet_start_wait_time_s": "120",
     # Chunks travel from worker to gateway to proxy as gRPC messages, not as objects of Ray's store.
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    # Of those messages; the limit of Serve's own gRPC proxy. With 4 MiB, the default, neither a request of
+    # gateway.max_body_bytes nor the log-probabilities of a long prompt would get through.
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),
     # How soon the first request to a sleeping model is noticed. 10 s by default.
     "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
 }
@@ -125,6 +128,19 @@ def cpus_needed(config: ClusterConfig) -> float:
     return targets + pool.num_cpus * pool.most_replicas + gateway.num_cpus + loaded
 
 
+def gpus_needed(config: ClusterConfig) -> float:
+    """Before everything is up: what autoscaling adds or wakes later may wait."""
+    targets = sum(m.num_gpus * m.first_replicas for m in config.models)
+    return targets + config.draft_pool.num_gpus * config.draft_pool.first_replicas
+
+
+def check_gpus(config: ClusterConfig, there: float) -> None:
+    """Raises StartupError where replicas would wait for GPUs that this machine does not have."""
+    needed = gpus_needed(config)
+    if needed > there:
+        raise StartupError(f"models and draft workers need {needed:g} GPUs, this machine has {there:g}")
+
+
 class LocalCluster:
     """Ray, Serve and the application, started by this process and ended by it."""
 
@@ -175,8 +191,11 @@ class LocalCluster:
                     namespace="s2d",
                 )
             self._stop.install()
+            check_gpus(self._config, ray.cluster_resources().get("GPU", 0.0))  # type: ignore[no-untyped-call]
             with phase("Serve"):
                 serve.start(**serve_options(self._config), logging_config={"log_level": "WARNING"})
+        except StartupError:
+            raise
         except Exception as error:  # Ray raises bare Exceptions too
             raise StartupError(f"Ray did not start: {_last_line(error)}") from error
 

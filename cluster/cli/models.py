@@ -35,7 +35,7 @@ def show(context: typer.Context, url: HttpUrl = DEFAULT_URL, api_key: ApiKey = N
             model["state"],
             str(model["max_model_len"] or "-"),
             model["dtype"] or "-",
-            model["architecture"] or "-",
+            escape(model["architecture"] or "-"),
             ", ".join(model["drafters"]),
         )
     out.print(table)
@@ -70,10 +70,10 @@ def load(
                 out.print(f"{escape(model.name)} is {state}")
                 return
             if state == "failed":
-                raise fail(f"{escape(model.name)} did not start: see `s2d status` and Ray's logs")
+                raise fail(f"{model.name} did not start: see `s2d status` and Ray's logs")
             time.sleep(POLL_S)
     if wait > 0:
-        raise fail(f"{escape(model.name)} is not ready after {wait:g} s; it goes on loading")
+        raise fail(f"{model.name} is not ready after {wait:g} s; it goes on loading")
     out.print(f"{escape(model.name)} is being loaded")
 
 

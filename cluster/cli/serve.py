@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 import yaml
 from pydantic import ValidationError
+from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from cluster.cli.common import err, fail, out
@@ -48,8 +49,7 @@ def serve(
             out.print(banner(settings), soft_wrap=True)
             cluster.wait()
     except StartupError as error:
-        err.print(f"[bold red]error:[/] {error}", soft_wrap=True)
-        code = 1
+        code = fail(str(error)).exit_code
     finally:
         if stop.requested:
             err.print("stopping: waiting for running requests; once more to stop at once")
@@ -95,7 +95,7 @@ class phase:
         self._progress = progress
         self._name = name
         self._began = time.monotonic()
-        self._task: TaskID = progress.add_task(name, total=1)
+        self._task: TaskID = progress.add_task(escape(name), total=1)
 
     def __enter__(self) -> phase:
         return self
@@ -106,7 +106,8 @@ class phase:
             return
         self._progress.update(self._task, completed=1)
         if not self._progress.console.is_terminal:  # a spinner shows nothing there before the end
-            self._progress.console.print(f"✓ {self._name} ({time.monotonic() - self._began:.1f} s)")
+            line = f"✓ {self._name} ({time.monotonic() - self._began:.1f} s)"
+            self._progress.console.print(line, markup=False)
 
 
 def urls(gateway: GatewayConfig) -> tuple[str, str]:
@@ -117,7 +118,8 @@ def urls(gateway: GatewayConfig) -> tuple[str, str]:
 
 
 def banner(config: ClusterConfig) -> str:
-    http, grpc = urls(config.gateway)
+    """What to do next, in rich's markup."""
+    http, grpc = map(escape, urls(config.gateway))
     if not config.models:
         return f"\n[bold green]Ready[/] for models: s2d models load --help (the server is {http})\n"
     model = config.models[0].name
@@ -127,7 +129,7 @@ def banner(config: ClusterConfig) -> str:
     )
     request = {"model": model, "messages": [{"role": "user", "content": EXAMPLE_PROMPT}]}
     address = "" if config.gateway.grpc_port == 9000 else f" --address {grpc}"
-    names = ", ".join(f"{m.name} ({m.dtype})" for m in config.models)
+    names = ", ".join(f"{escape(m.name)} ({m.dtype})" for m in config.models)
     return "\n".join(
         (
             f"\n[bold green]Ready:[/] {names}",

@@ -69,6 +69,8 @@ def simulate(
             grid.add_row(*row)
         out.print(grid)
     routed = [r for r, policy in zip(results, chosen, strict=True) if isinstance(policy, RouterPolicy)]
-    out.print(f"{results[0].sessions} sessions on {scenario.targets} targets; files in {folder}")
+    out.print(
+        f"{results[0].sessions} sessions on {scenario.targets} targets; files in {folder}", markup=False
+    )
     if any(r.unsorted or r.highest_plan > 1.0 for r in routed):
         raise fail("the router broke the order or a worker's capacity")

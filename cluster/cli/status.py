@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import httpx
+from rich.markup import escape
 from rich.table import Table
 
 from cluster.cli.common import DEFAULT_URL, ApiKey, HttpUrl, fail, out
@@ -64,12 +65,12 @@ def target_table(served: list[dict[str, Any]]) -> Table:
     )
     for model in served:
         if not model["replicas"]:
-            table.add_row(model["name"], model.get("error") or "-", yes(model["ready"]))
+            table.add_row(escape(model["name"]), escape(model.get("error") or "-"), yes(model["ready"]))
         for replica in model["replicas"]:
             engine = replica["engine"]
             table.add_row(
-                model["name"],
-                replica["replica_id"],
+                escape(model["name"]),
+                escape(replica["replica_id"]),
                 yes(model["ready"]),
                 *(str(engine.get(key, "-")) for key in ENGINE_COLUMNS),
             )
@@ -85,7 +86,7 @@ def drafter_table(served: list[dict[str, Any]]) -> Table:
             for name, stats in (replica["engine"].get("drafters") or {}).items():
                 rate = stats["accepted"] / stats["drafted"] if stats["drafted"] else 0.0
                 counts = (stats["rounds"], stats["drafted"], stats["accepted"])
-                table.add_row(model["name"], name, *map(str, counts), f"{rate:.2f}")
+                table.add_row(escape(model["name"]), name, *map(str, counts), f"{rate:.2f}")
     return table
 
 
@@ -104,12 +105,12 @@ def draft_table(workers: list[dict[str, Any]]) -> Table:
     )
     for worker in workers:
         if worker["error"] is not None:
-            table.add_row(worker["id"], worker["address"], worker["error"])
+            table.add_row(*map(escape, (worker["id"], worker["address"], worker["error"])))
             continue
         keys = ("sessions", "streams", "queued_rounds", "kv_blocks_used")
         counts = [str(worker[key]) for key in keys]
         drafters = ", ".join(worker["drafters"])
-        table.add_row(worker["id"], worker["address"], *counts, drafters, foreseen(worker))
+        table.add_row(escape(worker["id"]), escape(worker["address"]), *counts, drafters, foreseen(worker))
     return table
 
 

@@ -13,13 +13,13 @@ from typing import Protocol
 
 from actors.draft_worker.batcher import BatcherState
 from actors.drafting.assignment import DraftAssignment, Shadow
-from actors.drafting.interface import NESTED
+from actors.drafting.interface import NESTED, ServedRounds
 from actors.engine.async_engine import EngineUnavailable
 from actors.engine.messages import EngineStats
 from actors.sampling.params import MAX_DRAFT_TOKENS
 from cluster.config import DraftPoolConfig, SpeculationConfig
 from cluster.named_actor import ActorUnavailableError
-from cluster.router.reports import Assignment, DraftReport, ExitAcceptance, TargetReport
+from cluster.router.reports import Assignment, DraftReport, DraftService, ExitAcceptance, TargetReport
 from cluster.router_actor import RouterClient
 
 logger = logging.getLogger(__name__)
@@ -50,9 +50,8 @@ def engine_assignment(
     The router knows the nested drafter only: its cap is that of the nested drafter, unless there is no other
     in the pool, or an operator fixed it. Without a draft worker the drafters in the target's own process are
     not its business either. The copy of a target that `holds_draft` never is, with a worker or without: what
-    it costs there is measured there, and only what an operator fixed holds for it. Nor is anything scored in
-    shadow for such a target: the worker would do it on the cores that the target computes on, for a choice
-    that is not made.
+    it costs there is measured there, and only what an operator fixed holds for it. The router plans no shadow
+    scoring for such a target; an assignment from before it said what it holds may have one.
     """
     remote = assignment.worker_id is not None
     everything = assignment.cap_pinned or (only_nested and remote and not holds_draft)
@@ -73,6 +72,7 @@ class _Rates:
     at: float
     rounds: int
     asked_tokens: int
+    served: ServedRounds
 
 
 class TargetReports:
@@ -95,7 +95,7 @@ class TargetReports:
         drafting = stats.drafting
         if not drafting.cost_s_by_rows:
             return None
-        last, self._last = self._last, _Rates(now, stats.steps, drafting.asked_tokens)
+        last, self._last = self._last, _Rates(now, stats.steps, drafting.asked_tokens, drafting.served)
         seconds = max(now - last.at, 1e-3) if last is not None else 1.0
         return TargetReport(
             target_id=self._target_id,
@@ -108,10 +108,13 @@ class TargetReports:
             running=stats.running,
             rounds_per_s=(stats.steps - last.rounds) / seconds if last is not None else 0.0,
             draft_tokens_per_s=(drafting.asked_tokens - last.asked_tokens) / seconds if last else 0.0,
-            draft_wait_s=drafting.wait_s,
+            service=DraftService.between(
+                last.served if last is not None else drafting.served, drafting.served, seconds
+            ),
             latency_s=drafting.latency_s,
             max_draft=self._max_draft,
             weight=self._weight,
+            holds_draft=drafting.holds_draft,
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from actors.engine.costs import CostModel
 from cluster.router.evidence import Evidence
@@ -47,8 +48,9 @@ class ContenderBuilder:
             requests=max(1, round(known.running)),
             weight=report.weight * activity,
             pin=pin,
+            drafts_itself=report.holds_draft,
         )
-        if worker_id is not None:
+        if worker_id is not None and (pin.exits is not None or not report.holds_draft):
             self._fill(contender, report, self._workers[worker_id], activity)
         if known.decided:
             contender.held = self._held(contender, known)
@@ -70,12 +72,15 @@ class ContenderBuilder:
         known = self._memory.targets[report.target_id]
         drafts_there = known.worker_id == worker.worker_id and known.length > 0
         own = report.weight * known.rounds_per_s if drafts_there else 0.0
+        latency_s = report.latency_s.get(worker.worker_id, NO_LATENCY)
         queue = Queue(
             remembered.wait_s,
             min(_MAX_UTILISATION, remembered.utilisation),
             max(0.0, remembered.pressure - own),
             remembered.load_scale,
         )
+        if c.drafts_itself:
+            latency_s, queue = 0.0, Queue()
         steps = self._steps.setdefault(
             worker.worker_id, {d: cost_model(t) for d, t in worker.step_s_by_exit.items()}
         )
@@ -93,11 +98,13 @@ class ContenderBuilder:
                 step=steps[depth],
                 exit_depth=depth,
                 acceptance=curves[depth],
-                latency_s=report.latency_s.get(worker.worker_id, NO_LATENCY),
+                latency_s=latency_s,
                 queue=queue,
             )
             if c.pin.cap is not None:
                 table = [x for x in table if x.length == min(c.pin.cap, report.max_draft)]
+            if c.drafts_itself:
+                table = [replace(x, load=0.0) for x in table]
             if table:
                 c.table[depth] = table
 

@@ -20,6 +20,10 @@ MAX_TRIALS = 400.0
 _QUALITY_TRIALS = 20.0
 """Expected acceptances that a model needs for half of its own quality to count."""
 _FIT_TURNS = 4
+_LEAST_TRIALS = 1e-6
+"""Aged trials that count for nothing any more."""
+_SEEN_S = 600.0
+"""What a silent target has counted is remembered for so long: forgotten, all of it would be new again."""
 _MAX_RATE = 0.98
 
 
@@ -30,6 +34,13 @@ class _Exit:
     rates: list[float] = field(default_factory=list)
     trials: list[float] = field(default_factory=list)
     seen: dict[str, int] = field(default_factory=dict)
+
+    def age(self, keep: float) -> None:
+        """Let trials count for the share `keep` of what they did."""
+        self.trials = [t if (t := known * keep) >= _LEAST_TRIALS else 0.0 for known in self.trials]
+        while self.trials and self.trials[-1] == 0.0:
+            self.trials.pop()
+        del self.rates[len(self.trials) :]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +57,8 @@ class Evidence:
     def __init__(self, half_life_s: float) -> None:
         self._half_life_s = half_life_s
         self._exits: dict[tuple[str, int], _Exit] = {}
+        self._reported: dict[str, float] = {}
+        """When each target last did."""
         self._aged_at: float | None = None
         self._fitted: _Fit | None = None
 
@@ -53,14 +66,16 @@ class Evidence:
         self._age(now)
         self._fitted = None
         for report in reports:
+            self._reported[report.target_id] = now
             for depth, measured in report.acceptance.items():
                 self._merge(report, depth, measured)
+        self._forget(now)
 
     def _age(self, now: float) -> None:
         if self._aged_at is not None and now > self._aged_at:
             keep = 0.5 ** ((now - self._aged_at) / self._half_life_s)
             for known in self._exits.values():
-                known.trials = [t * keep for t in known.trials]
+                known.age(keep)
         self._aged_at = now
 
     def _merge(self, report: TargetReport, depth: int, measured: ExitAcceptance) -> None:
@@ -81,6 +96,13 @@ class Evidence:
                 known.trials[place] = min(MAX_TRIALS, known.trials[place] + weight)
                 share = min(1.0, weight / known.trials[place])
                 known.rates[place] += share * (rate - known.rates[place])
+
+    def _forget(self, now: float) -> None:
+        """Bounds memory: targets that are gone, and exits that nothing is known of any more."""
+        self._reported = {k: at for k, at in self._reported.items() if now - at <= _SEEN_S}
+        for known in self._exits.values():
+            known.seen = {k: v for k, v in known.seen.items() if k in self._reported}
+        self._exits = {k: known for k, known in self._exits.items() if known.trials or known.seen}
 
     def curves(self, model: str, depths: Sequence[int], length: int) -> dict[int, list[float]]:
         """Conditional acceptance by place, `length` places, for each depth (ascending)."""
@@ -141,17 +163,12 @@ class Evidence:
         """The depth with the least evidence, the shallower of two."""
         return min(depths, key=lambda d: (self.trials(model, d), d), default=None)
 
-    def forget_workers(self, alive: set[str]) -> None:
-        """Bounds memory: counts of workers that are gone."""
-        for known in self._exits.values():
-            known.seen = {k: v for k, v in known.seen.items() if k in alive}
-
     def export(self) -> dict[str, Any]:
         rows = [
             {"model": model, "exit": depth, "rates": e.rates, "trials": e.trials, "seen": e.seen}
             for (model, depth), e in self._exits.items()
         ]  # fmt: skip
-        return {"aged_at": self._aged_at, "exits": rows}
+        return {"aged_at": self._aged_at, "reported": self._reported, "exits": rows}
 
     def restore(self, data: dict[str, Any]) -> None:
         self._aged_at = data["aged_at"]
@@ -162,3 +179,6 @@ class Evidence:
             )
             for row in data["exits"]
         }  # fmt: skip
+        # A state of before these times were kept: whoever is in it reported then.
+        seen = {name: data["aged_at"] for row in data["exits"] for name in row["seen"]}
+        self._reported = dict(data.get("reported", seen))

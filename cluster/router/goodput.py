@@ -42,9 +42,9 @@ OFF = Choice(0, 0, 1.0, 0.0, 0.0)
 
 @dataclass(frozen=True, slots=True)
 class Queue:
-    """A draft worker as it is now, for one target. wait_s: mean wait of a round before its drafting.
-    utilisation: below 1. pressure: sum of weight times rounds a second of the others who wait there.
-    load_scale: measured over predicted load, below 1 where rounds share steps."""
+    """A draft worker as it is now, for one target. wait_s: mean seconds that a round takes there beyond its
+    own draft steps. utilisation: below 1. pressure: sum of weight times rounds a second of the others who
+    wait there. load_scale: measured over predicted load, below 1 where rounds share steps."""
 
     wait_s: float = 0.0
     utilisation: float = 0.0

@@ -30,12 +30,13 @@ class TargetMemory:
 @dataclass(slots=True)
 class WorkerMemory:
     """Smoothed figures, see `cluster.router.goodput.Queue`; `load_scale` is below 1, since targets that draft
-    at once share steps."""
+    at once share steps. `shadow_load`: planned by the last step, in draft-seconds a second."""
 
     utilisation: float = 0.0
     load_scale: float = 1.0
     wait_s: float = 0.0
     pressure: float = 0.0
+    shadow_load: float = 0.0
 
 
 @dataclass(slots=True)

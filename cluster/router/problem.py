@@ -13,7 +13,9 @@ from cluster.router.reports import Pin
 @dataclass(slots=True)
 class Contender:
     """`table[exit]` lists the choices of lengths 1, 2, ... that a pin allows. `cost_s` sorts. `held` is the
-    present choice re-evaluated with today's figures, None for a newcomer. `may_change`: its dwell is over."""
+    present choice re-evaluated with today's figures, None for a newcomer. `may_change`: its dwell is over.
+    `drafts_itself`: with a copy of its own, so that it loads no worker, and only exits that are pinned are
+    chosen for it."""
 
     target_id: str
     model: str
@@ -25,6 +27,7 @@ class Contender:
     pin: Pin = field(default_factory=Pin)
     held: Choice | None = None
     may_change: bool = True
+    drafts_itself: bool = False
 
     @property
     def exempt(self) -> bool:

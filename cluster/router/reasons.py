@@ -26,6 +26,8 @@ def explain(
         parts.append(f"length given up: {c.worker_id} is full")
     if c.pin.worker_id or c.pin.fixes_choice:
         parts.append(_pin(c, choice))
+    if c.drafts_itself or c.worker_id is None:
+        return "; ".join(parts)
     if not before.decided:
         parts.append("first decision")
     elif changed:
@@ -42,6 +44,8 @@ def _short(depth: int, length: int) -> str:
 
 
 def _choice(c: Contender, choice: Choice, settings: RouterSettings) -> str:
+    if c.drafts_itself:
+        return "drafts itself, with its own copy of the draft"
     if choice.length > 0:
         return (
             f"{_short(choice.exit, choice.length)}: predicted {choice.gain:.2f} times plain decoding at "

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from actors.drafting.interface import ServedRounds
+
 
 @dataclass(frozen=True, slots=True)
 class ExitAcceptance:
@@ -20,15 +22,42 @@ class ExitAcceptance:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftService:
+    """How its draft worker served a target since the last report: means over the rounds that it drafted for.
+
+    rounds_per_s: of these. seconds: from a round's arrival there to its answer. steps: of the nested drafter,
+    one after the other. tokens: of nested drafts, over all requests.
+    """
+
+    rounds_per_s: float = 0.0
+    seconds: float = 0.0
+    steps: float = 0.0
+    tokens: float = 0.0
+
+    @classmethod
+    def between(cls, before: ServedRounds, now: ServedRounds, seconds: float) -> DraftService:
+        """From two counts, `seconds` apart."""
+        rounds = now.rounds - before.rounds
+        if rounds <= 0:
+            return cls()
+        return cls(
+            rounds / seconds,
+            (now.seconds - before.seconds) / rounds,
+            (now.steps - before.steps) / rounds,
+            (now.tokens - before.tokens) / rounds,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class TargetReport:
     """One target worker.
 
     cost_s_by_rows: measured seconds of a verification round by rows in it (`actors.engine.costs`).
     acceptance: by exit depth. running: requests that decode. rounds_per_s: engine rounds.
     draft_tokens_per_s: draft tokens that it asked for a second, over all its requests.
-    draft_wait_s: mean seconds that a round with drafts stood still for them; 0 for none measured.
     latency_s: measured seconds of a draft round trip without the drafting, by draft worker.
     max_draft: longest draft that it can verify. weight: what its speed is worth to the operator.
+    holds_draft: it drafts with a copy of its own; of the router's choices only pins hold for it.
     """
 
     target_id: str
@@ -38,10 +67,11 @@ class TargetReport:
     running: int = 0
     rounds_per_s: float = 0.0
     draft_tokens_per_s: float = 0.0
-    draft_wait_s: float = 0.0
+    service: DraftService = field(default_factory=DraftService)
     latency_s: Mapping[str, float] = field(default_factory=dict)
     max_draft: int = 8
     weight: float = 1.0
+    holds_draft: bool = False
 
     def __post_init__(self) -> None:
         if not self.cost_s_by_rows or min(self.cost_s_by_rows.values()) <= 0.0:
@@ -114,7 +144,8 @@ class Assignment:
 
     gain: predicted speed over plain decoding, 1.0 for none. load: predicted share of the draft worker's time.
     cap_pinned: an operator fixed the cap, so that it holds for drafters without a model too, which the router
-        does not know. exits_pinned: he fixed the exit, which then binds a target that drafts itself too.
+        does not know. exits_pinned: he fixed the exit. For a target that holds its own copy of the draft, or
+        where no draft worker lives, exits and cap are only what he fixed.
     """
 
     target_id: str

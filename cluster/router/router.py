@@ -11,14 +11,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from actors.engine.costs import CostModel
 from cluster.router import reasons
 from cluster.router.contenders import ContenderBuilder
 from cluster.router.evidence import Evidence
-from cluster.router.goodput import NO_LATENCY, Choice, cost_model
+from cluster.router.goodput import Choice, cost_model
 from cluster.router.memory import Memory, TargetMemory, WorkerMemory
 from cluster.router.placement import place, rebalance
 from cluster.router.problem import Contender, Plan, is_sorted
-from cluster.router.reports import Assignment, DraftReport, Pin, ShadowScoring, TargetReport
+from cluster.router.reports import Assignment, DraftReport, DraftService, Pin, ShadowScoring, TargetReport
 from cluster.router.settings import RouterSettings
 from cluster.router.shadow import plan_shadows
 from cluster.router.shedding import Shed, shed
@@ -40,6 +41,9 @@ class Router:
 
     def pin(self, target_id: str, pin: Pin | None) -> None:
         """Fix parts of a target's assignment, from the next step on; None gives it back to the router."""
+        known = self._memory.targets.get(target_id)
+        if known is not None and pin != self._memory.pins.get(target_id):
+            known.since = float("-inf")  # what was chosen under another pin need not stay
         if pin is None:
             self._memory.pins.pop(target_id, None)
         else:
@@ -66,9 +70,16 @@ class Router:
         builder = ContenderBuilder(self.settings, self._memory, self._evidence, workers)
         contenders = self._place(now, reports, workers, builder)
         contenders.sort(key=lambda c: (c.cost_s, builder.wished_depth(c), c.target_id))
-        plan, given_up = self._decide(contenders, workers)
+        shared = [c for c in contenders if not c.drafts_itself]
+        plan, given_up = self._decide(shared, workers)
+        for c in contenders:
+            if c.drafts_itself:  # it takes nothing from the others, and their order does not bind it
+                plan |= self._decide([c], {})[0]
         rounds = {t: self._memory.targets[t].rounds_per_s for t in reports}
-        shadows = plan_shadows(contenders, plan, reports, rounds, workers, self._evidence, self.settings)
+        shadows = plan_shadows(shared, plan, reports, rounds, workers, self._evidence, self.settings)
+        for worker_id, known in self._memory.workers.items():
+            mine = (shadows.get(c.target_id) for c in shared if c.worker_id == worker_id)
+            known.shadow_load = sum(shadow.load for shadow in mine if shadow is not None)
         return {
             c.target_id: self._assign(now, c, plan[c.target_id], given_up, shadows.get(c.target_id))
             for c in contenders
@@ -81,7 +92,6 @@ class Router:
     ) -> None:
         s, memory = self.settings, self._memory
         self._evidence.update(now, reports.values())
-        self._evidence.forget_workers(set(reports))
         memory.targets = {k: v for k, v in memory.targets.items() if k in reports}
         memory.workers = {k: v for k, v in memory.workers.items() if k in workers}
         for report in reports.values():
@@ -112,20 +122,20 @@ class Router:
         for report in reports.values():
             target = self._memory.targets[report.target_id]
             table = worker.step_s_by_exit.get(target.exit)
-            if target.worker_id != worker.worker_id or table is None or target.length == 0:
+            if report.holds_draft or target.worker_id != worker.worker_id:
+                continue
+            if table is None or target.length == 0:
                 continue
             requests = max(1, round(target.running))
-            step_s = cost_model(table).seconds(requests)
-            predicted += report.draft_tokens_per_s / requests * step_s
+            step = cost_model(table)
+            predicted += report.draft_tokens_per_s / requests * step.seconds(requests)
             pressure += report.weight * report.rounds_per_s
-            if report.draft_wait_s > 0.0:
-                asked = report.draft_tokens_per_s / max(report.rounds_per_s * requests, 1e-9)
-                length = target.length if requests == 1 else min(target.length, max(1.0, asked))
-                alone = report.latency_s.get(worker.worker_id, NO_LATENCY) + length * step_s
-                waited += report.rounds_per_s * max(0.0, report.draft_wait_s - alone)
-                rounds += report.rounds_per_s
+            service = report.service
+            waited += service.rounds_per_s * max(0.0, service.seconds - _alone_s(service, step))
+            rounds += service.rounds_per_s
         s = self.settings
         if predicted > 0.01:
+            predicted += known.shadow_load  # the worker is busy with that, too
             ratio = min(_MAX_SCALE, max(_MIN_SCALE, min(1.0, worker.utilisation) / predicted))
             known.load_scale += _SCALE_SMOOTHING * (ratio - known.load_scale)
         known.pressure += s.smoothing * (pressure - known.pressure)
@@ -200,7 +210,8 @@ class Router:
         shadow: ShadowScoring | None,
     ) -> Assignment:
         memory = self._memory.targets[c.target_id]
-        changed = (memory.exit, memory.length) != (choice.exit, choice.length)
+        served = c.worker_id is not None
+        changed = served and (memory.exit, memory.length) != (choice.exit, choice.length)
         moved = memory.worker_id != c.worker_id
         if memory.decided and (changed or moved):
             self._memory.changes += 1
@@ -210,12 +221,13 @@ class Router:
         if moved:
             memory.moved_at = now
         reason = reasons.explain(c, choice, given_up, memory, changed, moved, self.settings)
-        memory.worker_id, memory.exit, memory.length = c.worker_id, choice.exit, choice.length
-        memory.decided, memory.reason = True, reason
+        memory.worker_id, memory.reason = c.worker_id, reason
+        if served:  # else what was chosen waits for a worker's return
+            memory.exit, memory.length, memory.decided = choice.exit, choice.length, True
         exits: tuple[int, ...] = (choice.exit,) if choice.length > 0 else ()
         cap = choice.length
-        if c.worker_id is None:  # what an operator fixed holds for a target's own copy of the draft
-            exits, cap = c.pin.exits or (), c.pin.cap or 0
+        if c.drafts_itself or not served:  # what an operator fixed holds for a target's own copy of the draft
+            exits, cap = exits or c.pin.exits or (), c.pin.cap or 0
         return Assignment(
             target_id=c.target_id,
             worker_id=c.worker_id,
@@ -235,17 +247,27 @@ class Router:
         """All that the next decision depends on, JSON-able."""
         return {
             "version": STATE_VERSION,
-            "settings": self.settings.model_dump(),
             "memory": self._memory.export(),
             "evidence": self._evidence.export(),
         }
 
     @classmethod
-    def restore(cls, state: Mapping[str, Any]) -> Router:
-        """A router that goes on where the exported one stopped. Raises ValueError for another version."""
+    def restore(cls, state: Mapping[str, Any], settings: RouterSettings | None = None) -> Router:
+        """A router that goes on where the exported one stopped, with today's settings. Raises ValueError for
+        another version."""
         if state.get("version") != STATE_VERSION:
             raise ValueError(f"router state has version {state.get('version')}, need {STATE_VERSION}")
-        router = cls(RouterSettings.model_validate(state["settings"]))
+        router = cls(settings)
         router._memory = Memory.restored(state["memory"])
         router._evidence.restore(state["evidence"])
         return router
+
+
+def _alone_s(service: DraftService, step: CostModel) -> float:
+    """Seconds that the nested drafts of a round take where nobody else drafts."""
+    if service.steps <= 0.0:
+        return 0.0
+    sessions = service.tokens / service.steps
+    whole = math.floor(sessions)
+    seconds = step.seconds(whole)
+    return service.steps * (seconds + (sessions - whole) * (step.seconds(whole + 1) - seconds))

@@ -145,7 +145,7 @@ class _Replay:
         self._reports = TargetReports("t0", card.target, speculation)
         self._running: list[tuple[EngineSequence, TracedAnswer]] = []
         self._emitted = self._rounds = self._decoded = self._accepted = 0
-        self._busy_before = 0.0
+        self._busy_before = self._routed_at = 0.0
         self._assignment = ""
 
     def _drafters(self) -> list[Drafter]:
@@ -248,11 +248,12 @@ class _Replay:
         )
         report = self._reports.build(now, stats)
         busy, self._busy_before = self._nested.busy_s - self._busy_before, self._nested.busy_s
+        passed, self._routed_at = now - self._routed_at, now
         if report is None:
             return
         draft = DraftReport(
             WORKER_ID, self._nested.step_s_by_exit(), self._settings.drafters,
-            utilisation=min(1.0, busy / _STEP_S),
+            utilisation=min(1.0, busy / passed) if passed else 0.0,
         )  # fmt: skip
         answer = self._router.step(now, [report], [draft])["t0"]
         only_nested = self._settings.drafters == (NESTED,)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,9 @@ from dataclasses import dataclass
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from cluster.simulator.profile import CostProfile
+
+STEP_S = 1.0
+"""Simulated seconds from one of a policy's decisions to the next."""
 
 
 class Scenario(BaseModel):
@@ -41,9 +45,16 @@ class Scenario(BaseModel):
     def _something_counts(self) -> Scenario:
         if self.warmup_s >= self.duration_s:
             raise ValueError("warmup_s: must be less than duration_s")
+        if self.warmup_s > (last := self.step_times[-1]):
+            raise ValueError(f"warmup_s: must end by the last decision, at {last:g} s")
         if not 0 < self.quality[0] <= self.quality[1]:
             raise ValueError("quality: needs two positive factors, the smaller one first")
         return self
+
+    @property
+    def step_times(self) -> list[float]:
+        """When decisions are made, in simulated seconds."""
+        return [number * STEP_S for number in range(math.ceil(self.duration_s / STEP_S))]
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,10 +15,8 @@ from cluster.router.router import Router
 from cluster.simulator.draft_pool import SimulatedDraftWorker
 from cluster.simulator.events import Clock
 from cluster.simulator.profile import CostProfile
-from cluster.simulator.scenario import Scenario, arrivals, models_of, pool_names
+from cluster.simulator.scenario import STEP_S, Scenario, arrivals, models_of, pool_names
 from cluster.simulator.target import Session, SimulatedTarget
-
-STEP_S = 1.0
 
 
 class Policy(Protocol):
@@ -84,14 +82,13 @@ def simulate(
         session = Session(number, arrival.task, arrival.tokens)
         clock.after(arrival.at_s, partial(targets[arrival.target].arrive, session))
     result = RunResult(policy.name, 0.0, 0.0, 0.0, sessions=sessions)
-    steps = math.ceil(scenario.duration_s / STEP_S)
-    marks: list[tuple[int, float]] = [(0, 0.0)] * len(targets)
-    drafting_at_mark, changes_at_mark, marked_at = 0.0, 0, 0.0
+    marks: list[tuple[int, float]] = []
+    drafting_at_mark, changes_at_mark = 0.0, 0
+    marked_at: float | None = None
     changes = 0
     drafted_before = dict.fromkeys(pool, 0.0)
-    for number in range(steps):
-        now = number * STEP_S
-        if number and now >= scenario.warmup_s and marked_at == 0.0:
+    for now in scenario.step_times:
+        if marked_at is None and now >= scenario.warmup_s:
             marks = [(t.emitted, t.busy_s) for t in targets]
             drafting_at_mark = sum(w.total_busy_s for w in pool.values())
             marked_at, changes_at_mark = now, changes
@@ -114,6 +111,7 @@ def simulate(
         _check(result, targets, assignments)
         clock.run(min(scenario.duration_s, now + STEP_S))
         progress(clock.now)
+    assert marked_at is not None, "a scenario's warm-up ends before its last step"
     seconds = scenario.duration_s - marked_at
     result.tokens_per_s = sum(t.emitted - m[0] for t, m in zip(targets, marks, strict=True)) / seconds
     busy = sum(w.total_busy_s for w in pool.values()) - drafting_at_mark

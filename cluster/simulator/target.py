@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from actors.drafting.acceptance_model import RequestAcceptance
-from actors.drafting.interface import SessionDraft
+from actors.drafting.interface import ServedRounds, SessionDraft
 from actors.engine.controller import Candidate, Controller, ControlState
 from cluster.router.goodput import cost_model
-from cluster.router.reports import Assignment, ExitAcceptance, TargetReport
+from cluster.router.reports import Assignment, DraftService, ExitAcceptance, TargetReport
 from cluster.simulator.draft_pool import DraftJob, SimulatedDraftWorker
 from cluster.simulator.events import Clock
 from cluster.simulator.guesses import RIGHT, SessionGuesses
@@ -60,7 +60,7 @@ class SimulatedTarget:
         self.busy_s = 0.0
         self._in_round = False
         self._reported = (0, 0)
-        self._waited_s, self._waits = 0.0, 0
+        self._served = self._served_before = ServedRounds()
 
     @property
     def true_cost_s(self) -> float:
@@ -76,8 +76,8 @@ class SimulatedTarget:
         """For the router; rates are since the previous report, `seconds` ago."""
         rounds, drafted = self.rounds - self._reported[0], self.drafted - self._reported[1]
         self._reported = (self.rounds, self.drafted)
-        wait_s = self._waited_s / self._waits if self._waits else 0.0
-        self._waited_s, self._waits = 0.0, 0
+        service = DraftService.between(self._served_before, self._served, seconds)
+        self._served_before = self._served
         costs = self.controller.costs
         acceptance = {
             int(name.partition("@")[2]): ExitAcceptance(rates, trials)
@@ -86,7 +86,7 @@ class SimulatedTarget:
         return TargetReport(
             self.target_id, self.model.name,
             {rows: costs.seconds(rows) for rows in self._profile.verify_s(self.model.size)},
-            acceptance, len(self.running), rounds / seconds, drafted / seconds, wait_s,
+            acceptance, len(self.running), rounds / seconds, drafted / seconds, service,
             dict.fromkeys(self._workers, self._profile.latency_ms / 1e3), self._max_draft,
         )  # fmt: skip
 
@@ -116,14 +116,19 @@ class SimulatedTarget:
         worker, half = self._workers[a.worker_id], self._profile.latency_ms / 2e3
 
         def ask() -> None:
+            asked = self._clock.now
             groups: Counter[tuple[int, int]] = Counter()
             for session, (_, depth, budget) in wishes.items():
                 self.drafted += budget
                 groups[depth, budget - self._known(session, depth, budget)] += 1
             jobs = [(depth, count, length) for (depth, length), count in groups.items() if length > 0]
-            worker.ask(DraftJob(jobs, answered))
+            worker.ask(DraftJob(jobs, lambda: answered(self._clock.now - asked)))
 
-        def answered() -> None:
+        def answered(seconds: float) -> None:
+            s, lengths = self._served, [length for _, _, length in wishes.values()]
+            self._served = ServedRounds(
+                s.rounds + 1, s.seconds + seconds, s.steps + max(lengths), s.tokens + sum(lengths)
+            )
             drafts = {s: self._draft(s, depth, length) for s, (_, depth, length) in wishes.items()}
             for session in drafts:
                 if session.guesses is not None:
@@ -185,8 +190,6 @@ class SimulatedTarget:
     ) -> None:
         waited = self._clock.now - started
         self.controller.observe_wait(waited, len(wishes))
-        self._waited_s += waited
-        self._waits += 1
         drafts: list[tuple[Candidate, SessionDraft, int]] = []
         hits: list[int] = []
         for session, (candidate, _, length) in wishes.items():

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import pytest
 
+from cluster.bench.config import SoakSettings
 from cluster.bench.running import BenchError
+from cluster.bench.soak import command as soaking
 from cluster.bench.soak.memory import (
     MIB,
     ROLES,
@@ -65,6 +72,47 @@ def test_our_own_process_can_be_read() -> None:
     assert found[TOTAL]["processes"] >= 1
     assert found[TOTAL]["rss"] > MIB
     assert found[TOTAL]["pss"] > 0
+
+
+def test_a_server_that_has_ended_is_an_error() -> None:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait(60)
+    with pytest.raises(BenchError, match="the server has ended"):
+        read_memory(process.pid)
+
+
+@pytest.mark.parametrize("readings", [0, 1])
+async def test_a_reader_that_fails_ends_the_soak(readings: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = [sample(0, 1.0).by_role] * readings
+
+    def read(pid: int) -> Any:
+        if not left:
+            raise BenchError("the server has ended")
+        return left.pop()
+
+    async def never(client: object, request: object) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(soaking, "read_memory", read)
+    monkeypatch.setattr(soaking, "send", never)
+    server: Any = SimpleNamespace(url="http://server", headers={}, model="m", pid=1)
+    settings = SoakSettings(requests=20, concurrency=2, sample_s=0.01)
+    results = SoakResults(20)
+    async with asyncio.timeout(30) as limit:  # of a request: 120 s
+        with pytest.raises(BenchError, match="the server has ended"):
+            await soaking.soak(server, settings, results, lambda: None)
+    assert not limit.expired()
+    assert (results.ended, len(results.samples)) == (0, readings)
+
+
+async def test_without_psutil_no_server_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[object] = []
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    monkeypatch.setattr(soaking, "S2DServer", started.append)
+    monkeypatch.setattr(soaking, "environment", dict)
+    with pytest.raises(BenchError, match=r"s2d-serve\[bench\]"):
+        await soaking.measure_soak(SoakSettings(), tmp_path)
+    assert started == []
 
 
 @pytest.mark.parametrize(

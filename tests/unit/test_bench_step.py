@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from cluster.bench.step.times import (
     StepTimes,
     blocks_needed,
     context_points,
+    measure_steps,
     row_points,
     step_batch,
 )
@@ -124,3 +126,22 @@ def test_an_interrupted_repeat_is_left_out_of_fits_and_ratios() -> None:
         partial.contexts_s[key].append(9.9)
     assert fits(partial)[1].slope == pytest.approx(1e-6)
     assert step_tables(StepResults([partial]))
+
+
+def test_an_interrupted_precision_keeps_its_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = SimpleNamespace(num_blocks=1, forward=lambda batch: None)
+    loaded = SimpleNamespace(runner=runner, backend="none", info=SimpleNamespace(max_model_len=512))
+    monkeypatch.setattr("cluster.bench.step.times.load_runner", lambda *args, **options: loaded)
+    kept: list[StepTimes] = []
+    seen: list[int] = []
+
+    def advance() -> None:
+        seen.append(len(kept))
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    settings = StepSettings(rows=(1, 8), contexts=(), batches=())
+    with pytest.raises(KeyboardInterrupt):
+        measure_steps("float32", settings, kept, advance)
+    assert seen == [1, 1]
+    assert {rows: len(seconds) for rows, seconds in kept[0].rows_s.items()} == {1: 2, 8: 2}

@@ -4,7 +4,9 @@ pay."""
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +18,12 @@ from typer.testing import CliRunner
 from cluster.bench.choice.live import read_cells, speculation
 from cluster.bench.running import BenchError
 from cluster.cli.main import app
+from cluster.router.reports import Assignment, DraftReport, TargetReport
+from cluster.router.router import Router
 from cluster.simulator.choice_quality import measure_cell
 from cluster.simulator.choice_report import write
 from cluster.simulator.replay import Fixed, ReplaySettings, replay
+from cluster.simulator.replay_draft import TracedDrafter
 from cluster.simulator.trace import (
     NOTHING,
     Trace,
@@ -126,6 +131,31 @@ def test_the_free_choice_finds_drafts_that_pay_and_leaves_those_that_do_not() ->
     assert good.to_plain > 2
     assert bad.to_plain > 0.97
     assert all(cell.holds for cell in (good, bad))
+
+
+def test_utilisation_is_a_share_of_the_time_since_the_last_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A round takes longer than the router's interval here."""
+    seen: list[tuple[float, float, float]] = []
+    step, drafter = Router.step, {}
+    times = TracedDrafter.step_s_by_exit
+
+    def noted(self: TracedDrafter) -> Mapping[int, Mapping[int, float]]:
+        drafter["busy_s"] = self.busy_s
+        return times(self)
+
+    def spy(
+        self: Router, now: float, targets: Sequence[TargetReport], drafts: Sequence[DraftReport]
+    ) -> dict[str, Assignment]:
+        seen.append((now, drafts[0].utilisation, drafter["busy_s"]))
+        return step(self, now, targets, drafts)
+
+    monkeypatch.setattr(TracedDrafter, "step_s_by_exit", noted)
+    monkeypatch.setattr(Router, "step", spy)
+    replay(trace(4), "qa", 1, None, QUIET.model_copy(update={"scale": 150.0}))
+    assert max(utilisation for _, utilisation, _ in seen) > 0.0
+    for (before, _, busy_before), (now, utilisation, busy) in pairwise(seen):
+        assert now - before > 1.4
+        assert utilisation == pytest.approx((busy - busy_before) / (now - before))
 
 
 def test_a_replay_repeats_and_names_what_is_wrong() -> None:

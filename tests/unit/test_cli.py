@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import pty
+import select
 import signal
 import socket
 import subprocess
@@ -11,28 +14,47 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 import yaml
+from rich.progress import Progress
 from typer.testing import CliRunner
 
+from cluster.cli.common import err, fail
 from cluster.cli.generate import accepted_marks, colored, summary
 from cluster.cli.local_cluster import (
+    LocalCluster,
+    StartupError,
     StopSignal,
+    check_gpus,
     cpus_needed,
     descendants,
     end_processes,
+    gpus_needed,
     names_of,
     port_problem,
 )
 from cluster.cli.main import app
-from cluster.cli.serve import banner, read_config, urls
+from cluster.cli.serve import banner, phase, read_config, urls
 from cluster.cli.status import tables
 from cluster.config import ClusterConfig, GatewayConfig
 from protos.s2d.v1 import generation_pb2 as pb
 from tests.unit.fake_target import MODEL, FakeTarget, gateway
 
 runner = CliRunner()
+ROOT = Path(__file__).resolve().parents[2]
+IN_A_PIPE = """
+import signal
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
+
+from cluster.cli.main import app
+
+app()
+"""
+IN_A_TERMINAL = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n" + IN_A_PIPE
 
 
 def free_port() -> int:
@@ -110,6 +132,59 @@ def test_bad_config_is_one_line(tmp_path: Path, text: str | None, said: str) -> 
 def test_bad_dtype() -> None:
     result = runner.invoke(app, ["serve", "--dtype", "int3"])
     assert (result.exit_code, "dtype" in result.output) == (1, True)
+
+
+NO_MARKUP = "[/b] pip install 's2d-serve[train]' [bold]x[/] :key: [/"
+
+
+def test_an_error_is_printed_as_it_is() -> None:
+    with err.capture() as printed:
+        fail(NO_MARKUP)
+    assert printed.get() == f"error: {NO_MARKUP}\n"
+
+
+def test_why_a_start_failed_is_printed_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(self: LocalCluster, phase: object) -> None:
+        raise StartupError(NO_MARKUP)
+
+    monkeypatch.setattr(LocalCluster, "start", start)
+    result = runner.invoke(app, ["serve", "--port", str(free_port()), "--grpc-port", str(free_port())])
+    assert result.exit_code == 1
+    assert f"error: {NO_MARKUP}\n" in result.output
+
+
+def test_phases_are_printed_as_they_are() -> None:
+    with err.capture() as printed, Progress(console=err, disable=True) as progress:
+        with phase(progress, NO_MARKUP):
+            pass
+        rendered = progress.make_tasks_table(progress.tasks)
+        err.print(rendered)
+    first, table = printed.get().split("\n", 1)
+    assert first.startswith(f"✓ {NO_MARKUP} (")
+    assert "s2d-serve[train]" in table
+
+
+def test_names_are_shown_as_they_are() -> None:
+    model: dict[str, Any] = {"name": "m[/b]", "ready": False, "error": "e[/b]"}
+    replica: dict[str, Any] = {"replica_id": "r[/b]", "engine": {"drafters": {}}}
+    replica["engine"]["drafters"]["x"] = {"rounds": 1, "drafted": 1, "accepted": 1}
+    worker = {"id": "w[/b]", "address": "a[/b]", "error": "f[/b]"}
+    state = {"models": [model | {"replicas": r} for r in ([], [replica])], "draft_workers": [worker]}
+    with err.capture() as printed:
+        for table in tables(state):
+            err.print(table)
+        err.print(banner(ClusterConfig.model_validate({"models": [{"name": "n[/b]", "source": "x"}]})))
+    for letter in "merwafn":
+        assert f"{letter}[/b]" in printed.get()
+
+
+def test_a_refusal_is_printed_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    body = {"error": {"message": NO_MARKUP, "param": "x"}}
+    answer = httpx.Response(400, json=body)
+    monkeypatch.setattr(httpx, "request", lambda *args, **options: answer)
+    result = runner.invoke(app, ["models", "unload", "m"])
+    assert result.exit_code == 1
+    assert f"error: {NO_MARKUP}\n" in result.output
 
 
 def test_banner_without_models_says_how_to_load_some() -> None:
@@ -222,8 +297,102 @@ def test_chat_keeps_the_conversation(grpc_server: tuple[str, FakeTarget]) -> Non
     assert conversations == [["one"], ["one", "abcd", "two"], ["three"]]
 
 
+class Screen:
+    """What a program writes to a descriptor, read as far as somebody waited for it."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._ahead = b""
+
+    def wait_for(self, wanted: bytes) -> None:
+        while wanted not in self._ahead:
+            ready, _, _ = select.select([self._descriptor], [], [], 60.0)
+            more = os.read(self._descriptor, 4096) if ready else b""
+            assert more, self._ahead
+            self._ahead += more
+        self._ahead = self._ahead.split(wanted, 1)[1]
+
+
+def test_ctrl_c_at_the_prompt_leaves_the_chat(grpc_server: tuple[str, FakeTarget]) -> None:
+    address, _ = grpc_server
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", IN_A_TERMINAL, "chat", "-a", address],
+        cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+    )  # fmt: skip
+    try:
+        os.close(theirs)
+        screen = Screen(ours)
+        screen.wait_for(b"> ")
+        os.write(ours, b"hello\n")
+        screen.wait_for(b"abcd")
+        screen.wait_for(b"> ")
+        os.write(ours, b"\x03")
+        assert process.wait(10) == 130
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+
+
+def test_a_signal_leaves_a_chat_that_waits_for_a_pipe(grpc_server: tuple[str, FakeTarget]) -> None:
+    address, _ = grpc_server
+    with subprocess.Popen(
+        [sys.executable, "-c", IN_A_PIPE, "chat", "-a", address],
+        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        try:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write(b"hello\n")
+            process.stdin.flush()
+            Screen(process.stdout.fileno()).wait_for(b"abcd\n> ")
+            time.sleep(0.5)  # until the thread is in the read that follows
+            process.send_signal(signal.SIGINT)
+            assert process.wait(10) == 130
+            assert process.stderr is not None
+            assert b"Fatal" not in process.stderr.read()
+        finally:
+            process.kill()
+
+
 def test_cpus_needed() -> None:
     assert cpus_needed(ClusterConfig.default()) == pytest.approx(1.7)
+
+
+def test_gpus_needed() -> None:
+    assert gpus_needed(ClusterConfig.default()) == 0
+    models = [
+        {"name": "a", "source": "x", "num_gpus": 0.5, "replicas": 3},
+        {"name": "b", "source": "x", "num_gpus": 1, "autoscaling": {"min_replicas": 0, "max_replicas": 9}},
+        {
+            "name": "c", "source": "x", "num_gpus": 2,
+            "autoscaling": {"min_replicas": 1, "initial_replicas": 2, "max_replicas": 9},
+        },
+    ]  # fmt: skip
+    pool = {"num_gpus": 1, "autoscaling": {"min_replicas": 2, "max_replicas": 9}}
+    config = ClusterConfig.model_validate({"models": models, "draft_pool": pool})
+    assert gpus_needed(config) == 1.5 + 0 + 4 + 2
+    check_gpus(config, 7.5)
+    with pytest.raises(StartupError, match=r"need 7\.5 GPUs, this machine has 4"):
+        check_gpus(config, 4.0)
+
+
+def test_gpus_that_are_not_there_are_said_before_serve_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[object] = []
+    for name in ("RAY_ENVIRONMENT", "CROWDED_ENVIRONMENT"):
+        monkeypatch.setattr(f"cluster.cli.local_cluster.{name}", {})  # other tests run in this process
+    monkeypatch.setattr("ray.init", lambda **options: None)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr("ray.serve.start", lambda **options: started.append(options))
+    config = ClusterConfig.model_validate({"models": [{"name": "m", "source": "x", "num_gpus": 1}]})
+    stop = StopSignal()
+    try:
+        with pytest.raises(StartupError, match="models and draft workers need 1 GPUs, this machine has 0"):
+            LocalCluster(config, stop).start(lambda name: contextlib.nullcontext())
+    finally:
+        stop.restore()
+    assert started == []
 
 
 def test_stop_signal() -> None:

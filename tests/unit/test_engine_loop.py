@@ -13,7 +13,7 @@ from actors.engine.loop import Add, EngineLoop, Event, Stop
 from actors.engine.messages import EngineRequest, RequestOutput
 from actors.sampling.params import ParameterError, SamplingParams
 from actors.turn_watch import MAX_CONSECUTIVE_FAILURES
-from tests.scripted_engine import ScriptedEngine, rounds, until
+from tests.scripted_engine import ScriptedEngine, StepClock, rounds, until
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -52,11 +52,14 @@ async def test_outputs_arrive_in_order_for_many_requests_at_once(rig: Rig) -> No
     assert rig.fake.aborted == []
 
 
-def test_outputs_are_held_back_for_as_long_as_a_request_allows() -> None:
+def test_outputs_are_held_back_for_as_long_as_a_request_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first leaves at once, the last with what was held; another request's output takes all along."""
     batches: list[list[Event]] = []
-    loop = EngineLoop(ScriptedEngine(counting, 0.02), batches.append)
-    for name, interval_s in (("held", 0.1), ("eager", 0.0)):
+    engine, clock = ScriptedEngine(counting), StepClock()
+    engine.on_step = clock.tick
+    monkeypatch.setattr("actors.engine.loop.time", clock)
+    loop = EngineLoop(engine, batches.append)
+    for name, interval_s in (("held", 5.0), ("eager", 0.0)):
         sampling = SamplingParams(max_tokens=30 if name == "held" else 3)
         loop.send(Add(EngineRequest(name, (1, 2), sampling, delivery_interval_s=interval_s)))
     loop.start()
@@ -78,9 +81,8 @@ def test_outputs_are_held_back_for_as_long_as_a_request_allows() -> None:
         if any(e.request_id == "eager" for e in batch if isinstance(e, RequestOutput)) and mine
     ]
     assert with_eager[:3] == [2, 2, 2]
-    alone = [len(batch) for batch in held[3:]]
-    assert 3 <= len(alone) <= 9, alone  # 27 steps of 20 ms, every 100 ms
-    assert max(alone) >= 3
+    # 27 steps of a second, every five seconds.
+    assert [len(batch) for batch in held[3:]] == [5, 5, 5, 5, 5, 2]
 
 
 async def test_an_idle_engine_sleeps(rig: Rig) -> None:
@@ -251,6 +253,13 @@ async def test_stats_and_reset_are_answered_while_it_runs(rig: Rig) -> None:
     await rig.engine.reset("caches")
     assert rig.fake.resets == ["all", "caches"]
     await outputs.aclose()
+
+
+async def test_idle_time_is_told_with_the_clock_that_counted_it(rig: Rig) -> None:
+    first = await rig.engine.stats()
+    await asyncio.sleep(0.05)
+    second = await rig.engine.stats()
+    assert 0.0 < second.idle_s - first.idle_s <= second.clock_s - first.clock_s
 
 
 async def test_drain_waits_for_what_runs_and_admits_nothing(rig: Rig) -> None:

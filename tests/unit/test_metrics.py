@@ -13,8 +13,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from actors.draft_worker.batcher import BatcherState
 from actors.drafting.draft_ahead import AheadCounts
 from actors.target_worker.messages import GenerationChunk, RequestError, Usage
-from cluster.telemetry import metrics
+from cluster.router.reports import Assignment
+from cluster.router.service import Decision
+from cluster.telemetry import metrics, router_metrics
 from cluster.telemetry.metrics import DraftMetrics, TargetMetrics
+from cluster.telemetry.router_metrics import RouterMetrics
 from cluster.telemetry.vllm_names import spec_decode_text
 
 Values = dict[str, list[tuple[float, tuple[tuple[str, str], ...]]]]
@@ -146,3 +149,59 @@ def test_speculation_under_vllms_names() -> None:
     }
     assert {f.type for f in families.values()} == {"counter"}
     assert spec_decode_text([]) == ""
+
+
+@pytest.fixture
+def routed(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str], float]:
+    """By name and model ("" without one): the sum of a counter, the last value of a gauge."""
+    values: dict[tuple[str, str], float] = defaultdict(float)
+
+    class Recorder:
+        def __init__(self, name: str, description: str, tag_keys: tuple[str, ...] = ()) -> None:
+            self._name, self._keys = name.removeprefix("s2d_router_"), tag_keys
+
+        def _key(self, tags: dict[str, str] | None) -> tuple[str, str]:
+            assert tuple(tags or {}) == self._keys
+            return self._name, "/".join((tags or {}).values())
+
+        def inc(self, value: float, tags: dict[str, str] | None = None) -> None:
+            values[self._key(tags)] += value
+
+        def set(self, value: float, tags: dict[str, str] | None = None) -> None:
+            values[self._key(tags)] = value
+
+    monkeypatch.setattr(router_metrics, "Counter", Recorder)
+    monkeypatch.setattr(router_metrics, "Gauge", Recorder)
+    return values
+
+
+def decision(model: str, changed_at: float, gain: float = 1.0, cap: int = 0) -> Decision:
+    return Decision(Assignment("t", "w", (4,), cap, "because", gain=gain), model, changed_at)
+
+
+def test_the_routers_metrics_are_by_model(routed: dict[tuple[str, str], float]) -> None:
+    router = RouterMetrics()
+    router.record(
+        {"a1": decision("a", 1.0, 1.5, 3), "a2": decision("a", 1.0, 1.2, 5), "b1": decision("b", 1.0)},
+        {"w1": 0.25, "w2": 0.75},
+    )
+    assert routed == {
+        ("predicted_gain", "a"): 1.2, ("draft_cap", "a"): 5, ("predicted_gain", "b"): 1.0,
+        ("draft_cap", "b"): 0, ("planned_load", ""): 0.75, ("draft_workers", ""): 2,
+    }  # fmt: skip
+    router.record({"a1": decision("a", 2.0, 1.4, 3), "a2": decision("a", 3.0, 1.6, 2)}, {})
+    assert routed == {
+        ("assignment_changes", "a"): 2, ("predicted_gain", "a"): 1.4, ("draft_cap", "a"): 3,
+        ("predicted_gain", "b"): 0.0, ("draft_cap", "b"): 0.0, ("planned_load", ""): 0.0,
+        ("draft_workers", ""): 0,
+    }  # fmt: skip
+
+
+def test_the_routers_series_do_not_grow_with_restarts(routed: dict[tuple[str, str], float]) -> None:
+    router = RouterMetrics()
+    for replica in range(1000):
+        made = {f"t{replica}": decision("m", replica, 1.3), f"t{replica + 1}": decision("m", replica, 1.2)}
+        router.record(made, {f"w{replica}": 0.5})
+    assert len(routed) == 5
+    assert routed["predicted_gain", "m"] == 1.2
+    assert routed["assignment_changes", "m"] == 999

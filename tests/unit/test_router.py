@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.router.reports import Assignment, DraftReport, ExitAcceptance, Pin, TargetReport
+from cluster.router.contenders import ContenderBuilder
+from cluster.router.goodput import Choice
+from cluster.router.memory import TargetMemory
+from cluster.router.problem import Contender
+from cluster.router.reports import Assignment, DraftReport, DraftService, ExitAcceptance, Pin, TargetReport
 from cluster.router.router import Router
 from cluster.router.settings import RouterSettings
 
@@ -114,6 +119,15 @@ def test_a_restored_router_decides_the_same(given_scene: tuple[int, int, int, fl
 @given(st.integers(0, 10_000))
 def test_nothing_changes_twice_within_the_dwell_time_unless_it_must(seed: int) -> None:
     rng, router = random.Random(seed), Router(RouterSettings(dwell_s=10.0))
+    held_gain: dict[str, float] = {}
+    held = ContenderBuilder._held
+
+    def spy(self: ContenderBuilder, c: Contender, known: TargetMemory) -> Choice | None:
+        same = c.same(known.exit, known.length)
+        assert same is not None, "the worker's exits stay"
+        held_gain[c.target_id] = same.gain
+        return held(self, c, known)
+
     changed: dict[str, float] = {}
     before: dict[str, tuple[str | None, tuple[int, ...], int]] = {}
     for now in range(40):
@@ -124,13 +138,13 @@ def test_nothing_changes_twice_within_the_dwell_time_unless_it_must(seed: int) -
                    trials=400 * (now + 1), rounds=2.0)
             for i in range(4)
         ]  # fmt: skip
-        made = router.step(float(now), targets, [worker(factor=0.2)])
-        decision = keys(made)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ContenderBuilder, "_held", spy)
+            decision = keys(router.step(float(now), targets, [worker(factor=0.2)]))
         for name, choice in decision.items():
             if name in before and before[name] != choice:
-                # What no longer pays must be given up at once, and says so.
-                forced = ("does not allow it", "less than the 1.02")
-                gave_up = made[name].cap == 0 and any(words in made[name].reason for words in forced)
+                # What no longer pays must be given up at once.
+                gave_up = choice[2] == 0 and held_gain[name] < router.settings.keep_draft_gain
                 assert gave_up or now - changed.get(name, -100.0) >= 10.0, name
                 changed[name] = now
         before = decision
@@ -222,6 +236,116 @@ def test_pins_win_and_are_named_until_they_are_taken_back() -> None:
         last = router.step(float(now), targets, drafts)
     assert {k: v[1:] for k, v in keys(last).items()} == {k: v[1:] for k, v in free.items()}
     assert not any("pinned" in a.reason for a in last.values())
+
+
+def test_what_a_pin_or_a_lost_worker_forbade_goes_on_at_once() -> None:
+    router, t = Router(RouterSettings(dwell_s=1000.0)), target("t")
+    for now in range(3):
+        before = router.step(float(now), [t], [worker()])["t"]
+    assert before.cap > 0
+    for now in range(3, 6):
+        assert router.step(float(now), [t], [])["t"].worker_id is None
+    assert key(router.step(6.0, [t], [worker()])["t"]) == key(before), "the worker has restarted"
+    assert router.changes == 2, "away and back"
+    router.pin("t", Pin(cap=0))
+    assert router.step(7.0, [t], [worker()])["t"].cap == 0
+    router.pin("t", None)
+    assert key(router.step(8.0, [t], [worker()])["t"]) == key(before)
+
+
+def holder(name: str, cost_ms: float) -> TargetReport:
+    """A target with its own copy of the draft, of whose acceptance nothing is known."""
+    return replace(target(name, cost_ms, trials=0), holds_draft=True, draft_tokens_per_s=300.0)
+
+
+def test_targets_that_draft_themselves_take_nothing_from_the_others() -> None:
+    def after_a_while(others: list[TargetReport]) -> tuple[Router, dict[str, Assignment]]:
+        router = Router()
+        router.pin("h1", Pin(exits=(4,)))
+        for now in range(30):
+            b = replace(target("b"), draft_tokens_per_s=80.0)
+            decision = router.step(float(now), [*others, b], [worker(utilisation=0.1)])
+        return router, decision
+
+    alone, beside = (
+        after_a_while([]),
+        after_a_while([holder(f"h{i}", (5.0, 20.0, 200.0)[i]) for i in range(3)]),
+    )
+    for router, decision in (alone, beside):
+        assert decision["b"].cap > 0
+        assert decision["b"].shadow is not None
+        assert router._memory.workers == alone[0]._memory.workers
+    assert beside[1]["b"] == alone[1]["b"]
+    for name in ("h0", "h1", "h2"):
+        a = beside[1][name]
+        assert (key(a), a.load, a.shadow) == (("d0", (4,) if name == "h1" else (), 0), 0.0, None)
+        assert a.reason.startswith("drafts itself, with its own copy of the draft")
+    assert beside[1]["h1"].gain > 1.0
+
+
+def test_what_is_pinned_holds_for_a_target_that_drafts_itself() -> None:
+    router = Router()
+    router.pin("cap", Pin(cap=3))
+    router.pin("one", Pin(exits=(2,)))
+    router.pin("both", Pin(exits=(2,), cap=5))
+    router.pin("several", Pin(exits=(1, 4)))
+    router.pin("vain", Pin(exits=(1,)))
+    drafts = [replace(worker(), max_sessions=2)]
+    names = ("cap", "one", "both", "several", "vain")
+    held = [replace(target(n, 200.0, running=8), holds_draft=True) for n in names[:-1]]
+    held.append(replace(target("vain", rates=(0.01, 0.01, 0.01)), holds_draft=True))
+    found = router.step(0.0, [*held, target("b", 5.0)], drafts)
+    assert {n: (found[n].exits, found[n].cap) for n in names} == {
+        "cap": ((), 3),
+        "one": ((2,), 0),
+        "both": ((2,), 5),
+        "several": ((4,), 0),
+        "vain": ((1,), 0),
+    }
+    assert all(found[n].load == 0.0 for n in names)
+    assert all("pinned by an operator" in found[n].reason for n in names)
+    assert found["b"].cap > 0, "their sessions are not the worker's"
+
+
+def served(t: TargetReport, steps: float, sessions: float, waited_s: float, exit_depth: int) -> TargetReport:
+    """`sessions` of the requests are drafted for, in each round, after `waited_s` at the worker."""
+    step_ms = STEP_MS[exit_depth] * (1.0 + 2.0 * (sessions - 1.0) / 15.0)
+    service = DraftService(t.rounds_per_s, waited_s + steps * step_ms / 1e3, steps, steps * sessions)
+    return replace(t, service=service, draft_tokens_per_s=t.rounds_per_s * steps * sessions)
+
+
+@pytest.mark.parametrize("waited_s", [0.0, 0.003])
+@pytest.mark.parametrize(("running", "steps", "sessions"), [(4, 4.0, 1.0), (1, 1.7, 1.0), (8, 2.0, 2.5)])
+def test_a_round_waits_as_long_as_it_is_not_drafted_for(
+    running: int, steps: float, sessions: float, waited_s: float
+) -> None:
+    """Whether all requests ask, and whether drafts end before the cap, or not."""
+    router, t = Router(), target("t", running=running)
+    exit_depth = router.step(0.0, [t], [worker()])["t"].depth
+    assert exit_depth > 0
+    router.pin("t", Pin(exits=(exit_depth,)))
+    for now in range(1, 40):
+        router.step(float(now), [served(t, steps, sessions, waited_s, exit_depth)], [worker()])
+    assert router._memory.workers["d0"].wait_s == pytest.approx(waited_s, rel=0.01, abs=1e-6)
+
+
+def test_shadow_scoring_is_part_of_what_a_worker_is_busy_with() -> None:
+    router, utilisation = Router(), 0.0
+    t = replace(target("t", running=1, trials=40), draft_tokens_per_s=40.0)
+    for now in range(60):
+        a = router.step(float(now), [t], [worker(utilisation=utilisation)])["t"]
+        assert a.shadow is not None
+        utilisation = 40.0 * STEP_MS[a.depth] / 1e3 + a.shadow.load
+    assert router._memory.workers["d0"].load_scale == pytest.approx(1.0, abs=0.05)
+
+
+def test_a_target_that_was_silent_brings_nothing_new_of_what_it_counted() -> None:
+    router = Router()
+    once = target("a", rates=(0.9, 0.9, 0.9), trials=50_000, model="m")
+    for now in range(100):
+        other = target("b", rates=(0.3, 0.3, 0.3), trials=40 * (now + 1), model="m")
+        router.step(float(now), [other] if now == 98 else [other, once], [worker()])
+    assert router._evidence.curves("m", EXITS, 1)[1][0] == pytest.approx(0.3, abs=0.05)
 
 
 def test_a_pin_that_cannot_be_met_says_why() -> None:

@@ -85,6 +85,22 @@ def test_evidence_ages_and_depth_never_hurts() -> None:
     assert evidence.trials("m", 1) == pytest.approx(50.0)
 
 
+def test_evidence_that_counts_for_nothing_is_dropped() -> None:
+    evidence = Evidence(half_life_s=10.0)
+    evidence.update(0.0, [_report("a", "m", {1: 0.7}, 100), _report("b", "other", {1: 0.2}, 100)])
+    evidence.update(200.0, [_report("b", "other", {1: 0.2}, 100)])
+    assert evidence.trials("m", 1) > 0.0
+    evidence.update(590.0, [_report("a", "m", {1: 0.7}, 100)])
+    assert evidence.trials("m", 1) == 0.0
+    assert [row["seen"] for row in evidence.export()["exits"]] == [{"a": 100}, {"b": 100}]
+    evidence.update(900.0, [_report("a", "m", {1: 0.7}, 140)])
+    assert evidence.trials("m", 1) == pytest.approx(40.0), "what is new only"
+    assert [row["model"] for row in evidence.export()["exits"]] == ["m"]
+    evidence.update(11_600.0, [])  # so small that a share of it would be nothing at all
+    assert evidence.curves("m", (1,), 1) == {1: [0.5]}
+    assert evidence.export()["exits"] == []
+
+
 def test_a_model_borrows_from_others_by_its_own_quality() -> None:
     evidence = Evidence(half_life_s=1e9)
     others = [_report(f"t{i}", f"m{i}", {1: 0.5, 4: 0.75}, 400) for i in range(4)]

@@ -97,6 +97,27 @@ def test_the_engines_own_controller_decides(monkeypatch: pytest.MonkeyPatch) -> 
     assert max(seen) == 2
 
 
+def test_a_report_says_how_long_rounds_were_drafted_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of four requests asks for four tokens, of an idle worker: 4 ms, and none of them is a wait."""
+
+    def plan(self: Controller, candidates: Sequence[object], other_rows: int = 0) -> list[int]:
+        return [4, 0, 0, 0][: len(candidates)]
+
+    monkeypatch.setattr(Controller, "plan", plan)
+    clock, costs = Clock(), profile()
+    pool = {"d0": SimulatedDraftWorker(clock, costs.draft_s)}
+    t = SimulatedTarget("t", models_of(costs, quiet())[0], costs, clock, random.Random(0), pool, 8, 6, 0.0)
+    t.assignment = Assignment("t", "d0", (1,), 4, "")
+    for number in range(4):
+        clock.after(0.0, partial(t.arrive, Session(number, "chat", 1000)))
+    clock.run(1.0)
+    report = t.report(1.0)
+    assert report.running == 4
+    service = report.service
+    assert (service.seconds, service.steps, service.tokens) == (pytest.approx(0.004), 4.0, 4.0)
+    assert service.rounds_per_s == pytest.approx(report.rounds_per_s, abs=1.0)
+
+
 def test_a_batch_runs_each_block_once_and_what_waits_goes_together() -> None:
     clock = Clock()
     w = SimulatedDraftWorker(clock, {1: {1: 1.0, 2: 1.5}, 4: {1: 3.0, 2: 4.0}})
@@ -195,6 +216,27 @@ def test_equal_seeds_give_equal_results() -> None:
     assert other != simulate(costs, scenario, RouterPolicy())
 
 
+@pytest.mark.parametrize("warmup_s", [0.0, 0.5, 2.0])
+def test_what_counts_begins_with_the_first_decision_after_the_warm_up(
+    monkeypatch: pytest.MonkeyPatch, warmup_s: float
+) -> None:
+    emitted: dict[float, dict[str, int]] = {}
+    targets: dict[str, SimulatedTarget] = {}
+    report = SimulatedTarget.report
+
+    def spy(self: SimulatedTarget, seconds: float) -> TargetReport:
+        targets[self.target_id] = self
+        emitted.setdefault(self._clock.now, {})[self.target_id] = self.emitted
+        return report(self, seconds)
+
+    monkeypatch.setattr(SimulatedTarget, "report", spy)
+    scenario = SMALL.model_copy(update={"duration_s": 2.9, "warmup_s": warmup_s})
+    result = simulate(CostProfile.from_file(), scenario, NoSpeculation())
+    begin = min(at for at in emitted if at >= warmup_s)
+    counted = sum(t.emitted for t in targets.values()) - sum(emitted[begin].values())
+    assert result.tokens_per_s == pytest.approx(counted / (2.9 - begin))
+
+
 @pytest.fixture(scope="module")
 def runs() -> dict[str, RunResult]:
     costs = CostProfile.from_file()
@@ -271,6 +313,7 @@ def test_the_command_writes_its_files(tmp_path: Path) -> None:
     [
         (["--targets", "0"], "targets: Input should be greater"),
         (["--duration", "5", "--warmup", "5"], "warmup_s: must be less"),
+        (["--duration", "5.9", "--warmup", "5.5"], "warmup_s: must end by the last decision, at 5 s"),
         (["--profile", "nowhere.json"], "No such file"),
     ],
 )

@@ -16,6 +16,7 @@ from rich.console import Console
 from cluster.bench.config import SoakSettings
 from cluster.bench.engines.s2d_server import S2DServer
 from cluster.bench.environment import environment
+from cluster.bench.profile import require_psutil
 from cluster.bench.prompts import PROMPTS
 from cluster.bench.report import document_of, publish
 from cluster.bench.running import START_TIMEOUT_S, BenchError
@@ -33,6 +34,7 @@ MAX_FAILED_SHARE = 0.2
 async def measure_soak(settings: SoakSettings, out: Path) -> bool:
     """soak.json, soak.md and soak.png in `out`. Returns whether memory stayed flat and no request failed.
     Raises one of `EXPECTED_ERRORS`."""
+    require_psutil()
     console = Console(stderr=True)
     config = own_server_config(
         settings.source, settings.dtype, settings.server_config,
@@ -82,22 +84,26 @@ async def soak(
     server: S2DServer, settings: SoakSettings, results: SoakResults, advance: Callable[[], None]
 ) -> None:
     """Closed loop: each of the streams sends its next request when its last one ended. Raises BenchError when
-    too many requests fail."""
+    too many requests fail, and when memory can no longer be read."""
     todo = requests(server.model, [p.text for p in PROMPTS], settings.requests, settings.seed)
     results.kinds = count_kinds(todo)
     limits = httpx.Limits(max_connections=settings.concurrency)
     began = time.monotonic()
     async with httpx.AsyncClient(
-        base_url=server.url, timeout=settings.request_timeout_s, headers=server.headers, limits=limits
-    ) as client:
+        base_url=server.url, timeout=settings.request_timeout_s, headers=server.headers, limits=limits,
+        trust_env=False,
+    ) as client:  # fmt: skip
         reader = asyncio.create_task(_read_forever(server, settings, results, began))
+        streams = asyncio.create_task(_streams(client, todo, settings, results, advance))
         try:
-            await _streams(client, todo, settings, results, advance)
+            ended, _ = await asyncio.wait((streams, reader), return_when=asyncio.FIRST_COMPLETED)
+            for task in ended:
+                task.result()  # of the reader: why it ended
             results.duration_s = time.monotonic() - began
         finally:
+            streams.cancel()
             reader.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await reader
+            await asyncio.gather(streams, reader, return_exceptions=True)
     results.samples.append(await _reading(server, results, began))
 
 

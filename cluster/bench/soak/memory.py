@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from cluster.bench.profile import PROCESSES, process_kind
+from cluster.bench.profile import PROCESSES, process_kind, server_processes
 from cluster.bench.running import BenchError
 
 TOTAL = "total"
@@ -68,12 +68,11 @@ def memory_role(command: str) -> str:
 
 
 def read_memory(server_pid: int) -> dict[str, dict[str, int]]:
-    """Of the process and its descendants now. Raises psutil.NoSuchProcess when the server itself is gone."""
+    """Of the process and its descendants now. Raises BenchError when the server itself is gone."""
     import psutil  # of the extra "bench"
 
     found = {role: {"pss": 0, "rss": 0, "processes": 0} for role in (*ROLES, TOTAL)}
-    root = psutil.Process(server_pid)
-    for process in (root, *root.children(recursive=True)):
+    for process in server_processes(server_pid):
         try:
             command = " ".join(process.cmdline())
             memory = process.memory_full_info()

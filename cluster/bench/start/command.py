@@ -104,7 +104,7 @@ async def _first_token(server: S2DServer) -> float:
     }
     async with (
         httpx.AsyncClient(
-            base_url=server.url, timeout=FIRST_TOKEN_TIMEOUT_S, headers=server.headers
+            base_url=server.url, timeout=FIRST_TOKEN_TIMEOUT_S, headers=server.headers, trust_env=False
         ) as client,
         client.stream("POST", "/v1/chat/completions", json=body) as answer,
     ):

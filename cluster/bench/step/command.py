@@ -25,7 +25,7 @@ _FLOATS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def measure_step(settings: StepSettings, out: Path) -> None:
-    """step.json, step.md and step.png in `out`. An interrupted run writes the precisions that it finished."""
+    """step.json, step.md and step.png in `out`. An interrupted run writes the repeats that it finished."""
     console = Console(stderr=True)
     machine = environment()
     results = StepResults()
@@ -45,7 +45,7 @@ def measure_step(settings: StepSettings, out: Path) -> None:
         if settings.rows or settings.contexts:
             for dtype in settings.dtypes:
                 step = counter(f"steps, {dtype}", settings.repeats)
-                results.times.append(measure_steps(dtype, settings, step, say))
+                measure_steps(dtype, settings, results.times, step, say)
         if settings.row_invariance_price:
             for dtype in settings.dtypes:
                 if dtype in _FLOATS:  # torch has no product of the core's int8 weights

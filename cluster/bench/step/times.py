@@ -96,10 +96,12 @@ def fill_kv(runner: ModelRunner) -> None:
 def measure_steps(
     dtype: DTypeName,
     settings: StepSettings,
+    keep: list[StepTimes],
     advance: Callable[[], None] = lambda: None,
     say: Callable[[str], None] | None = None,
-) -> StepTimes:
-    """`advance` is called after each repeat. Raises BenchError for a context beyond the model's."""
+) -> None:
+    """Times go to `keep` when the first repeat is there and grow with each, so that an interrupted run keeps
+    what it has; then `advance` is called. Raises BenchError for a context beyond the model's."""
     rows, contexts = row_points(settings), context_points(settings)
     points = [*rows.values(), *contexts.values()]
     loaded = load_runner(
@@ -128,7 +130,7 @@ def measure_steps(
             runner.forward(batches[point])  # once unmeasured: pages and scratch buffers
         order = random.Random(settings.seed)
         jobs = _jobs(times, rows, contexts)
-        for _ in range(settings.repeats):
+        for repeat in range(settings.repeats):
             if native is not None:
                 times.floors_s.append(native.weight_read_seconds())
             order.shuffle(jobs)
@@ -136,8 +138,9 @@ def measure_steps(
                 started = time.perf_counter()
                 runner.forward(batches[point])
                 record(time.perf_counter() - started)
+            if repeat == 0:
+                keep.append(times)
             advance()
-        return times
     finally:
         if native is not None:
             native.close()
