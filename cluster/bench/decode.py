@@ -260,7 +260,7 @@ def main(
         kv_memory_gib=0.5,
         max_model_len=2048,
         threads=threads,
-        progress=console.print,
+        progress=lambda text: console.print(text, markup=False),
     )
     tokenizer = TextTokenizer(loaded.tokenizer_folder)
     chat = [
@@ -324,7 +324,7 @@ def main(
         out.mkdir(parents=True, exist_ok=True)
         (out / "decode.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
         plot_ratios({"one stream": single, "eight streams": batched}, out / "decode.png")
-        console.print(f"written to {out}")
+        console.print(f"written to {out}", markup=False)
 
 
 def _weight_bytes(loaded: LoadedModel) -> int:

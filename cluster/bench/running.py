@@ -35,7 +35,8 @@ def rotated(items: Sequence[T], by: int) -> list[T]:
 
 @asynccontextmanager
 async def running(engines: Sequence[BenchEngine], say: Say) -> AsyncIterator[None]:
-    """Start engines one after the other, and stop whatever was started, also when starting fails.
+    """Start engines one after the other, and stop whatever was started, also when starting fails. Interrupted
+    while stopping, it ends the engine at hand faster and goes on with the others.
 
     Raises EngineUnavailableError, and TimeoutError for an engine that does not come up in time.
     """
@@ -48,23 +49,35 @@ async def running(engines: Sequence[BenchEngine], say: Say) -> AsyncIterator[Non
                 await engine.start()
         yield
     finally:
+        interrupted: BaseException | None = None
         for engine in reversed(begun):
+            # Whatever goes wrong with one, the others have to be stopped all the same.
             try:
                 async with asyncio.timeout(STOP_TIMEOUT_S):
                     await engine.stop()
             except Exception:
-                # The others have to be stopped all the same.
                 logger.exception("%s did not stop", engine.name)
+            except (asyncio.CancelledError, KeyboardInterrupt) as error:
+                interrupted = error
+        if interrupted is not None:
+            raise interrupted
 
 
 async def ask(engine: BenchEngine, request: BenchRequest, timeout_s: float) -> BenchResponse:
-    """One request; one that takes longer than `timeout_s` is cancelled and reported as failed."""
+    """One request; one that takes longer than `timeout_s` is cancelled and reported as failed. An answer that
+    has not the tokens that `ignore_eos` asks for has failed too: engines would do different work."""
     started = time.perf_counter()
     try:
         async with asyncio.timeout(timeout_s):
-            return await engine.generate(request)
+            response = await engine.generate(request)
     except TimeoutError:
         return BenchResponse(request.request_id, started, error=f"took longer than {timeout_s:g} s")
+    if request.ignore_eos and response.error is None and response.num_tokens != request.max_tokens:
+        response.error = (
+            f"gave {response.num_tokens} of {request.max_tokens} tokens: "
+            f"ignore_eos has no effect, or the context is full (finish_reason: {response.finish_reason})"
+        )
+    return response
 
 
 async def reset(engine: BenchEngine) -> None:

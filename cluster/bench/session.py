@@ -29,7 +29,7 @@ from cluster.bench.engines.interface import BenchEngine, EngineUnavailableError
 from cluster.bench.engines.registry import EngineContext, check, create
 from cluster.bench.environment import environment
 from cluster.bench.load import Block
-from cluster.bench.profile import ProfileRow, run_profile
+from cluster.bench.profile import ProfileRow, require_psutil, run_profile
 from cluster.bench.records import Record
 from cluster.bench.rendering import PromptRenderer
 from cluster.bench.report import write_load, write_profile, write_spec
@@ -115,6 +115,7 @@ async def measure_load(settings: LoadSettings, out: Path, api_key: str | None = 
 
 async def measure_profile(settings: ProfileSettings, out: Path, api_key: str | None = None) -> None:
     """As `measure_spec`, but an interrupted run writes nothing: its shares would not be comparable."""
+    require_psutil()
     rows: list[ProfileRow] = []
 
     def total(session: Session) -> int:
@@ -185,12 +186,12 @@ def progress_bar(console: Console) -> Progress:
 async def _session(settings: CommonSettings, api_key: str | None) -> AsyncIterator[Session]:
     console = Console(stderr=True)
     for engine in settings.engines:
-        check(engine)  # before anything that takes time
+        check(engine, settings.concurrency_limit)  # before anything that takes time
     questions = sample(_questions(settings), settings.per_task, settings.seed)
     config = server_config(settings)
     source = config.models[0].source
     folder = await asyncio.to_thread(
-        lambda: model_folder(resolve_source(source), progress=lambda text: console.print(text))
+        lambda: model_folder(resolve_source(source), progress=lambda text: console.print(text, markup=False))
     )
     renderer = PromptRenderer(folder)
     context = EngineContext(
@@ -203,11 +204,12 @@ async def _session(settings: CommonSettings, api_key: str | None) -> AsyncIterat
         max_model_len=context_needed(questions, renderer, settings),
         api_key=api_key,
         reset=settings.reset,
+        request_timeout_s=settings.request_timeout_s,
     )
     engines = [create(engine, context) for engine in settings.engines]
     # Before any engine runs: the bandwidth is that of an idle machine.
     machine = await asyncio.to_thread(environment)
-    async with running(engines, lambda text: console.print(text)):
+    async with running(engines, lambda text: console.print(text, markup=False)):
         with Turns(engines, settings.exclusive) as turns:
             yield Session(engines, questions, renderer, machine, console, turns)
 

@@ -8,23 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from cluster.bench.engines.interface import BenchEngine
+from cluster.bench.guardian import Guardian
 from cluster.cli.local_cluster import descendants
 
 SETTLE_S = 1.0
 """After an engine was let go on: timers that ran out meanwhile fire at once, closed connections are seen."""
-GUARDIAN = Path(__file__).with_name("guardian.py")
-GUARDIAN_EXIT_S = 5.0
 
 
 class Turns:
@@ -40,17 +35,11 @@ class Turns:
         self._engines = tuple(engines) if exclusive else ()
         self._settle_s = settle_s
         self._held: dict[int, list[int]] = {}
-        self._guardian: subprocess.Popen[bytes] | None = None
+        self._guardian: Guardian | None = None
 
     def __enter__(self) -> Self:
         if self._engines:
-            # A session of its own: Ctrl-C at the terminal is not for it.
-            self._guardian = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(GUARDIAN)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                start_new_session=True,
-            )
+            self._guardian = Guardian()
         return self
 
     def __exit__(
@@ -60,14 +49,7 @@ class Turns:
             self._resume(root)
         guardian, self._guardian = self._guardian, None
         if guardian is not None:
-            with contextlib.suppress(OSError):
-                assert guardian.stdin is not None
-                guardian.stdin.close()
-            try:
-                guardian.wait(GUARDIAN_EXIT_S)
-            except subprocess.TimeoutExpired:
-                guardian.kill()
-                guardian.wait()
+            guardian.close()
 
     async def give_to(self, engine: BenchEngine) -> None:
         """From now on, until the next call. Raises OSError when the guardian is gone: without it, nothing is
@@ -95,10 +77,7 @@ class Turns:
 
     def _tell_guardian(self) -> None:
         assert self._guardian is not None
-        assert self._guardian.stdin is not None
-        held = [pid for pids in self._held.values() for pid in pids]
-        self._guardian.stdin.write(json.dumps(held).encode() + b"\n")
-        self._guardian.stdin.flush()
+        self._guardian.will_send((pid, signal.SIGCONT) for pids in self._held.values() for pid in pids)
 
 
 def _send(pids: Iterable[int], number: signal.Signals) -> None:

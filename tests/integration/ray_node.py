@@ -37,6 +37,19 @@ def script(name: str) -> str:
     return str(Path(sys.executable).parent / name)
 
 
+def marked_processes(mark: str) -> list[int]:
+    """Living processes with MARK set to this in their environment, which children inherit."""
+    marked = f"{MARK}={mark}".encode()
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            if folder.name.isdigit() and marked in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue  # ended in between, or another user's
+    return found
+
+
 @dataclass(frozen=True)
 class RayNode:
     """A head node. `env` makes `ray` and `serve` commands, and their children, talk to it."""
@@ -57,16 +70,8 @@ class RayNode:
         )
 
     def processes(self) -> list[int]:
-        """Living processes that this node started, directly or not: their environment holds a mark."""
-        marked = f"{MARK}={self.mark}".encode()
-        found = []
-        for folder in Path("/proc").iterdir():
-            try:
-                if folder.name.isdigit() and marked in (folder / "environ").read_bytes().split(b"\0"):
-                    found.append(int(folder.name))
-            except (FileNotFoundError, ProcessLookupError, PermissionError):
-                continue  # ended in between, or another user's
-        return found
+        """Living processes that this node started, directly or not."""
+        return marked_processes(self.mark)
 
     def kill(self) -> None:
         """End every process of this node: SIGTERM, then SIGKILL for those that stay."""

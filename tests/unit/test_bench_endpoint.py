@@ -140,6 +140,55 @@ async def test_running_usage_tells_the_tokens_of_each_chunk() -> None:
     assert engine.describe()["other_prompt_length"] == 0
 
 
+ALL_FIELDS = {
+    "prompt_ids", "ignore_eos", "return_token_ids", "stream_options", "stream_options.include_usage",
+    "stream_options.continuous_usage_stats",
+}  # fmt: skip
+
+
+async def test_a_server_that_takes_every_field_and_tells_the_total_alone_is_counted_once() -> None:
+    """As llama.cpp's own server: the total comes with the chunk that has the finish reason."""
+    usage = {"prompt_tokens": 5, "completion_tokens": 4}
+    engine, _ = foreign([*map(chunk, "abcd"), chunk("", "length", usage=usage)], ALL_FIELDS)
+    await engine.start()
+    answer = await engine.generate(REQUEST)
+    assert answer.error is None
+    assert answer.num_tokens == 4
+    assert [count for _, count in answer.arrivals] == [1, 1, 1, 1]
+    assert engine.describe()["tokens_per_chunk"] == "taken as 1"
+
+
+async def test_a_chunk_that_lacks_the_running_usage_counts_once() -> None:
+    def counted(text: str, total: int, finish: str | None = None) -> Chunk:
+        return chunk(text, finish, usage={"prompt_tokens": 5, "completion_tokens": total})
+
+    engine, _ = foreign([counted("ab", 2), chunk("c"), counted("d", 4, "length")], ALL_FIELDS)
+    await engine.start()
+    answer = await engine.generate(REQUEST)
+    assert engine.describe()["tokens_per_chunk"] == "reported"
+    assert [count for _, count in answer.arrivals] == [2, 1, 1]
+
+
+async def test_more_chunks_than_tokens_count_no_more_than_the_total() -> None:
+    usage = {"prompt_tokens": 5, "completion_tokens": 2}
+    engine, _ = foreign([*map(chunk, "abc"), chunk("d", "stop"), {"choices": [], "usage": usage}], ALL_FIELDS)
+    await engine.start()
+    answer = await engine.generate(REQUEST)
+    assert [count for _, count in answer.arrivals] == [1, 1, 0, 0]
+
+
+async def test_an_answer_that_ends_at_its_limit_has_that_many_tokens_where_nothing_tells_them() -> None:
+    engine, _ = foreign([chunk("ab"), chunk("cd", "length")], {"prompt_ids", "ignore_eos"})
+    await engine.start()
+    assert [count for _, count in (await engine.generate(REQUEST)).arrivals] == [1, 3]
+
+
+async def test_how_long_a_request_may_take_is_not_the_drivers_business() -> None:
+    engine, _ = foreign([chunk("a", "stop")], ALL_FIELDS)
+    await engine.start()
+    assert (engine._http.timeout.read, engine._http.timeout.pool) == (None, None)
+
+
 async def test_a_stream_that_stops_early_is_an_error() -> None:
     engine, _ = foreign([chunk("ab")], {"prompt_ids", "ignore_eos"})
     await engine.start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ import pytest
 import cluster.bench.peers
 from cluster.bench.engines.interface import BenchRequest, SpeculationCounts
 from cluster.bench.engines.peer_host import HostError, HostTimeouts, PeerHost
+from tests.processes import eventually
 
 FAKE = Path(__file__).parent.parent / "fake_peer_host.py"
 PROTOCOL = Path(cluster.bench.peers.__file__).parent
@@ -160,6 +162,24 @@ async def test_stop_ends_a_deaf_script_and_its_children() -> None:
     else:
         pytest.fail("the child outlived the stop")
     assert (await host.generate(request(1))).error == "stopped"
+
+
+async def test_a_stop_that_is_cancelled_kills_what_is_left() -> None:
+    # It would end by itself after a minute.
+    arguments = ("--child", "--fail", "deaf", "--grace", "60")
+    host = fake(*arguments, timeouts=HostTimeouts(10.0, 5.0, 2.0, 60.0))
+    child = int((await host.start())["versions"]["child"])
+    script = host._process
+    assert script is not None
+    task = asyncio.create_task(host.stop())
+    await asyncio.sleep(0.1)
+    assert script.returncode is None
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    async with asyncio.timeout(10.0):
+        assert await script.wait() == -signal.SIGKILL
+    assert eventually(lambda: not alive(child))
 
 
 def test_a_script_that_still_loads_ends_with_the_benchmark() -> None:

@@ -14,6 +14,8 @@ import torch
 
 import cluster.bench.peers
 from actors.models.source import ResolvedSource, resolve_source
+from actors.models.threads import cpus_of_cores, physical_cores
+from cluster.bench.engines import peers
 from cluster.bench.engines.interface import EngineUnavailableError
 from cluster.bench.engines.peers import PEERS, PeerOptions
 from cluster.bench.peers.environments import ENVIRONMENTS, MARKER, python_of
@@ -56,8 +58,9 @@ class FakeLibrary:
                 best.append(next_token(context))
         return np.array(best, np.int64)
 
-    def truncate(self, slot: int, length: int) -> None:
-        del self.slots[slot][length:]
+    def truncate(self, slot: int, length: int) -> bool:
+        del self.slots.setdefault(slot, [])[length:]
+        return True
 
     def clear(self) -> None:
         self.slots.clear()
@@ -144,6 +147,40 @@ def test_every_request_gets_the_models_own_continuation(
     if draft is not None:
         assert any(channel.end(name)["speculation"]["accepted"] > 0 for name in wanted)
     assert max(library.sizes) > 3, "requests did not share steps"
+
+
+class ForgetsAll(FakeLibrary):
+    """As for a recurrent model: no part can be forgotten."""
+
+    def truncate(self, slot: int, length: int) -> bool:
+        return length in (0, len(self.slots.get(slot, ()))) and super().truncate(slot, length)
+
+
+@pytest.mark.parametrize(("library_class", "read"), [(FakeLibrary, 2), (ForgetsAll, 34)])
+def test_a_later_turn_reads_only_what_its_slot_has_not(
+    scheduler_module: ModuleType, library_class: type[FakeLibrary], read: int
+) -> None:
+    library, channel = library_class(64), Recorder()
+    scheduler = scheduler_module.Scheduler(library, channel, 2, 200, None)
+
+    def tokens_read(name: str, prompt: list[int]) -> int:
+        """By a request that gets ten tokens: its prompt, as far as it is read, and nine of them."""
+        before = sum(library.sizes)
+        scheduler.handle(generate(name, prompt, 10, True))
+        while scheduler.busy:
+            scheduler.step()
+        assert channel.tokens(name) == expected(prompt, 10, True)
+        return sum(library.sizes) - before - 9
+
+    first = list(range(1, 21))
+    assert tokens_read("first", first) == 20
+    # Of 33 the slot has the first 29: the last token of the answer was never read.
+    second = [*first, *channel.tokens("first"), 5, 6, 7]
+    assert tokens_read("another", [9, 8, 7]) == 3  # in the other slot
+    assert tokens_read("second", second) == 4
+    assert tokens_read("second, with another end", [*second[:-1], 30, 31]) == read
+    scheduler.handle({"op": "reset", "id": "reset"})
+    assert tokens_read("after the reset", second) == 33
 
 
 @pytest.fixture
@@ -303,6 +340,35 @@ def test_every_peer_says_how_to_install_it(tmp_path: Path) -> None:
         (tmp_path / name / MARKER).write_text("{}")  # other versions
         with pytest.raises(EngineUnavailableError):
             python_of(name, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "threads", "binding"),
+    [
+        ({0, 1, 2, 3}, 0, "0,2"),
+        ({2, 3}, 0, "2"),
+        ({2, 3, 6}, 0, "2,6"),
+        ({0, 1, 2, 3}, 1, "0"),
+        ({0, 1, 2, 3}, 3, "0,1,2"),
+    ],
+)
+def test_vllms_threads_are_on_cores_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: set[int], threads: int, binding: str
+) -> None:
+    """Where CPUs 0 and 1 are one core, 2 and 3 the next."""
+    for cpu in range(8):
+        topology = tmp_path / f"cpu{cpu}" / "topology"
+        topology.mkdir(parents=True)
+        (topology / "core_id").write_text(f"{cpu // 2}\n")
+        (topology / "physical_package_id").write_text("0\n")
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: allowed)
+    monkeypatch.setattr(peers, "cpus_of_cores", lambda: cpus_of_cores(tmp_path))
+    monkeypatch.setattr(peers, "physical_cores", lambda: physical_cores(tmp_path, tmp_path / "no quota"))
+    monkeypatch.setattr(peers, "model_folder", lambda source, progress: source.path)
+    engine = PEERS["vllm-bf16"](PeerOptions(threads=threads))
+    source = ResolvedSource("folder", "folder", tmp_path, "folder", "00")
+    launch = engine._plan(source, Path("python"), print)  # type: ignore[attr-defined]
+    assert launch.environment["VLLM_CPU_OMP_THREADS_BIND"] == binding
 
 
 async def test_a_peer_that_is_not_installed_does_not_start(tmp_path: Path) -> None:

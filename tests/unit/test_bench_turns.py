@@ -10,34 +10,18 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from cluster.bench import turns as turns_module
+from cluster.bench import guardian as guardian_module
+from cluster.bench.guardian import Guardian
 from cluster.bench.turns import Turns
 from cluster.cli.local_cluster import descendants
 from tests.fake_bench_engine import FakeEngine
+from tests.processes import eventually, state
 
 ROOT = Path(__file__).parent.parent.parent
 TREE = "import subprocess, sys; subprocess.run([sys.executable, '-S', '-c', 'import time; time.sleep(60)'])"
-
-
-def state(pid: int) -> str:
-    """R, S, T (stopped), Z; "gone"."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return "gone"
-
-
-def eventually(true: Any, seconds: float = 5.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not true():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
 
 
 def stopped(tree: list[int]) -> bool:
@@ -129,11 +113,11 @@ async def test_an_engine_that_has_died_is_no_obstacle(trees: list[list[int]]) ->
 async def test_nothing_is_stopped_without_a_guardian(
     trees: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(turns_module, "GUARDIAN", Path("/no/such/file"))
+    monkeypatch.setattr(guardian_module, "SCRIPT", Path("/no/such/file"))
     a, b = (FakeEngine(str(tree[0]), pid=tree[0]) for tree in trees)
     with Turns([a, b], exclusive=True) as turns:
         assert turns._guardian is not None
-        turns._guardian.wait(10)
+        turns._guardian.process.wait(10)
         with pytest.raises(OSError, match="Broken pipe"):
             await turns.give_to(a)
     assert going(trees[0] + trees[1])
@@ -161,3 +145,30 @@ asyncio.run(main())
         assert stopped(other)
         benchmark.kill()
     assert going(one + other)
+
+
+def test_the_guardian_sends_what_was_said_last_and_nothing_when_closed(trees: list[list[int]]) -> None:
+    (one, child), (other, last) = trees
+    guardian = Guardian()
+    guardian.will_send([(one, signal.SIGSTOP), (child, signal.SIGSTOP)])
+    guardian.will_send([(other, signal.SIGSTOP)])
+    assert guardian.process.stdin is not None
+    guardian.process.stdin.close()  # as when this process is killed
+    assert guardian.process.wait(10) == 0
+    assert stopped([other])
+    assert going([one, child, last])
+    closed = Guardian()
+    closed.will_send([(one, signal.SIGSTOP)])
+    closed.close()
+    assert closed.process.returncode == 0
+    assert going([one])
+
+
+def test_a_later_process_of_the_same_id_gets_no_signal(
+    trees: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts = iter(["before", "after"])
+    monkeypatch.setattr(guardian_module, "started", lambda pid: next(starts))
+    guardian_module.guard([f"[[{trees[0][0]}, {int(signal.SIGSTOP)}]]"])
+    assert going(trees[0])
+    assert not list(starts)

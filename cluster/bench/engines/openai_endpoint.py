@@ -1,8 +1,8 @@
 """Any OpenAI-compatible endpoint, measured through streamed /v1/completions.
 
-Optional features are tried with one-token requests at the start: prompt ids instead of text,
-`return_token_ids` (vLLM and this server), `ignore_eos`, usage in the stream. What is missing costs accuracy,
-and `describe` says so.
+Optional features are tried with short requests at the start: prompt ids instead of text, `return_token_ids`
+(vLLM and this server), `ignore_eos`, usage in the stream. What is missing costs accuracy, and `describe` says
+so.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from cluster.bench.engines.speculation_payload import speculation_counts
 
 CONNECT_TIMEOUT_S = 10.0
 PROBE_TIMEOUT_S = 120.0
-READ_TIMEOUT_S = 600.0
-"""Longest silence within a stream; how long a request may take is the caller's business."""
+PROBE_TOKENS = 8
+"""Of the answer that shows whether usage runs along; a chunk may hold several."""
 _DATA = "data:"
 _ERROR_CHARS = 500
 
@@ -39,7 +39,8 @@ class Features:
 
 @dataclass(slots=True)
 class _Stream:
-    """What a stream has told so far. `counts`: tokens of each chunk, None where the endpoint does not say."""
+    """What a stream has told so far. arrivals: tokens of each chunk, None where the endpoint does not say.
+    counted: their sum, where such a chunk counts as one."""
 
     arrivals: list[tuple[float, int | None]] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
@@ -55,6 +56,7 @@ class OpenAIEndpoint:
 
     url: with or without /v1. model: None takes the first that the server lists. extra_body: sent with every
     request. reset_path: POSTed to by `reset`; without it `reset` does nothing. extra: goes into `describe`.
+    trust_env: whether requests go through the environment's proxy, if it names one.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class OpenAIEndpoint:
         extra_body: Mapping[str, Any] | None = None,
         reset_path: str | None = None,
         extra: Mapping[str, Any] | None = None,
+        trust_env: bool = True,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self._name = name
@@ -76,6 +79,7 @@ class OpenAIEndpoint:
         self._extra_body = dict(extra_body or {})
         self._reset_path = reset_path
         self._extra = dict(extra or {})
+        self._trust_env = trust_env
         self._transport = transport
         self._client: httpx.AsyncClient | None = None
         self.features = Features()
@@ -94,7 +98,9 @@ class OpenAIEndpoint:
             base_url=self._url,
             headers=self._headers,
             transport=self._transport,
-            timeout=httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
+            trust_env=self._trust_env,
+            # How long a request may take is the caller's business.
+            timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
         )
         try:
@@ -211,10 +217,10 @@ class OpenAIEndpoint:
                 stream.ids.extend(ids)
                 count: int | None = len(ids)
             elif self.features.continuous_usage and usage and not self.features.token_ids:
-                count = usage["completion_tokens"] - stream.counted
-                stream.counted = usage["completion_tokens"]
+                count = max(0, usage["completion_tokens"] - stream.counted)
             else:
                 count = None if text and not self.features.token_ids else 0
+            stream.counted += 1 if count is None else count
             stream.text.append(text)
             if count != 0:
                 stream.arrivals.append((at, count))
@@ -224,6 +230,8 @@ class OpenAIEndpoint:
     ) -> BenchResponse:
         usage = stream.usage or {}
         total = usage.get("completion_tokens")
+        if total is None and stream.finish_reason == "length":
+            total = request.max_tokens
         if error is None and stream.finish_reason is None:
             error = "the stream ended before the answer did"
         prompt_tokens = usage.get("prompt_tokens")
@@ -273,8 +281,29 @@ class OpenAIEndpoint:
         options: dict[str, Any] = {"include_usage": True}
         features.usage = await self._probe(stream=True, stream_options=options) is not None
         if features.usage and not features.token_ids:
-            options["continuous_usage_stats"] = True
-            features.continuous_usage = await self._probe(stream=True, stream_options=options) is not None
+            features.continuous_usage = await self._usage_runs_along()
+
+    async def _usage_runs_along(self) -> bool:
+        """Whether the tokens that chunks tell grow from one to the next. That nothing is refused says little:
+        many servers take `continuous_usage_stats` and tell the total alone."""
+        body: dict[str, Any] = {
+            "model": self._model,
+            "prompt": "Hi",
+            "max_tokens": PROBE_TOKENS,
+            "temperature": 0.0,
+            "stream": True,
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        }
+        if self.features.ignore_eos:
+            body["ignore_eos"] = True
+        told: set[int] = set()
+        try:
+            async for event, _ in self._events(body):
+                if event.get("choices") and event.get("usage"):
+                    told.add(event["usage"]["completion_tokens"])
+        except (_AnswerError, json.JSONDecodeError):
+            return False
+        return len(told) > 1
 
 
 class _AnswerError(Exception):
@@ -283,9 +312,13 @@ class _AnswerError(Exception):
 
 def _known_counts(arrivals: list[tuple[float, int | None]], total: int | None) -> list[tuple[float, int]]:
     """A chunk of unknown size counts as one token; what the total has beyond that came with the last chunk,
-    so that first to last arrival covers all tokens but the first, as TPOT is usually computed."""
+    so that first to last arrival covers all tokens but the first, as TPOT is usually computed. Where the
+    total is less, the last chunks of unknown size held no token of their own."""
     known = [(at, 1 if count is None else count) for at, count in arrivals]
-    missing = (total or 0) - sum(count for _, count in known)
-    if known and missing > 0 and any(count is None for _, count in arrivals):
+    unknown = [index for index, (_, count) in enumerate(arrivals) if count is None]
+    missing = total - sum(count for _, count in known) if total else 0
+    if unknown and missing > 0:
         known[-1] = (known[-1][0], known[-1][1] + missing)
+    for index in unknown[missing:] if missing < 0 else ():
+        known[index] = (known[index][0], 0)
     return known

@@ -19,6 +19,8 @@ from cluster.bench.peers.environments import python_of
 from cluster.config import EMBEDDED_MODEL
 
 HOSTS = Path(__file__).parent.parent / "peers"
+MAX_CONCURRENCY = 256
+"""Sequences that one context of llama.cpp can have."""
 Progress = Callable[[str], None]
 
 
@@ -38,7 +40,7 @@ class PeerOptions(BaseModel):
     model: str = EMBEDDED_MODEL
     threads: int = Field(0, ge=0)
     max_model_len: int = Field(2048, ge=16)
-    max_concurrency: int = Field(16, ge=1, le=256)
+    max_concurrency: int = Field(16, ge=1, le=MAX_CONCURRENCY)
     environments: Path | None = None
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     lookup_tokens: int | None = Field(None, ge=1, le=64)

@@ -112,14 +112,16 @@ class PeerHost:
             assert process.stdin is not None
             process.stdin.write(b'{"op":"stop"}\n')
             process.stdin.close()
-        for attempt in (None, signal.SIGTERM, signal.SIGKILL):
-            if attempt is not None:
-                _signal_group(process.pid, attempt)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._timeouts.stop_s):
-                    await process.wait()
-                    break
-        _signal_group(process.pid, signal.SIGKILL)  # children that outlived the script
+        try:
+            for attempt in (None, signal.SIGTERM, signal.SIGKILL):
+                if attempt is not None:
+                    _signal_group(process.pid, attempt)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._timeouts.stop_s):
+                        await process.wait()
+                        break
+        finally:  # children that outlived the script; all of it when this is cancelled
+            _signal_group(process.pid, signal.SIGKILL)
         await asyncio.wait(self._tasks, timeout=self._timeouts.stop_s)
         for task in self._tasks:
             task.cancel()

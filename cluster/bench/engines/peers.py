@@ -8,7 +8,7 @@ from typing import Any
 
 from actors.models.convert import model_folder
 from actors.models.source import ResolvedSource
-from actors.models.threads import physical_cores
+from actors.models.threads import cpus_of_cores, physical_cores
 from cluster.bench.engines.interface import BenchEngine
 from cluster.bench.engines.peer_engine import Launch, PeerEngine, PeerOptions, Progress
 from cluster.bench.peers.first_layers import first_layers, num_layers
@@ -34,6 +34,14 @@ def _flags(**values: object) -> tuple[str, ...]:
 
 def _threads(options: PeerOptions) -> int:
     return options.threads or physical_cores()
+
+
+def _binding(threads: int) -> str:
+    """The CPUs for so many threads, as vLLM reads them: one of each core that this process may use, siblings
+    only where there are more threads than cores."""
+    cores = cpus_of_cores()
+    cpus = [core[0] for core in cores] + [cpu for core in cores for cpu in core[1:]]
+    return ",".join(map(str, sorted(cpus[:threads])))
 
 
 def _omp(threads: int) -> dict[str, str]:
@@ -93,7 +101,7 @@ def _vllm(name: str, options: PeerOptions, method: str | None = None) -> BenchEn
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             # "auto" would leave a core idle.
-            "VLLM_CPU_OMP_THREADS_BIND": f"0-{threads - 1}",
+            "VLLM_CPU_OMP_THREADS_BIND": _binding(threads),
         }
         draft_model = options.assistant
         if method == "draft_model" and draft_model is None:

@@ -10,11 +10,12 @@ from typing import Any, Literal
 from actors.engine.messages import ResetScope
 from cluster.bench.engines.interface import BenchEngine, EngineUnavailableError
 from cluster.bench.engines.openai_endpoint import OpenAIEndpoint
+from cluster.bench.engines.peer_engine import MAX_CONCURRENCY
 from cluster.bench.engines.peers import PEERS, PeerOptions
 from cluster.bench.engines.s2d import S2DEngine
 from cluster.bench.engines.s2d_server import S2DServer
 from cluster.bench.peers.gguf_files import PRECISIONS
-from cluster.config import ClusterConfig, DrafterName, NestedDrafterConfig
+from cluster.config import ClusterConfig, DrafterName, EngineConfig, NestedDrafterConfig
 
 MODEL_FREE: tuple[DrafterName, ...] = ("prompt_lookup", "token_recycling")
 Pool = Literal["configured", "model-free", "nested"]
@@ -29,7 +30,7 @@ class EngineContext:
     concurrency: requests that may be in flight at once. server_config: what our own server is started with.
     threads: compute threads, 0 lets each engine choose. max_model_len: context that the requests need at
     least; our own server takes its configuration's. api_key: for endpoints given by URL. reset: what our own
-    server forgets when it is reset.
+    server forgets when it is reset. request_timeout_s: seconds that every engine gives a request at least.
     """
 
     folder: Path
@@ -41,6 +42,7 @@ class EngineContext:
     max_model_len: int = 2048
     api_key: str | None = None
     reset: ResetScope = "all"
+    request_timeout_s: float = 300.0
     _servers: dict[tuple[DrafterName, ...], S2DServer] = field(default_factory=dict)
 
     def server(self, pool: Pool = "configured") -> S2DServer:
@@ -55,10 +57,12 @@ class EngineContext:
     def _config(self, drafters: Pool) -> ClusterConfig:
         config = self.server_config
         engine = config.models[0].engine
-        sizes = {"max_num_seqs": max(engine.max_num_seqs, self.concurrency)}
-        if self.threads:
-            sizes["threads"] = self.threads
-        widened = engine.model_copy(update=sizes)
+        sizes = {
+            "max_num_seqs": max(engine.max_num_seqs, self.concurrency),
+            "max_batched_tokens": max(engine.max_batched_tokens, self.concurrency),
+            "threads": self.threads or engine.threads,
+        }
+        widened = EngineConfig.model_validate(engine.model_dump() | sizes)
         models = (config.models[0].model_copy(update={"engine": widened}), *config.models[1:])
         pool = config.draft_pool
         if drafters == "nested" and pool.nested is None:
@@ -69,7 +73,9 @@ class EngineContext:
         if drafters == "model-free":
             kept = tuple(d for d in pool.drafters if d != "nested") or MODEL_FREE
             pool = pool.model_copy(update={"drafters": kept})
-        return config.model_copy(update={"models": models, "draft_pool": pool})
+        patience = max(config.gateway.request_timeout_s, self.request_timeout_s)
+        gateway = config.gateway.model_copy(update={"request_timeout_s": patience})
+        return config.model_copy(update={"models": models, "draft_pool": pool, "gateway": gateway})
 
 
 Factory = Callable[[str, EngineContext], BenchEngine]
@@ -89,6 +95,7 @@ def _peer(build: Callable[[PeerOptions], BenchEngine]) -> Factory:
             max_concurrency=context.concurrency,
             # Peers with int8 weights have the precision in their name.
             dtype="float32" if context.dtype == "float32" else "bfloat16",
+            request_timeout_s=context.request_timeout_s,
         )
     )
 
@@ -117,19 +124,23 @@ def plain_of(name: str) -> str | None:
     return next((plain for plain in _PLAIN if name.startswith(f"{plain}-")), None)
 
 
-def check(engine: str) -> tuple[str, str]:
+def check(engine: str, concurrency: int = 1) -> tuple[str, str]:
     """(name, URL) of a name of the registry or of NAME=URL; the URL is empty for the former. Raises
-    EngineUnavailableError for anything else."""
+    EngineUnavailableError for anything else, and for an engine that takes fewer requests at once."""
     name, equals, url = engine.partition("=")
     if equals and not (name and url.startswith(("http://", "https://"))):
         raise EngineUnavailableError(f"engine {engine!r}: use NAME=URL with an http or https URL")
     if not equals and name not in FACTORIES:
         raise EngineUnavailableError(f"unknown engine {name!r}; known: {', '.join(FACTORIES)}, or NAME=URL")
+    if name in PEERS and not url and concurrency > MAX_CONCURRENCY:
+        raise EngineUnavailableError(
+            f"{name} takes at most {MAX_CONCURRENCY} requests at once, not {concurrency}"
+        )
     return name, url
 
 
 def create(engine: str, context: EngineContext) -> BenchEngine:
     """By a name of the registry, or NAME=URL for an OpenAI endpoint that is running already. Raises
-    EngineUnavailableError for an unknown name."""
-    name, url = check(engine)
+    EngineUnavailableError as `check` does."""
+    name, url = check(engine, context.concurrency)
     return OpenAIEndpoint(name, url, api_key=context.api_key) if url else FACTORIES[name](name, context)

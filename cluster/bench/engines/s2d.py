@@ -57,17 +57,20 @@ class S2DEngine:
             extra_body={"speculation": self._speculation},
             reset_path=f"{RESET_PATH}?scope={self._reset}",
             extra={"kind": "s2d serve", **{k: info[k] for k in known if k in info}},
+            trust_env=False,  # a proxy does not reach this machine's own address
         )
         await endpoint.start()
         self._endpoint = endpoint
 
     async def stop(self) -> None:
         endpoint, self._endpoint = self._endpoint, None
-        if endpoint is not None:
-            await endpoint.stop()
-        if self._holds_server:
-            self._holds_server = False
-            await self._server.release()
+        try:
+            if endpoint is not None:
+                await endpoint.stop()
+        finally:
+            if self._holds_server:
+                self._holds_server = False
+                await self._server.release()
 
     async def reset(self) -> None:
         await self._running.reset()

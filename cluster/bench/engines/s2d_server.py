@@ -20,9 +20,11 @@ import httpx
 import yaml
 
 from cluster.bench.engines.interface import EngineUnavailableError
+from cluster.bench.guardian import Guardian
 from cluster.cli.local_cluster import descendants, end_processes
 from cluster.config import ClusterConfig
 
+SERVE = (sys.executable, "-m", "cluster.cli.main", "serve")
 READY_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 60.0
 POLL_S = 0.3
@@ -33,7 +35,8 @@ _LOG_CHARS = 2000
 
 
 class S2DServer:
-    """Started by the first `acquire`, stopped by the last `release`. For one event loop.
+    """Started by the first `acquire`, stopped by the last `release`, and ended by a guardian if this process
+    is killed before. For one event loop.
 
     The given configuration is served as it is, apart from the ports, which are chosen free, and the admin
     endpoints, which are switched on. It is asked every `poll_s` seconds whether it is ready.
@@ -45,6 +48,7 @@ class S2DServer:
         self._users = 0
         self._lock = asyncio.Lock()
         self._process: Process | None = None
+        self._guardian: Guardian | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self.url = ""
 
@@ -101,7 +105,9 @@ class S2DServer:
         return await self._get("/state")
 
     async def _get(self, path: str) -> Mapping[str, Any]:
-        async with httpx.AsyncClient(base_url=self.url, timeout=10.0, headers=self.headers) as client:
+        async with httpx.AsyncClient(
+            base_url=self.url, timeout=10.0, headers=self.headers, trust_env=False
+        ) as client:
             answer = await client.get(path)
             return dict(answer.raise_for_status().json())
 
@@ -118,9 +124,10 @@ class S2DServer:
         self._folder = tempfile.TemporaryDirectory(prefix="s2d-bench-")
         file = Path(self._folder.name) / "cluster.yaml"
         file.write_text(yaml.safe_dump(data), encoding="utf-8")
+        self._guardian = Guardian()
         with self._log.open("wb") as log:
             self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "cluster.cli.main", "serve", "-c", str(file)),
+                *(*SERVE, "-c", str(file)),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=asyncio.subprocess.STDOUT,
@@ -128,12 +135,16 @@ class S2DServer:
                 # Ctrl-C at the terminal is for the benchmark, which then stops the server.
                 start_new_session=True,
             )
+        self._guardian.will_send([(self._process.pid, signal.SIGTERM)])
         self.url = f"http://127.0.0.1:{http_port}"
         await self._wait_ready(self._process)
 
     async def _wait_ready(self, process: Process) -> None:
         try:
-            async with asyncio.timeout(READY_TIMEOUT_S), httpx.AsyncClient(timeout=5.0) as client:
+            async with (
+                asyncio.timeout(READY_TIMEOUT_S),
+                httpx.AsyncClient(timeout=5.0, trust_env=False) as client,
+            ):
                 while True:
                     if process.returncode is not None:
                         raise EngineUnavailableError(f"`s2d serve` ended: {self._last_output()}")
@@ -148,19 +159,16 @@ class S2DServer:
 
     async def _stop(self) -> None:
         process, self._process = self._process, None
-        if process is not None and process.returncode is None:
-            below = descendants(process.pid)
-            process.send_signal(signal.SIGTERM)
-            try:
-                async with asyncio.timeout(STOP_TIMEOUT_S):
-                    await process.wait()
-            except TimeoutError:
-                process.kill()
-                await process.wait()
-            await asyncio.to_thread(end_processes, below, 5.0)
-        if self._folder is not None:
-            self._folder.cleanup()
-            self._folder = None
+        try:
+            if process is not None and process.returncode is None:
+                await _end(process)
+        finally:
+            if self._guardian is not None:
+                self._guardian.close()
+                self._guardian = None
+            if self._folder is not None:
+                self._folder.cleanup()
+                self._folder = None
 
     @property
     def _log(self) -> Path:
@@ -169,6 +177,26 @@ class S2DServer:
 
     def _last_output(self) -> str:
         return self.output.strip()[-_LOG_CHARS:]
+
+
+async def _end(process: Process) -> None:
+    """End the process and all below it. Cancelled meanwhile, kill what is left at once."""
+    below = descendants(process.pid)
+    process.send_signal(signal.SIGTERM)
+    try:
+        try:
+            async with asyncio.timeout(STOP_TIMEOUT_S):
+                await process.wait()
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+        await asyncio.to_thread(end_processes, below, 5.0)
+    except asyncio.CancelledError:
+        if process.returncode is None:
+            below |= descendants(process.pid)
+            process.kill()
+        end_processes(below, 0.0)
+        raise
 
 
 def free_ports(count: int) -> list[int]:

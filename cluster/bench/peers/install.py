@@ -16,6 +16,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from actors.models.threads import physical_cores
 from cluster.bench.peers.environments import (
@@ -134,11 +135,11 @@ def install_command(
             with console.status(f"{name}: installing {environment.note}") as status:
 
                 def show(line: str, name: str = name) -> None:
-                    status.update(f"{name}: {line[: max(20, console.width - len(name) - 8)]}")
+                    status.update(f"{name}: {escape(line[: max(20, console.width - len(name) - 8)])}")
 
                 done = install(environment, root, show, timeout)
         except InstallError as error:
-            console.print(f"[bold red]error:[/] {name}: {error}", soft_wrap=True)
+            console.print(f"[bold red]error:[/] {name}: {escape(str(error))}", soft_wrap=True)
             raise typer.Exit(1) from error
         took = f"installed in {time.monotonic() - started:.0f} s" if done else "is installed already"
         console.print(f"{name} {took}: {root / name}", soft_wrap=True)

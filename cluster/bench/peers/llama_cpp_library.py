@@ -76,8 +76,9 @@ class Library:
         best: np.ndarray = rows.argmax(axis=1)
         return best
 
-    def truncate(self, slot: int, length: int) -> None:
-        llama_cpp.llama_memory_seq_rm(self._memory, slot, length, -1)
+    def truncate(self, slot: int, length: int) -> bool:
+        """Forget what lies behind. False for models that can only forget all: then nothing has changed."""
+        return bool(llama_cpp.llama_memory_seq_rm(self._memory, slot, length, -1))
 
     def clear(self) -> None:
         llama_cpp.llama_memory_clear(self._memory, False)

@@ -38,7 +38,8 @@ class Sequence:
 
 
 class Scheduler:
-    """Who is in the next batch, and what its result means."""
+    """Who is in the next batch, and what its result means. A request goes to the free slot whose last one
+    began most like it and reads only what differs, as in llama.cpp's own server."""
 
     def __init__(
         self, library: Library, channel: Channel, slots: int, max_len: int, draft: Draft | None
@@ -47,7 +48,8 @@ class Scheduler:
         self._channel = channel
         self._max_len = max_len
         self._draft = draft
-        self._free = list(reversed(range(slots)))
+        self._free = list(range(slots))  # the one that is free longest comes first
+        self._kept: dict[int, np.ndarray] = {}  # ids in the KV cache of a free slot
         self._waiting: deque[Message] = deque()
         self._running: dict[int, Sequence] = {}
 
@@ -70,6 +72,7 @@ class Scheduler:
         elif op == "reset":
             if not self._running:
                 self._library.clear()
+            self._kept.clear()
             self._channel.send({"event": "reset", "id": request_id})
 
     def step(self) -> None:
@@ -91,12 +94,27 @@ class Scheduler:
         self._channel.send(*messages)
 
     def _admit(self, message: Message) -> None:
-        prompt = message["prompt_ids"]
+        prompt = np.array(message["prompt_ids"], np.intc)
         end = len(prompt) + message["max_tokens"]
         ids = np.zeros(end, np.intc)
         ids[: len(prompt)] = prompt
-        slot = self._free.pop()
-        self._running[slot] = Sequence(message["id"], slot, ids, len(prompt), end, message["ignore_eos"])
+        by_slot = {slot: self._shared(slot, prompt) for slot in self._free}
+        slot = max(self._free, key=by_slot.__getitem__)
+        shared = by_slot[slot]
+        self._free.remove(slot)
+        if not self._library.truncate(slot, shared):
+            shared = 0
+            self._library.truncate(slot, shared)
+        self._running[slot] = Sequence(
+            message["id"], slot, ids, len(prompt), end, message["ignore_eos"], cached=shared
+        )
+
+    def _shared(self, slot: int, prompt: np.ndarray) -> int:
+        """How many first tokens of the prompt are in the slot's KV cache; never the last, whose logits are
+        wanted."""
+        kept = self._kept.get(slot, prompt[:0])[: len(prompt) - 1]
+        differing = np.flatnonzero(kept != prompt[: len(kept)])
+        return int(differing[0]) if len(differing) else len(kept)
 
     def _plan(self) -> Iterator[tuple[Sequence, list[Entry]]]:
         """Running requests first, then prompts as far as the batch holds them."""
@@ -151,6 +169,6 @@ class Scheduler:
         return messages
 
     def _release(self, sequence: Sequence) -> None:
-        self._library.truncate(sequence.slot, 0)
+        self._kept[sequence.slot] = sequence.ids[: sequence.cached]
         del self._running[sequence.slot]
         self._free.append(sequence.slot)
