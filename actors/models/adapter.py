@@ -68,7 +68,7 @@ def _merge(base: ResolvedSource, folder: Path, adapter: ResolvedSource, merged: 
             f"adapter {adapter.source!r} does not fit {base.name}: {str(error).splitlines()[0]}"
         ) from error
     head, embedding = whole.get_output_embeddings(), whole.get_input_embeddings()
-    if head.weight is not embedding.weight:
+    if head is not None and head.weight is not embedding.weight:
         whole.config.tie_word_embeddings = False
     whole.save_pretrained(merged)
     # The rest of the folder is the base's: tokenizer, chat template, generation settings.

@@ -155,7 +155,7 @@ def freeze_rope(model: nn.Module, max_model_len: int) -> None:
         differ, turned = not torch.equal(rotary.inv_freq, long), _turned(rotary, far)
         rotary.inv_freq.copy_(long)
         ignored = differ and torch.equal(_turned(rotary, far), turned)
-        if ignored or not torch.equal(_turned(rotary, near), _turned(rotary, near, far)):
+        if ignored or not torch.allclose(_turned(rotary, near), _turned(rotary, near, far), atol=1e-5):
             raise UnsupportedModelError(
                 f"{name} is not supported beyond {original} tokens: its LongRoPE cannot be kept to the long "
                 f"factors; set max_model_len"

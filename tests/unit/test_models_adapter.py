@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from actors.models.adapter import adapted
-from actors.models.load import DTypeName, load_runner
+from actors.models.load import Backend, DTypeName, load_runner
 from actors.models.runner import RaggedBatch
 from actors.models.source import ModelSourceError, resolve_source
 from cluster.config import ClusterConfig
@@ -24,12 +25,18 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_llama(tmp_path_factory.mktemp("base"))
 
 
-def make_adapter(base: Path, folder: Path) -> Path:
+@pytest.fixture(scope="module")
+def tied_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("tied"), tied=True)
+
+
+def make_adapter(base: Path, folder: Path, targets: Sequence[str] = ("q_proj", "v_proj")) -> Path:
     torch.manual_seed(4)
     model = LlamaForCausalLM.from_pretrained(base)
-    wrapped = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
+    wrapped = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=list(targets)))
     for name, weights in wrapped.named_parameters():
-        if "lora_B" in name:  # zero to begin with: an adapter that changes nothing
+        # Zero to begin with: an adapter that changes nothing.
+        if "lora_B" in name or "lora_embedding_A" in name:
             torch.nn.init.normal_(weights, std=0.3)
     wrapped.save_pretrained(folder)
     return folder
@@ -45,27 +52,53 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setenv("S2D_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
 
 
-def logits(base: Path, adapter: Path | None, dtype: DTypeName = "float32") -> torch.Tensor:
+def logits(
+    base: Path, adapter: Path | None, dtype: DTypeName = "float32", backend: Backend = "auto"
+) -> torch.Tensor:
     loaded = load_runner(
         str(base),
         adapter=None if adapter is None else str(adapter),
         dtype=dtype,
+        backend=backend,
         kv_blocks=8,
         threads=1,
     )
     return loaded.runner.forward(RaggedBatch.chain(IDS))
 
 
-def test_a_merged_model_is_what_peft_computes(base: Path, adapter: Path) -> None:
+@pytest.mark.parametrize(
+    ("tied", "targets"),
+    [
+        (False, ["q_proj", "v_proj"]),
+        (True, ["q_proj", "v_proj"]),
+        (True, ["q_proj", "lm_head"]),
+        (True, ["embed_tokens"]),
+        (True, ["embed_tokens", "lm_head"]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else ("apart", "tied")[value],
+)
+def test_a_merged_model_is_what_peft_computes(
+    tied: bool, targets: list[str], base: Path, tied_base: Path, tmp_path: Path
+) -> None:
+    base = tied_base if tied else base
+    adapter = make_adapter(base, tmp_path / "mine", targets)
     whole = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), adapter).eval()
     with torch.inference_mode():
         expected = whole(IDS[None]).logits[0]
     plain, merged = logits(base, None), logits(base, adapter)
     assert torch.allclose(merged, expected, atol=1e-3)
+    assert torch.allclose(logits(base, adapter, backend="generic"), expected, atol=1e-3)
     assert not torch.allclose(merged, plain, atol=0.1)
     dtypes: tuple[DTypeName, ...] = ("bfloat16", "int8")
     for dtype in dtypes:
         assert (logits(base, adapter, dtype) - merged).abs().max() < 0.2 * merged.abs().max()
+
+
+def test_a_head_of_its_own_only_where_it_has_to_be(tied_base: Path, tmp_path: Path) -> None:
+    source = resolve_source(str(tied_base))
+    for target, tied in (("q_proj", True), ("lm_head", False), ("embed_tokens", False)):
+        made = adapted(source, tied_base, str(make_adapter(tied_base, tmp_path / target, [target])))
+        assert LlamaConfig.from_pretrained(made.path).tie_word_embeddings is tied
 
 
 def test_merging_happens_once_and_the_result_has_a_name_and_a_hash_of_its_own(

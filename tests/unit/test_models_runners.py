@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 import transformers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from actors.models.generic import GenericRunner, PackedLinear, load_generic
 from actors.models.llama_load import UnsupportedModelError
@@ -37,7 +39,7 @@ BASE: dict[str, Any] = {
 }
 
 
-def rope(kind: str, **values: float) -> dict[str, Any]:
+def rope(kind: str, **values: float | list[float]) -> dict[str, Any]:
     return {"rope_type": kind, "rope_theta": 10000.0, **values}
 
 
@@ -68,6 +70,11 @@ OTHERS: dict[str, Callable[[], Any]] = {
     "gemma3": lambda: hf.Gemma3TextConfig(
         **BASE, head_dim=16, sliding_window=8, layer_types=["sliding_attention", "full_attention"] * 2
     ),
+    "gemma4": lambda: hf.Gemma4TextConfig(  # heads of two sizes, layers that share keys and values
+        **BASE, head_dim=16, global_head_dim=32, sliding_window=8, num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCAB,
+    ),
     "phi3": lambda: hf.Phi3Config(**BASE),
     "phi3_longrope": lambda: hf.Phi3Config(
         **BASE, original_max_position_embeddings=16,
@@ -75,11 +82,20 @@ OTHERS: dict[str, Callable[[], Any]] = {
                              original_max_position_embeddings=16),
     ),
     "mistral_window": lambda: hf.MistralConfig(**BASE, sliding_window=8),
+    "phimoe_window": lambda: hf.PhimoeConfig(**BASE, num_local_experts=4, sliding_window=30),
     "gpt_oss": lambda: hf.GptOssConfig(
         **BASE, head_dim=16, sliding_window=8, num_local_experts=4, num_experts_per_tok=2,
         rope_parameters=rope("default"),
     ),
 }  # fmt: skip
+
+
+def phimoe_longrope(**values: Any) -> Any:
+    return hf.PhimoeConfig(
+        **BASE, num_local_experts=4,
+        rope_parameters=rope("longrope", short_factor=[1.0] * 6, long_factor=[1.0, 1.5, 2.0, 3.0, 5.0, 8.0],
+                             original_max_position_embeddings=16, short_mscale=1.0, long_mscale=1.0) | values,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +105,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     def get(name: str) -> Path:
         if name not in saved:
-            config = (LLAMA_FAMILY | OTHERS)[name]()
+            config = (LLAMA_FAMILY | OTHERS | {"phimoe_longrope": phimoe_longrope})[name]()
             torch.manual_seed(0)
             model = hf.AutoModelForCausalLM.from_config(config)
             with torch.no_grad():  # biases, norms and sinks start at trivial values
@@ -364,18 +380,52 @@ def test_rollback_overwrites_rejected_slots(folders: Callable[[str], Path]) -> N
 
 
 def test_longrope_does_not_depend_on_the_batch(folders: Callable[[str], Path]) -> None:
-    for limit in (128, 16):  # long factors, short factors
-        runner = load(folders("phi3_longrope"), "generic", max_model_len=limit).runner
+    # Long factors, short factors; PhiMoE turns every token anew and is refused where it needs long ones.
+    for name, limit in (("phi3_longrope", 128), ("phi3_longrope", 16), ("phimoe_longrope", 16)):
+        runner = load(folders(name), "generic", max_model_len=limit).runner
         short, long = random_ids(8, limit)
         alone = runner.forward(make_batch([(0, short, 0)]))
         beside = runner.forward(make_batch([(0, short, 0), (1, long, 0)]))[: len(short)]
         torch.testing.assert_close(alone, beside, atol=1e-5, rtol=1e-5)
 
 
+def test_rows_that_depend_on_the_longest_position_of_a_batch_are_refused(
+    folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rotary = hf.models.gemma2.modeling_gemma2.Gemma2RotaryEmbedding
+    own = rotary.forward
+
+    def forward(self: Any, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        scale = 2.0 if int(position_ids.max()) >= 100 else 1.0
+        return tuple(scale * turn for turn in own(self, x, position_ids))
+
+    monkeypatch.setattr(rotary, "forward", forward)
+    assert load(folders("gemma2"), "generic", max_model_len=100).info.max_model_len == 100
+    with pytest.raises(UnsupportedModelError, match="does not reproduce"):
+        load(folders("gemma2"), "generic")
+
+
+@pytest.mark.parametrize("backend", ["torch", "generic"])
+def test_a_stored_head_that_differs_is_not_tied(
+    backend: str, folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """What merging a changed head into a tied model leaves, when the configuration still says tied."""
+    shutil.copytree(folders("llama_tied"), tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    assert "lm_head.weight" not in weights
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    (ids,) = random_ids(20)
+    ours = load(tmp_path, backend).runner.forward(make_batch([(0, ids, 0)]))
+    torch.testing.assert_close(ours, reference(tmp_path, ids), atol=1e-4, rtol=1e-4)
+    tied = reference(folders("llama_tied"), ids)
+    assert not torch.allclose(ours, tied, atol=0.1)
+
+
 def test_sliding_windows_matter_in_this_suite(folders: Callable[[str], Path]) -> None:
     """Guards the suite: the tiny windowed models really differ from full attention."""
     (ids,) = random_ids(40)
-    for name in ("gemma2", "gemma3", "mistral_window", "gpt_oss"):
+    for name in ("gemma2", "gemma3", "mistral_window", "gpt_oss", "phimoe_window"):
         model = hf.AutoModelForCausalLM.from_pretrained(folders(name), attn_implementation="eager")
         with torch.no_grad():
             windowed = model(input_ids=ids[None]).logits
@@ -402,8 +452,17 @@ def test_sliding_windows_matter_in_this_suite(folders: Callable[[str], Path]) ->
                                 intermediate_size_mlp=64),
             "chunked_attention",
         ),
+        (
+            hf.DeepseekV4Config(**BASE, head_dim=16, q_lora_rank=24, o_lora_rank=24, o_groups=2,
+                                num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
+                                sliding_window=8,
+                                layer_types=["sliding_attention", "heavily_compressed_attention"] * 2),
+            "heavily_compressed_attention",  # of more tokens than the probe has
+        ),
+        (phimoe_longrope(), "beyond 16 tokens"),  # short factors, whatever was frozen
+        (phimoe_longrope(long_factor=[1.0] * 6, long_mscale=1.5), "beyond 16 tokens"),  # that of the batch
     ],
-    ids=["mamba", "bloom", "bert", "llama4"],
+    ids=["mamba", "bloom", "bert", "llama4", "deepseek_v4", "phimoe_factors", "phimoe_mscale"],
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_cannot_be_served_is_refused_by_name(
