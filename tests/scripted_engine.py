@@ -54,6 +54,21 @@ def rounds(
     return outputs
 
 
+class StepClock:
+    """In place of `time` in a module under test: a second passes when `tick` is called, and only then."""
+
+    perf_counter = staticmethod(time.perf_counter)
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def tick(self) -> None:
+        self.now += 1.0
+
+
 @dataclass
 class _Running:
     request: EngineRequest
@@ -69,6 +84,8 @@ class ScriptedEngine:
     def __init__(self, script: Script, step_s: float = 0.0) -> None:
         self.script = script
         self.step_s = step_s
+        self.on_step: Callable[[], object] = lambda: None
+        """Called at the beginning of each step, in the engine's thread."""
         self.gate = threading.Event()
         self.gate.set()
         self.running: dict[str, _Running] = {}
@@ -82,6 +99,10 @@ class ScriptedEngine:
         self.add_error: Exception | None = None
         self.abort_error: Exception | None = None
         self._thread: int | None = None
+
+    def step_by_step(self) -> None:
+        """From now on `gate` lets one step through and closes again; it is open for the next one."""
+        self.on_step = self.gate.clear
 
     def _same_thread(self) -> None:
         self._thread = self._thread or threading.get_ident()
@@ -104,6 +125,7 @@ class ScriptedEngine:
     def step(self) -> Sequence[RequestOutput]:
         self._same_thread()
         assert self.gate.wait(20.0)
+        self.on_step()
         self.steps += 1
         if self.steps in self.fail_at:
             raise FloatingPointError("scripted failure")

@@ -76,6 +76,10 @@ def invalid(param: str | None, message: str, code: str | None = None) -> ApiErro
     return ApiError(400, message, param=param, code=code)
 
 
+def body_too_large(limit: int) -> ApiError:
+    return ApiError(413, f"the body is larger than {limit} bytes", code="body_too_large")
+
+
 def model_not_found(model: str) -> ApiError:
     message = f"`{model}` is not served here"
     return ApiError(404, message, type="not_found_error", param="model", code="model_not_found")

@@ -12,9 +12,10 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Any, Protocol
 
 import grpc
+from google.protobuf.message import Message
 
 from actors.target_worker.messages import GenerationChunk, TargetInfo
-from cluster.gateway.errors import ApiError, invalid, not_ready
+from cluster.gateway.errors import ApiError, body_too_large, invalid, not_ready
 from cluster.gateway.generation import JobTotals
 from cluster.gateway.grpc_convert import (
     chat_request_job,
@@ -67,10 +68,14 @@ class GenerationServicer:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
 
-    def _check(self, context: CallContext) -> None:
-        key = self._gateway.config.api_key
+    def _check(self, context: CallContext, request: Message | None = None) -> None:
+        """Raises 401, or 413 for a request of more bytes than an HTTP body may have."""
+        config = self._gateway.config
+        key, limit = config.api_key, config.max_body_bytes
         if key is not None and not authorized(_metadata(context).get("authorization"), key):
             raise unauthorized()
+        if request is not None and request.ByteSize() > limit:
+            raise body_too_large(limit)
 
     async def generate(
         self, request: pb.GenerateRequest, context: CallContext
@@ -97,7 +102,7 @@ class GenerationServicer:
         request_id = request.request_id or _metadata(context).get(REQUEST_ID_KEY) or new_id("req")
         run: AsyncGenerator[tuple[int, GenerationChunk], None] | None = None
         try:
-            self._check(context)
+            self._check(context, request)
             if not request.model:
                 raise invalid("model", "is required")
             model, info = await self._gateway.directory.ready_model(request.model)
@@ -125,7 +130,7 @@ class GenerationServicer:
     async def tokenize(self, request: pb.TokenizeRequest, context: CallContext) -> pb.TokenizeResponse:
         request_id = _metadata(context).get(REQUEST_ID_KEY) or new_id("req")
         try:
-            self._check(context)
+            self._check(context, request)
             name = self._gateway.named(request.model or None).name
             model, info = await self._gateway.directory.ready_model(name)
             add_special = request.add_special_tokens if request.HasField("add_special_tokens") else True
@@ -149,7 +154,7 @@ class GenerationServicer:
 
     async def get_model_info(self, request: pb.GetModelInfoRequest, context: CallContext) -> pb.ModelInfo:
         try:
-            self._check(context)
+            self._check(context, request)
             model = self._gateway.directory.find(request.model)
         except ApiError as error:
             set_error(context, error, new_id("req"))

@@ -17,7 +17,7 @@ from starlette.responses import Response
 from actors.target_worker.messages import GenerationChunk, GenerationRequest, TargetInfo
 from cluster.config import GatewayConfig
 from cluster.gateway import openai_chat, openai_completions
-from cluster.gateway.errors import ApiError, from_validation_error, invalid, not_ready
+from cluster.gateway.errors import body_too_large, from_validation_error, invalid, not_ready
 from cluster.gateway.generation import InFlight, prefetch, run_job
 from cluster.gateway.models import DraftPoolView, ModelClient, ModelDirectory, ModelLoader, ServedModel
 from cluster.gateway.openai_format import new_id
@@ -102,7 +102,7 @@ async def read_json(request: Request, limit: int) -> Any:
         elif total > DRAIN_BODY_FACTOR * limit or asyncio.get_running_loop().time() > deadline:
             break
     if too_large:
-        raise ApiError(413, f"the body is larger than {limit} bytes", code="body_too_large")
+        raise body_too_large(limit)
 
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not allowed")

@@ -12,7 +12,8 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
-from cluster.client import S2DClient
+from cluster.client import S2DClient, S2DError
+from cluster.config import GatewayConfig
 from protos.s2d.v1 import generation_pb2 as pb
 from protos.s2d.v1 import generation_pb2_grpc as pb_grpc
 from tests.integration.server import MODEL, Server
@@ -76,6 +77,19 @@ def test_errors_have_codes_and_name_the_field(server: Server) -> None:
     assert "top_p" in bad.details()
     empty = _refused(server, pb.GenerateRequest(model=MODEL))
     assert empty.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_request_of_the_largest_size_reaches_the_target(server: Server) -> None:
+    """Its ids take twice as many bytes from the gateway to the target as to the gateway."""
+    limit = GatewayConfig().max_body_bytes
+    async with S2DClient(server.grpc_address) as client:
+        for count, said in (
+            (limit - 100, "leaves no room for an answer"),
+            (limit, f"larger than {limit} bytes"),
+        ):
+            with pytest.raises(S2DError, match=said) as caught:
+                await anext(client.generate(MODEL, [5] * count))
+            assert caught.value.code is grpc.StatusCode.INVALID_ARGUMENT
 
 
 async def test_the_typed_client_streams_like_http(server: Server) -> None:

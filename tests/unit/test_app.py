@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ray.serve._private import constants
 from ray.serve.deployment import Application
 from ray.serve.schema import ServeDeploySchema
 
 from cluster.app import GRPC_HEALTH, GRPC_SERVICER, build_app, serve_options
-from cluster.config import ClusterConfig
+from cluster.cli.local_cluster import RAY_ENVIRONMENT
+from cluster.config import ClusterConfig, GatewayConfig
 from cluster.model_apps import (
     APP_NAME,
     ModelAppConfig,
@@ -93,6 +95,13 @@ def test_proxies_outwait_a_request_that_wakes_its_model() -> None:
     options = serve_options(ClusterConfig.model_validate(ClusterConfig.default().model_dump() | data))
     for proxy in ("http_options", "grpc_options"):
         assert options[proxy]["request_timeout_s"] > 120
+
+
+def test_messages_between_processes_are_bounded_by_the_proxies_alone() -> None:
+    """Ray Serve knows the variables that `s2d serve` sets, and a body of any allowed size gets through."""
+    assert all(hasattr(constants, name) for name in RAY_ENVIRONMENT if name.startswith("RAY_SERVE_"))
+    limit = int(RAY_ENVIRONMENT["RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH"])
+    assert limit == constants.RAY_SERVE_GRPC_MAX_MESSAGE_SIZE > 100 * GatewayConfig().max_body_bytes
 
 
 def test_unloading_a_model_waits_for_what_runs_on_it() -> None:

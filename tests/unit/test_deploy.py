@@ -161,6 +161,18 @@ def test_manifest_and_file_are_the_same(serve_config: Json) -> None:
     assert load(DEPLOY / "serve.yaml") == serve_config
 
 
+def test_what_is_deployed_is_what_s2d_serve_serves(serve_config: Json) -> None:
+    """Model, drafters, trained draft and router; ports and sizes are those of where it runs."""
+    default = ClusterConfig.default()
+    args = ClusterConfig.model_validate(serve_config["applications"][0]["args"])
+    for config in (args, ClusterConfig.from_yaml(DEPLOY / "container.yaml")):
+        models, expected = ([(m.name, m.source, m.dtype) for m in c.models] for c in (config, default))
+        assert models == expected
+        pool = config.draft_pool
+        assert (pool.drafters, pool.nested) == (default.draft_pool.drafters, default.draft_pool.nested)
+        assert config.routed == default.routed is not None
+
+
 def test_import_paths_resolve(serve_config: Json) -> None:
     module, _, name = serve_config["applications"][0]["import_path"].partition(":")
     assert callable(getattr(importlib.import_module(module), name))

@@ -45,10 +45,13 @@ def test_paths_in_the_text_exist(page: Path) -> None:
 
 def test_every_parameter_is_documented() -> None:
     api = text("docs/api.md")
+    (without_effect,) = re.findall(r"Accepted and of no effect: ([^.]*)\.", api)
+    rows = [*re.findall(r"^\| (.*?) \|", api, re.MULTILINE), without_effect]
     for schema in (ChatBody, CompletionBody, SpeculationBody):
         for field in schema.model_fields:
             if field != "modalities":  # accepted for its only value, text
-                assert f"`{field}" in api or f"{field}`" in api, field
+                # Alone, with a field of its own (`a.b`), or with its only value (`a: b`).
+                assert any(re.search(rf"`{field}(?:[.:][^`]*)?`", row) for row in rows), field
     for field in REFUSED_FIELDS:
         assert f"`{field}`" in api, field
 
@@ -57,13 +60,16 @@ def test_finish_reasons_are_those_that_can_arrive() -> None:
     """What ends otherwise is resumed, or fails: its chunk has an error, and no client sees its reason."""
     (reasons,) = re.findall(r"^`finish_reason` is (.*)$", text("docs/api.md"), re.MULTILINE)
     assert re.findall(r"`(\w+)`", reasons) == ["stop", "length"]
+    proto = text("protos/s2d/v1/generation.proto")
+    (reasons,) = re.findall(r"// Empty until the choice ends: ([^.]*)\.", proto)
+    assert re.findall(r'"(\w+)"', reasons) == ["stop", "length"]
 
 
 def test_every_endpoint_is_documented() -> None:
     api = text("docs/api.md")
-    sources = "".join(text(f"cluster/gateway/{name}.py") for name in ("routes", "admin", "router_api"))
+    sources = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "cluster/gateway").glob("*.py"))
     paths = re.findall(r'@(?:router|api)\.(get|post|put|delete)\("([^"]+)"\)', sources)
-    assert len(paths) > 8
+    assert len(paths) > 14
     for method, path in paths:
         assert f"`{method.upper()} {re.sub(r'{.*}', '{id}', path)}`" in api
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
+from unittest.mock import Mock
 
 import grpc
 import pytest
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
-from actors.target_worker.messages import GenerationChunk, RequestError
+from actors.sampling.params import GrammarSpec, SamplingParams, SpeculationParams
+from actors.target_worker.messages import ChatMessage, GenerationChunk, GenerationRequest, RequestError
 from cluster.client import RetryPolicy, S2DClient, S2DError
+from cluster.gateway import grpc_health
 from cluster.gateway.grpc_service import GenerationServicer
 from cluster.gateway.routes import Gateway
 from protos.s2d.v1 import generation_pb2 as pb
@@ -58,6 +62,20 @@ async def serving(served: Gateway, **options: Any) -> AsyncIterator[S2DClient]:
         await server.stop(0)
 
 
+async def whole(stream: AsyncIterator[pb.GenerateChunk]) -> str:
+    return "".join([chunk.text async for chunk in stream])
+
+
+def every_call(client: S2DClient, text: str) -> list[Coroutine[Any, Any, object]]:
+    """Of each method whose request has fields, with `text` in it."""
+    return [
+        whole(client.generate(MODEL, text)),
+        whole(client.chat(MODEL, [("user", text)])),
+        client.tokenize(MODEL, text),
+        client.model_info(text),
+    ]
+
+
 async def test_generate() -> None:
     target = FakeTarget()
     async with serving(gateway(target)) as client:
@@ -84,6 +102,70 @@ async def test_generate() -> None:
     request = target.requests[0]
     assert (request.sampling.logit_bias, request.stop) == ({3: -1.0}, ("x",))
     assert (request.speculation.max_draft_tokens, request.speculation.force) == (2, True)
+
+
+SAMPLING: dict[str, Any] = {
+    "max_tokens": 9,
+    "min_tokens": 2,
+    "temperature": 0.5,
+    "top_p": 0.25,
+    "top_k": 7,
+    "min_p": 0.125,
+    "seed": -5,
+    "n": 2,
+    "stop": ["x", "y"],
+    "stop_token_ids": [3, 4],
+    "ignore_eos": True,
+    "logit_bias": {5: -1.0},
+    "presence_penalty": 1.0,
+    "frequency_penalty": -1.0,
+    "repetition_penalty": 1.5,
+    "logprobs": 2,
+    "grammar": {"kind": "lark", "text": 'start: "a"'},
+    "prompt_logprobs": 1,
+}
+SPECULATION: dict[str, Any] = {
+    "enabled": False,
+    "max_draft_tokens": 3,
+    "force": True,
+    "drafter": "prompt_lookup",
+    "exit_depth": 4,
+    "verification": "leviathan",
+    "tree": True,
+}
+
+
+async def test_every_field_arrives() -> None:
+    """A field that is new in the messages belongs into the dictionaries, with a value that is no default."""
+    assert SAMPLING.keys() == {field.name for field in pb.SamplingParams.DESCRIPTOR.fields}
+    assert SPECULATION.keys() == {field.name for field in pb.SpeculationParams.DESCRIPTOR.fields}
+    given = SAMPLING | {"stop_token_ids": (3, 4), "grammar": GrammarSpec("lark", 'start: "a"')}
+    sampling = SamplingParams(**{name: value for name, value in given.items() if name not in ("n", "stop")})
+    speculation = SpeculationParams(**SPECULATION)
+    assert all(
+        getattr(sampling, name) != getattr(SamplingParams(), name) for name in SAMPLING.keys() - {"n", "stop"}
+    )
+    assert all(value != getattr(SpeculationParams(), name) for name, value in SPECULATION.items())
+    target = FakeTarget()
+    async with serving(gateway(target)) as client:
+        for stream in (
+            client.generate(MODEL, "p", speculation=SPECULATION, **SAMPLING),
+            client.chat(MODEL, [("user", "p")], speculation=SPECULATION, **SAMPLING),
+        ):
+            assert [chunk async for chunk in stream]
+    prompts: list[dict[str, Any]] = [{"prompt_text": "p"}, {"messages": (ChatMessage("user", "p"),)}]
+    assert target.requests == [
+        GenerationRequest(
+            request.request_id,
+            sampling,
+            max_tokens=9,
+            n=2,
+            stop=("x", "y"),
+            speculation=speculation,
+            **prompt,
+        )
+        for request, prompt in zip(target.requests, prompts, strict=True)
+    ]
 
 
 async def test_chat_defaults_and_speculation() -> None:
@@ -234,14 +316,55 @@ async def test_client_retries_before_the_first_chunk_only() -> None:
 
 
 async def test_api_key() -> None:
-    served = gateway(FakeTarget(), api_key="k")
+    target = FakeTarget()
+    served = gateway(target, api_key="k")
     async with serving(served) as client:
-        for call in (client.list_models(), client.tokenize(MODEL, "x"), client.model_info(MODEL)):
+        for call in every_call(client, "x"):
             with pytest.raises(S2DError) as caught:
                 await call
             assert caught.value.code is grpc.StatusCode.UNAUTHENTICATED
+        with pytest.raises(S2DError) as caught:
+            await client.list_models()
+        assert caught.value.code is grpc.StatusCode.UNAUTHENTICATED
+    assert target.requests == []
     async with serving(served, api_key="k") as client:
         assert await client.list_models()
+        assert await whole(client.generate(MODEL, "x")) == "abcd"
+
+
+async def test_a_request_larger_than_an_http_body_may_be() -> None:
+    target = FakeTarget()
+    async with serving(gateway(target, max_body_bytes=4096)) as client:
+        for call in every_call(client, "x" * 4100):
+            with pytest.raises(S2DError, match="larger than 4096 bytes") as caught:
+                await call
+            assert caught.value.code is grpc.StatusCode.INVALID_ARGUMENT
+        assert target.requests == []
+        size = pb.GenerateRequest(model=MODEL, text="x" * 4000, sampling=pb.SamplingParams()).ByteSize()
+        assert await whole(client.generate(MODEL, "x" * (4000 + 4096 - size))) == "abcd"
+
+
+async def test_health_is_what_ready_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grpc_health, "WATCH_INTERVAL_S", 0.0)
+    serves, does_not = HealthCheckResponse.SERVING, HealthCheckResponse.NOT_SERVING
+    target = FakeTarget()
+    served = gateway(target)
+    health = grpc_health.HealthServicer(served)
+    watch = health.watch(HealthCheckRequest())
+    for alive, draining, status in (
+        (True, False, serves),
+        (False, False, does_not),
+        (True, False, serves),
+        (True, True, does_not),
+    ):
+        target.alive, served.in_flight.draining = alive, draining
+        assert (await health.check(HealthCheckRequest(), Mock())).status == status
+        async with asyncio.timeout(5):
+            assert (await anext(watch)).status == status
+    again = asyncio.ensure_future(anext(watch))
+    await asyncio.sleep(0.02)
+    assert not again.done(), "told again, though nothing changed"
+    again.cancel()
 
 
 async def test_request_id_comes_back_in_the_trailers() -> None:

@@ -16,12 +16,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.target_worker.messages import GenerationChunk, GenerationRequest, RequestError
+from actors.sampling.params import GrammarSpec, SamplingParams, SpeculationParams
+from actors.target_worker.messages import ChatMessage, GenerationChunk, GenerationRequest, RequestError
 from cluster.config import EngineConfig
 from cluster.gateway.admin import MetricsReader
 from cluster.gateway.errors import not_ready
 from cluster.gateway.http_app import build_http_app
-from cluster.gateway.openai_schema import MAX_CHOICES
+from cluster.gateway.openai_schema import MAX_CHOICES, ChatBody, SpeculationBody
 from cluster.gateway.routes import TOKENIZED_AT_ONCE, Gateway
 from cluster.telemetry import collect
 from tests.unit.fake_target import MODEL, FakeTarget, gateway, refuse
@@ -299,6 +300,16 @@ async def test_echo_with_prompt_logprobs(client: httpx.AsyncClient, target: Fake
 
 
 async def test_all_parameters_arrive(client: httpx.AsyncClient, target: FakeTarget) -> None:
+    """A field that is new in the schema belongs into the body, with a value that is no default."""
+    speculation = {
+        "enabled": False,
+        "max_draft_tokens": 3,
+        "force": True,
+        "drafter": "prompt_lookup",
+        "exit_depth": 4,
+        "verification": "leviathan",
+        "tree": True,
+    }
     body = {
         **CHAT,
         "max_completion_tokens": 9,
@@ -308,6 +319,9 @@ async def test_all_parameters_arrive(client: httpx.AsyncClient, target: FakeTarg
         "top_k": 7,
         "min_p": 0.1,
         "seed": -(2**63),
+        "n": 2,
+        "logprobs": True,
+        "top_logprobs": 3,
         "stop": ["x", "y"],
         "stop_token_ids": [3],
         "ignore_eos": True,
@@ -315,13 +329,9 @@ async def test_all_parameters_arrive(client: httpx.AsyncClient, target: FakeTarg
         "presence_penalty": 1,
         "frequency_penalty": -1,
         "repetition_penalty": 1.5,
-        "speculation": {
-            "enabled": True,
-            "max_draft_tokens": 3,
-            "force": True,
-            "drafter": "prompt_lookup",
-            "verification": "leviathan",
-        },
+        "structured_outputs": {"regex": "[ab]"},
+        "return_token_ids": True,
+        "speculation": speculation,
         "user": "me",
         "metadata": {"a": "b"},
         "store": False,
@@ -329,17 +339,22 @@ async def test_all_parameters_arrive(client: httpx.AsyncClient, target: FakeTarg
         "modalities": ["text"],
         "tools": None,
     }
+    elsewhere = {"max_tokens", "response_format", "stream", "stream_options"}  # other tests have them
+    assert ChatBody.model_fields.keys() - body.keys() == elsewhere
+    assert SpeculationBody.model_fields.keys() == speculation.keys()
     response = await post(client, "/v1/chat/completions", body)
     assert response.status_code == 200, response.text
-    request = target.requests[0]
-    sampling, speculation = request.sampling, request.speculation
-    assert (request.max_tokens, request.stop) == (9, ("x", "y"))
-    assert (sampling.min_tokens, sampling.temperature, sampling.top_p, sampling.top_k) == (2, 0.0, 0.5, 7)
-    assert (sampling.min_p, sampling.seed, sampling.stop_token_ids) == (0.1, -(2**63), (3,))
-    assert (sampling.ignore_eos, sampling.logit_bias, sampling.repetition_penalty) == (True, {5: -1.0}, 1.5)
-    assert (sampling.presence_penalty, sampling.frequency_penalty) == (1.0, -1.0)
-    assert (speculation.max_draft_tokens, speculation.force) == (3, True)
-    assert (speculation.drafter, speculation.verification) == ("prompt_lookup", "leviathan")
+    sampling = SamplingParams(
+        max_tokens=9, min_tokens=2, temperature=0.0, top_p=0.5, top_k=7, min_p=0.1, seed=-(2**63),
+        logit_bias={5: -1.0}, presence_penalty=1.0, frequency_penalty=-1.0, repetition_penalty=1.5,
+        stop_token_ids=(3,), ignore_eos=True, logprobs=3, grammar=GrammarSpec("regex", "[ab]"),
+    )  # fmt: skip
+    assert target.requests == [
+        GenerationRequest(
+            target.requests[0].request_id, sampling, messages=(ChatMessage("user", "hi"),), max_tokens=9, n=2,
+            stop=("x", "y"), speculation=SpeculationParams(**speculation),  # type: ignore[arg-type]
+        )
+    ]  # fmt: skip
 
 
 async def test_content_parts_and_developer(client: httpx.AsyncClient, target: FakeTarget) -> None:

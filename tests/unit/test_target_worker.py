@@ -15,7 +15,7 @@ from actors.target_worker.messages import (
     Usage,
 )
 from actors.text.tokenizer import TextTokenizer
-from tests.scripted_engine import rounds, until
+from tests.scripted_engine import StepClock, rounds, until
 from tests.toy_tokenizers import byte_level_folder
 from tests.worker_rig import Rig, ask, blocks_of, scripted
 
@@ -127,13 +127,25 @@ async def test_three_choices_merge(folder: Path, tokenizer: TextTokenizer) -> No
 
 
 async def test_rounds_are_coalesced_but_the_first_leaves_at_once(
-    folder: Path, tokenizer: TextTokenizer
+    folder: Path, tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ids = tokenizer.encode("x" * 40)
-    async with Rig(folder, scripted([[i] for i in ids]), step_s=0.005, interval_ms=60.0) as rig:
+    """A step takes a second, and begins when all that came before it has been delivered."""
+    ids, clock, loop = tokenizer.encode("x" * 40), StepClock(), asyncio.get_running_loop()
+    monkeypatch.setattr("actors.engine.loop.time", clock)
+    monkeypatch.setattr("actors.target_worker.generation.time", clock)
+
+    async def deliver() -> None:
+        for _ in range(20):  # turns of the event loop, of which an output takes a few
+            await asyncio.sleep(0)
+
+    def begin() -> None:
+        asyncio.run_coroutine_threadsafe(deliver(), loop).result(20.0)
+        clock.tick()
+
+    async with Rig(folder, scripted([[i] for i in ids]), interval_ms=12_000.0) as rig:
+        rig.fake.on_step = begin
         chunks = await rig.chunks(ask(max_tokens=40))
-    assert len(chunks[0].token_ids) == 1
-    assert 3 <= len(chunks) <= 12
+    assert [len(c.token_ids) for c in chunks] == [1, 12, 12, 12, 3]
     assert [t for c in chunks for t in c.token_ids] == ids
     assert sum(len(c.rounds) for c in chunks) == 40
 
@@ -154,21 +166,26 @@ async def test_pending_text_leaves_when_it_is_due_though_the_engine_is_silent(
 
 @pytest.mark.parametrize("how", ["close", "cancel"])
 async def test_leaving_aborts_every_choice(folder: Path, how: str) -> None:
-    async with Rig(folder, lambda r: rounds(r, [[60]] * 3000), step_s=0.003) as rig:
+    async with Rig(folder, lambda r: rounds(r, [[60]] * 3000)) as rig:
+        rig.fake.step_by_step()
         stream = rig.worker.generate(ask(n=3, max_tokens=None))
         await anext(stream)
         if how == "close":
             await stream.aclose()
         else:
+            running = asyncio.Event()
 
             async def drain() -> None:
                 async for _ in stream:
-                    pass
+                    running.set()
 
             task = asyncio.create_task(drain())
-            await asyncio.sleep(0.02)
+            rig.fake.gate.set()
+            async with asyncio.timeout(5):
+                await running.wait()
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-        await until(lambda: len(rig.fake.aborted) == 3, 2.0)
+        rig.fake.gate.set()
+        await until(lambda: len(rig.fake.aborted) == 3)
         assert (await rig.worker.state()).engine["running"] == 0

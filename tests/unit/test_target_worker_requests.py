@@ -16,7 +16,7 @@ from actors.target_worker.messages import (
     GenerationRequest,
 )
 from actors.text.tokenizer import TextTokenizer
-from tests.scripted_engine import rounds
+from tests.scripted_engine import rounds, until
 from tests.toy_tokenizers import EOS, byte_level_folder
 from tests.worker_rig import CONTEXT, Rig, ask, scripted
 
@@ -149,9 +149,10 @@ async def test_draining_refuses_as_unavailable(folder: Path) -> None:
 
 
 async def test_an_aborted_request_is_unavailable(folder: Path) -> None:
-    async with Rig(folder, lambda r: rounds(r, [[60]] * 3000), step_s=0.003) as rig:
+    async with Rig(folder, lambda r: rounds(r, [[60]] * 3000)) as rig:
+        rig.fake.step_by_step()
         running = asyncio.create_task(rig.chunks(ask(max_tokens=None)))
-        await asyncio.sleep(0.05)
+        await until(lambda: rig.fake.steps == 1)
         assert not await rig.worker.drain(0.01)
         error = (await running)[-1].error
     assert error is not None
@@ -176,6 +177,14 @@ async def test_a_resumed_request_emits_only_what_is_new(folder: Path, tokenizer:
     assert whole.prompt_token_ids is None
     assert whole.usage is not None
     assert whole.usage.completion_tokens == len(ids)
+
+
+async def test_a_resumed_choice_keeps_its_number(folder: Path) -> None:
+    """Which is that of its noise."""
+    async with Rig(folder, scripted([[60]])) as rig:
+        whole = await rig.choice(ask(first_choice=2, output_ids_so_far=(61,)))
+        assert [request.choice for request in rig.fake.added] == [2]
+    assert whole.index == 2
 
 
 async def test_a_resumed_request_that_had_ended_ends_at_once(folder: Path, tokenizer: TextTokenizer) -> None:
