@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable
+from asyncio.subprocess import Process
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+
+import pytest
 
 
 def state(pid: int) -> str:
@@ -23,3 +27,13 @@ def eventually(true: Callable[[], object], seconds: float = 5.0) -> bool:
             return False
         time.sleep(0.01)
     return True
+
+
+async def cancelled_while_running(stop: Coroutine[object, object, None], process: Process) -> None:
+    """Begin to stop a process that takes longer, and cancel that."""
+    task = asyncio.create_task(stop)
+    await asyncio.sleep(0.1)
+    assert process.returncode is None
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task

@@ -50,15 +50,14 @@ class PendingTree:
         self.left = found is None or found not in parents[found + 1 :]
         return not self.left
 
-    def open_below(self) -> dict[int, int]:
-        """Tokens of which nothing is known yet, with their parents: those below what is confirmed, where the
-        target has not left the tree. The rest is right (`path`) or wrong."""
-        if self.left:
-            return {}
-        found: dict[int, int] = {}
-        for index, parent in enumerate(self.draft.parents):
-            if index > self.at and (parent == self.at or parent in found):
-                found[index] = parent
+    def open_below(self) -> set[int]:
+        """Tokens of which nothing is known yet: those below what is confirmed, where the target has not left
+        the tree. The rest is right (`path`) or wrong."""
+        found: set[int] = set()
+        if not self.left:
+            for index, parent in enumerate(self.draft.parents):
+                if parent == self.at or parent in found:  # parents come first
+                    found.add(index)
         return found
 
     def exit_hits(self) -> list[bool]:

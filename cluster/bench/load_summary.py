@@ -80,11 +80,11 @@ def against_plain(
             here = [b for b in blocks if b.point == point]
             paired = compare(_speeds(here, engine), _speeds(here, plain), threshold)
             if paired is not None:
-                e2e_, ttft_, tpot_ = (
+                times = (
                     compare(_rates(here, engine, time), _rates(here, plain, time), threshold)
                     for time in (e2e, ttft, tpot)
                 )
-                rows.append(LoadPlainRow(engine, plain, point, paired, e2e_, ttft_, tpot_))
+                rows.append(LoadPlainRow(engine, plain, point, paired, *times))
     return rows
 
 

@@ -16,9 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from actors.drafting.early_stop import EarlyStop
 from actors.drafting.interface import NESTED, Drafter
-from actors.drafting.prompt_lookup import PromptLookupDrafter
+from actors.drafting.model_free import MODEL_FREE
 from actors.drafting.selector import DrafterPool
-from actors.drafting.token_recycling import TokenRecyclingDrafter
 from actors.engine.controller import Controller
 from actors.engine.messages import EngineRequest, EngineStats
 from actors.engine.sequence import Sequence as EngineSequence
@@ -33,6 +32,8 @@ from cluster.router.router import Router
 from cluster.simulator.replay_draft import WORKER_ID, ReplayClock, ReplayedSource, TracedDrafter
 from cluster.simulator.trace import Trace, TracedAnswer
 
+_MAX_SESSIONS = 1024
+"""Of a drafter: more than run at once."""
 _STEP_S = 1.0
 _MODEL_LEN = _ANY_TOKEN = 1 << 20
 
@@ -149,13 +150,8 @@ class _Replay:
         self._assignment = ""
 
     def _drafters(self) -> list[Drafter]:
-        made: dict[str, Drafter] = {
-            "prompt_lookup": PromptLookupDrafter(),
-            "token_recycling": TokenRecyclingDrafter(),
-            NESTED: self._nested,
-        }
         names = (NESTED,) if self._fixed is not None else self._settings.drafters
-        return [made[name] for name in names]
+        return [self._nested if name == NESTED else MODEL_FREE[name](_MAX_SESSIONS) for name in names]
 
     def run(self) -> ReplayResult:
         """Whole passes over the answers are measured: they differ by more than choices do."""

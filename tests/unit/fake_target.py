@@ -6,6 +6,7 @@ import asyncio
 import math
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from actors.engine.messages import ResetScope
 from actors.target_worker.messages import (
@@ -28,6 +29,16 @@ from cluster.gateway.routes import Gateway
 
 VOCAB = 1000
 MODEL = "org/fake-model"
+SPECULATION_FIELDS: dict[str, Any] = {
+    "enabled": False,
+    "max_draft_tokens": 3,
+    "force": True,
+    "drafter": "prompt_lookup",
+    "exit_depth": 4,
+    "verification": "leviathan",
+    "tree": True,
+}
+"""Every field, with a value that is no default."""
 SPECULATION = SpeculationStats(2, 4, 2, (0, 2), (("toy", 1, 1), ("nested@4", 3, 1)))
 
 

@@ -17,7 +17,7 @@ import pytest
 import cluster.bench.peers
 from cluster.bench.engines.interface import BenchRequest, SpeculationCounts
 from cluster.bench.engines.peer_host import HostError, HostTimeouts, PeerHost
-from tests.processes import eventually
+from tests.processes import cancelled_while_running, eventually, state
 
 FAKE = Path(__file__).parent.parent / "fake_peer_host.py"
 PROTOCOL = Path(cluster.bench.peers.__file__).parent
@@ -45,10 +45,7 @@ def request(*prompt: int, max_tokens: int = 5, name: str = "r") -> BenchRequest:
 
 def alive(pid: int) -> bool:
     """False for a zombie too."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    return state(pid) not in ("Z", "gone")
 
 
 async def test_tokens_arrive_as_they_come_with_the_counts_at_the_end() -> None:
@@ -171,12 +168,7 @@ async def test_a_stop_that_is_cancelled_kills_what_is_left() -> None:
     child = int((await host.start())["versions"]["child"])
     script = host._process
     assert script is not None
-    task = asyncio.create_task(host.stop())
-    await asyncio.sleep(0.1)
-    assert script.returncode is None
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
+    await cancelled_while_running(host.stop(), script)
     async with asyncio.timeout(10.0):
         assert await script.wait() == -signal.SIGKILL
     assert eventually(lambda: not alive(child))

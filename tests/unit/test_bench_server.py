@@ -24,7 +24,7 @@ from cluster.bench.soak.command import soak
 from cluster.bench.soak.report import SoakResults
 from cluster.bench.start.command import _first_token
 from cluster.config import ClusterConfig
-from tests.processes import eventually, state
+from tests.processes import cancelled_while_running, eventually, state
 
 ROOT = Path(__file__).parent.parent.parent
 TIMEOUT_S = 60.0
@@ -124,12 +124,7 @@ async def test_a_stop_that_is_cancelled_kills_all_processes() -> None:
     server, process = await started(sys.executable, "-S", "-c", DEAF)
     assert process.stdout is not None
     child = int(await process.stdout.readline())
-    task = asyncio.create_task(server.release())
-    await asyncio.sleep(0.1)
-    assert process.returncode is None
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
+    await cancelled_while_running(server.release(), process)
     async with asyncio.timeout(TIMEOUT_S):
         await process.wait()
     assert eventually(lambda: state(child) in ("Z", "gone"))

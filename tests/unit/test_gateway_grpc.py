@@ -21,7 +21,7 @@ from cluster.gateway.grpc_service import GenerationServicer
 from cluster.gateway.routes import Gateway
 from protos.s2d.v1 import generation_pb2 as pb
 from protos.s2d.v1 import generation_pb2_grpc
-from tests.unit.fake_target import MODEL, FakeTarget, gateway, refuse
+from tests.unit.fake_target import MODEL, SPECULATION_FIELDS, FakeTarget, gateway, refuse
 
 
 class Adapter(generation_pb2_grpc.GenerationServiceServicer):
@@ -124,33 +124,24 @@ SAMPLING: dict[str, Any] = {
     "grammar": {"kind": "lark", "text": 'start: "a"'},
     "prompt_logprobs": 1,
 }
-SPECULATION: dict[str, Any] = {
-    "enabled": False,
-    "max_draft_tokens": 3,
-    "force": True,
-    "drafter": "prompt_lookup",
-    "exit_depth": 4,
-    "verification": "leviathan",
-    "tree": True,
-}
 
 
 async def test_every_field_arrives() -> None:
     """A field that is new in the messages belongs into the dictionaries, with a value that is no default."""
     assert SAMPLING.keys() == {field.name for field in pb.SamplingParams.DESCRIPTOR.fields}
-    assert SPECULATION.keys() == {field.name for field in pb.SpeculationParams.DESCRIPTOR.fields}
+    assert SPECULATION_FIELDS.keys() == {field.name for field in pb.SpeculationParams.DESCRIPTOR.fields}
     given = SAMPLING | {"stop_token_ids": (3, 4), "grammar": GrammarSpec("lark", 'start: "a"')}
     sampling = SamplingParams(**{name: value for name, value in given.items() if name not in ("n", "stop")})
-    speculation = SpeculationParams(**SPECULATION)
+    speculation = SpeculationParams(**SPECULATION_FIELDS)
     assert all(
         getattr(sampling, name) != getattr(SamplingParams(), name) for name in SAMPLING.keys() - {"n", "stop"}
     )
-    assert all(value != getattr(SpeculationParams(), name) for name, value in SPECULATION.items())
+    assert all(value != getattr(SpeculationParams(), name) for name, value in SPECULATION_FIELDS.items())
     target = FakeTarget()
     async with serving(gateway(target)) as client:
         for stream in (
-            client.generate(MODEL, "p", speculation=SPECULATION, **SAMPLING),
-            client.chat(MODEL, [("user", "p")], speculation=SPECULATION, **SAMPLING),
+            client.generate(MODEL, "p", speculation=SPECULATION_FIELDS, **SAMPLING),
+            client.chat(MODEL, [("user", "p")], speculation=SPECULATION_FIELDS, **SAMPLING),
         ):
             assert [chunk async for chunk in stream]
     prompts: list[dict[str, Any]] = [{"prompt_text": "p"}, {"messages": (ChatMessage("user", "p"),)}]

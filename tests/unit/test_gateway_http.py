@@ -25,7 +25,7 @@ from cluster.gateway.http_app import build_http_app
 from cluster.gateway.openai_schema import MAX_CHOICES, ChatBody, SpeculationBody
 from cluster.gateway.routes import TOKENIZED_AT_ONCE, Gateway
 from cluster.telemetry import collect
-from tests.unit.fake_target import MODEL, FakeTarget, gateway, refuse
+from tests.unit.fake_target import MODEL, SPECULATION_FIELDS, FakeTarget, gateway, refuse
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
 TEXT = {"model": MODEL, "prompt": "hi"}
@@ -301,15 +301,6 @@ async def test_echo_with_prompt_logprobs(client: httpx.AsyncClient, target: Fake
 
 async def test_all_parameters_arrive(client: httpx.AsyncClient, target: FakeTarget) -> None:
     """A field that is new in the schema belongs into the body, with a value that is no default."""
-    speculation = {
-        "enabled": False,
-        "max_draft_tokens": 3,
-        "force": True,
-        "drafter": "prompt_lookup",
-        "exit_depth": 4,
-        "verification": "leviathan",
-        "tree": True,
-    }
     body = {
         **CHAT,
         "max_completion_tokens": 9,
@@ -331,7 +322,7 @@ async def test_all_parameters_arrive(client: httpx.AsyncClient, target: FakeTarg
         "repetition_penalty": 1.5,
         "structured_outputs": {"regex": "[ab]"},
         "return_token_ids": True,
-        "speculation": speculation,
+        "speculation": SPECULATION_FIELDS,
         "user": "me",
         "metadata": {"a": "b"},
         "store": False,
@@ -341,7 +332,7 @@ async def test_all_parameters_arrive(client: httpx.AsyncClient, target: FakeTarg
     }
     elsewhere = {"max_tokens", "response_format", "stream", "stream_options"}  # other tests have them
     assert ChatBody.model_fields.keys() - body.keys() == elsewhere
-    assert SpeculationBody.model_fields.keys() == speculation.keys()
+    assert SpeculationBody.model_fields.keys() == SPECULATION_FIELDS.keys()
     response = await post(client, "/v1/chat/completions", body)
     assert response.status_code == 200, response.text
     sampling = SamplingParams(
@@ -352,7 +343,7 @@ async def test_all_parameters_arrive(client: httpx.AsyncClient, target: FakeTarg
     assert target.requests == [
         GenerationRequest(
             target.requests[0].request_id, sampling, messages=(ChatMessage("user", "hi"),), max_tokens=9, n=2,
-            stop=("x", "y"), speculation=SpeculationParams(**speculation),  # type: ignore[arg-type]
+            stop=("x", "y"), speculation=SpeculationParams(**SPECULATION_FIELDS),
         )
     ]  # fmt: skip
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from actors.drafting.model_free import MODEL_FREE
 from actors.engine.messages import ResetScope
 from cluster.bench.engines.interface import BenchEngine, EngineUnavailableError
 from cluster.bench.engines.openai_endpoint import OpenAIEndpoint
@@ -17,7 +18,6 @@ from cluster.bench.engines.s2d_server import S2DServer
 from cluster.bench.peers.gguf_files import PRECISIONS
 from cluster.config import ClusterConfig, DrafterName, EngineConfig, NestedDrafterConfig
 
-MODEL_FREE: tuple[DrafterName, ...] = ("prompt_lookup", "token_recycling")
 Pool = Literal["configured", "model-free", "nested"]
 """Drafters of our server: those of its configuration, the same without or with the nested one."""
 
@@ -71,8 +71,8 @@ class EngineContext:
         if drafters == "nested" and "nested" not in pool.drafters:
             pool = pool.model_copy(update={"drafters": (*pool.drafters, "nested")})
         if drafters == "model-free":
-            kept = tuple(d for d in pool.drafters if d != "nested") or MODEL_FREE
-            pool = pool.model_copy(update={"drafters": kept})
+            kept = tuple(d for d in pool.drafters if d in MODEL_FREE)
+            pool = pool.model_copy(update={"drafters": kept or tuple(MODEL_FREE)})
         patience = max(config.gateway.request_timeout_s, self.request_timeout_s)
         gateway = config.gateway.model_copy(update={"request_timeout_s": patience})
         return config.model_copy(update={"models": models, "draft_pool": pool, "gateway": gateway})
