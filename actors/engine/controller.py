@@ -223,11 +223,12 @@ class Controller:
         pays = any(lengths)
         self._rounds_to_look = 0 if pays else self._look_pause(len(candidates))
         self._reason = self._explain(gain, wait, len(free))
-        self._hoping = pays and not forced and len(free) > 1 and self._drafts_seen < _FEW_SEEN
-        if self._hoping:
-            # Nothing but hope speaks for it: one a round is enough to learn, and all wait for as many as ask.
-            # The same one each time: a drafter reads a prompt when it is first asked, which takes longer than
-            # a draft.
+        hoping = pays and not forced and self._drafts_seen < _FEW_SEEN
+        self._hoping = hoping and len(free) > 1
+        if hoping and self._waiting > 1:
+            # Nothing but hope speaks for it: one a round is enough to learn, and all wait for as many as ask,
+            # also those whose prompts are computed. The same one each time: a drafter reads a prompt when it
+            # is first asked, which takes longer than a draft.
             lengths, pays = [0] * len(free), False
             if other_rows:
                 due = self._most_overdue(free, _due_at(other_rows))

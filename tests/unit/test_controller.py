@@ -324,6 +324,17 @@ def test_what_does_not_pay_costs_its_share_and_what_was_saved_up() -> None:
     assert spent <= (LIMIT_ROUNDS + 1 + SHARE * 1000) * 0.01
 
 
+def test_prompts_do_not_wait_for_drafts_of_which_nothing_is_known() -> None:
+    """A request that decodes while the prompts of others are computed: it asks once they are through."""
+    controller, alone = _controller(per_row=0.01, wait=0.1), _controller(per_row=0.01, wait=0.1)
+    candidate = Candidate(ControlState(), 4, ("d",))
+    assert alone.plan([Candidate(ControlState(), 4, ("d",))]) == [4], "nobody else waits"
+    for _ in range(6):
+        assert controller.plan([candidate], other_rows=128, joining=3) == [0]
+    both = [candidate, Candidate(ControlState(), 4, ("d",))]
+    assert sum(n > 0 for n in controller.plan(both)) == 1
+
+
 def test_plain_decoding_looks_only_now_and_then() -> None:
     controller, state = _controller(first_row=0.1, per_row=10.0), ControlState()
     _teach(controller, state, accepted=4)
