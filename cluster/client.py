@@ -25,6 +25,8 @@ from protos.s2d.v1 import generation_pb2_grpc
 T = TypeVar("T")
 RETRIED = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED})
 MAX_BACKOFF_S = 10.0
+CHANNEL_OPTIONS = (("grpc.max_receive_message_length", -1),)
+"""gRPC's own limit of 4 MiB is less than the log-probabilities of a long prompt, which one chunk brings."""
 
 
 class S2DError(Exception):
@@ -98,9 +100,9 @@ class S2DClient:
     ) -> None:
         self.address = address
         self._channel = (
-            grpc.aio.insecure_channel(address)
+            grpc.aio.insecure_channel(address, CHANNEL_OPTIONS)
             if credentials is None
-            else grpc.aio.secure_channel(address, credentials)
+            else grpc.aio.secure_channel(address, credentials, CHANNEL_OPTIONS)
         )
         self._stub: Any = generation_pb2_grpc.GenerationServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._timeout_s = timeout_s
@@ -125,6 +127,7 @@ class S2DClient:
         model: str,
         prompt: str | Sequence[int],
         *,
+        echo: bool = False,
         request_id: str = "",
         speculation: Mapping[str, Any] | None = None,
         **sampling: Any,
@@ -132,7 +135,11 @@ class S2DClient:
         """Stream a completion of a text or of token ids. Raises `S2DError`."""
         options = Options.of(speculation, **sampling)
         request = pb.GenerateRequest(
-            model=model, sampling=options.sampling, speculation=options.speculation, request_id=request_id
+            model=model,
+            sampling=options.sampling,
+            speculation=options.speculation,
+            request_id=request_id,
+            echo=echo or None,
         )
         if isinstance(prompt, str):
             request.text = prompt
@@ -158,7 +165,7 @@ class S2DClient:
         options = Options.of(speculation, **sampling)
         request = pb.ChatRequest(
             model=model,
-            messages=[pb.ChatMessage(role=role, content=content) for role, content in messages],
+            messages=_messages(messages),
             sampling=options.sampling,
             speculation=options.speculation,
             request_id=request_id,
@@ -174,6 +181,21 @@ class S2DClient:
         request = pb.TokenizeRequest(model=model, text=text, add_special_tokens=add_special_tokens)
         response: pb.TokenizeResponse = await self._unary(self._stub.Tokenize, request)
         return tuple(response.token_ids)
+
+    async def tokenize_chat(
+        self, model: str, messages: Sequence[tuple[str, str]], add_generation_prompt: bool = True
+    ) -> tuple[int, ...]:
+        """Ids of (role, content) messages under the model's chat template."""
+        request = pb.TokenizeRequest(
+            model=model, messages=_messages(messages), add_generation_prompt=add_generation_prompt
+        )
+        response: pb.TokenizeResponse = await self._unary(self._stub.Tokenize, request)
+        return tuple(response.token_ids)
+
+    async def detokenize(self, model: str, token_ids: Sequence[int]) -> str:
+        request = pb.DetokenizeRequest(model=model, token_ids=token_ids)
+        response: pb.DetokenizeResponse = await self._unary(self._stub.Detokenize, request)
+        return response.text
 
     async def list_models(self) -> list[pb.ModelInfo]:
         response: pb.ListModelsResponse = await self._unary(self._stub.ListModels, Empty())
@@ -215,6 +237,10 @@ class S2DClient:
         if error.code not in RETRIED or attempt + 1 >= self._retry.attempts:
             raise error
         await asyncio.sleep(self._retry.pause_s(attempt, error.retry_after_s))
+
+
+def _messages(messages: Sequence[tuple[str, str]]) -> list[pb.ChatMessage]:
+    return [pb.ChatMessage(role=role, content=content) for role, content in messages]
 
 
 def _is_empty(chunk: pb.GenerateChunk) -> bool:

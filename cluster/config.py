@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from cluster.secret import AsciiSecret, Secret
+from cluster.worker_config import ConfigModel, Cpus, PlacedConfig, found_from
 
 DTypeName = Literal["bfloat16", "float32", "int8"]
 DrafterName = Literal["prompt_lookup", "token_recycling", "nested"]
@@ -15,16 +18,16 @@ EMBEDDED_DRAFT = "package:actors/smollm2-135m-instruct-124.safetensors"
 EMBEDDED_MODEL_NAME = "SmolLM2-135M-Instruct"
 
 
-class ConfigModel(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
 class TLSConfig(ConfigModel):
     """PEM files for the drafting port. `ca` verifies the peer (mutual TLS when both sides set it)."""
 
     cert: Path = Field(description="Certificate chain of this side.")
     key: Path = Field(description="Private key of this side.")
     ca: Path = Field(description="Certificate authority that signed the other side.")
+
+    def found_from(self, folder: Path) -> TLSConfig:
+        """The same with relative paths looked for in `folder`."""
+        return TLSConfig(**{side: Path(found_from(str(path), folder)) for side, path in self})
 
 
 class EngineConfig(ConfigModel):
@@ -37,7 +40,17 @@ class EngineConfig(ConfigModel):
     kv_memory_gib: float = Field(1.0, gt=0, description="Memory for the KV pool when kv_blocks is 0, in GiB.")
     prefix_caching: bool = Field(True, description="Keep full blocks of finished prompts for reuse.")
     max_queued: int = Field(256, ge=1, description="Requests that wait at most; more get 429.")
-    threads: int = Field(0, ge=0, description="Compute threads; 0 takes the physical cores.")
+    cpus: Cpus = ()
+    threads: int = Field(
+        0,
+        ge=0,
+        description="Compute threads; 0: one for each of `cpus`, or of the physical cores without them.",
+    )
+
+    @property
+    def compute_threads(self) -> int:
+        """0 takes the physical cores."""
+        return self.threads or len(self.cpus)
 
     @model_validator(mode="after")
     def _everybody_has_a_row(self) -> EngineConfig:
@@ -95,30 +108,31 @@ class AutoscalingConfig(ConfigModel):
         return self
 
 
-class ModelConfig(ConfigModel):
+class ModelConfig(PlacedConfig):
     """One served model."""
 
     name: str = Field(description="What clients put into `model`.", min_length=1)
-    source: str = Field(description="Local folder, hub id, path of a GGUF file, or package:NAME.")
+    source: str = Field(
+        description="Local folder, hub id, path of a GGUF file, or package:NAME. Relative paths here and "
+        "elsewhere are looked for where the file with the configuration lies, then where workers run."
+    )
     adapter: str | None = Field(
         None,
-        description="LoRA adapter in PEFT's format, merged into the weights: folder or hub id. A relative "
-        "folder is looked for where the configuration lies.",
+        description="LoRA adapter in PEFT's format, merged into the weights: folder or hub id.",
     )
     dtype: DTypeName = Field(
-        "bfloat16", description="Weights and KV cache; int8 is for weights, with a bfloat16 cache."
+        "bfloat16",
+        description="Weights and KV cache; int8 is for weights, with a bfloat16 cache, and on CPUs only.",
     )
     backend: Literal["auto", "native", "torch", "generic"] = Field(
         "auto", description="Implementation of the forward pass; auto takes the fastest that fits the model."
     )
-    device: str = Field("auto", description="cpu, cuda, or auto.")
     max_model_len: int | None = Field(
         None, ge=8, description="Context limit in tokens; null takes the model's."
     )
     replicas: int = Field(1, ge=1, description="Target workers, where their number is fixed.")
     autoscaling: AutoscalingConfig | None = Field(None, description="Null: `replicas` of them.")
     num_cpus: float = Field(1.0, gt=0, description="Ray CPUs a replica reserves.")
-    num_gpus: float = Field(0.0, ge=0, description="Ray GPUs a replica reserves.")
     engine: EngineConfig = Field(default_factory=EngineConfig)
     speculation: SpeculationConfig = Field(default_factory=SpeculationConfig)
 
@@ -135,11 +149,16 @@ class ModelConfig(ConfigModel):
             raise ValueError("replicas: set by autoscaling; leave one of them out")
         return self
 
+    @model_validator(mode="after")
+    def _int8_on_cpus(self) -> ModelConfig:
+        if self.dtype == "int8" and self.torch_device != "cpu":
+            raise ValueError("dtype: int8 is computed on CPUs only; use bfloat16 on a GPU")
+        return self
+
     def found_from(self, folder: Path) -> ModelConfig:
-        """The same with an adapter that lies in `folder` given by its whole path: workers run elsewhere."""
-        if self.adapter is None or not (folder / self.adapter).is_dir():
-            return self
-        return self.model_copy(update={"adapter": str((folder / self.adapter).resolve())})
+        """The same with relative paths looked for in `folder`."""
+        adapter = None if self.adapter is None else found_from(self.adapter, folder)
+        return self.model_copy(update={"source": found_from(self.source, folder), "adapter": adapter})
 
     @property
     def most_replicas(self) -> int:
@@ -167,7 +186,16 @@ class NestedDrafterConfig(ConfigModel):
         description="Exit depths in layers, ascending; null takes the artifact's. Required without one.",
         min_length=1,
     )
-    dtype: DTypeName = "bfloat16"
+    default_exit: int | None = Field(
+        None, description="Exit of drafts that neither request nor router give one; null: the shallowest."
+    )
+    thresholds: tuple[Annotated[float, Field(ge=0.0, le=1.0)], ...] | None = Field(
+        None,
+        description="S2D's adaptive exit, one for each exit but the last: a token of a draft leaves at the "
+        "first exit whose largest probability exceeds its threshold, unless the request gives an exit. The "
+        "router, which gives every draft one exit, must be off.",
+    )
+    dtype: DTypeName = Field("bfloat16", description="int8 is for CPUs; on a GPU it becomes bfloat16.")
     kv_blocks: int = Field(512, ge=8, description="KV blocks of 32 tokens.")
     context: int | None = Field(
         None,
@@ -202,6 +230,24 @@ class NestedDrafterConfig(ConfigModel):
             raise ValueError("exits: required without an artifact")
         return self
 
+    @model_validator(mode="after")
+    def _exits_are_chosen_once(self) -> NestedDrafterConfig:
+        """Against the artifact's exits, where none are given, the drafter checks."""
+        if self.thresholds is not None and self.default_exit is not None:
+            raise ValueError("default_exit: of no effect with thresholds; leave one of them out")
+        if self.exits is None:
+            return self
+        if self.thresholds is not None and len(self.thresholds) != len(self.exits) - 1:
+            raise ValueError("thresholds: one for each exit but the last")
+        if self.default_exit is not None and self.default_exit not in self.exits:
+            raise ValueError(f"default_exit: must be one of the exits {self.exits}")
+        return self
+
+    def found_from(self, folder: Path) -> NestedDrafterConfig:
+        """The same with relative paths looked for in `folder`."""
+        artifact = None if self.artifact is None else found_from(self.artifact, folder)
+        return self.model_copy(update={"source": found_from(self.source, folder), "artifact": artifact})
+
     def resolved_exits(self) -> tuple[int, ...]:
         """The exits that may draft; reads the artifact's card when none are given. Raises ArtifactError."""
         if self.exits is not None:
@@ -231,8 +277,8 @@ class DraftScalingConfig(ConfigModel):
         return self
 
 
-class DraftPoolConfig(ConfigModel):
-    """The shared draft workers."""
+class DraftPoolConfig(PlacedConfig):
+    """The shared draft workers. `device` is the nested drafter's; they reserve no GPU unless asked to."""
 
     replicas: int = Field(1, ge=0, description="Draft workers; 0 leaves the targets' local fallback.")
     autoscaling: DraftScalingConfig | None = Field(
@@ -250,7 +296,8 @@ class DraftPoolConfig(ConfigModel):
     local_drafting: bool = Field(
         True,
         description="Whether a target may run drafters without a model itself, where that is measured to be "
-        "faster than asking a worker. It falls back to them in any case while no worker is there.",
+        "faster than asking a worker, or where a worker is always late. It falls back to them in any case "
+        "while no worker is there or has room.",
     )
     draft_ahead: bool | None = Field(
         None,
@@ -261,9 +308,11 @@ class DraftPoolConfig(ConfigModel):
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 across machines.")
     max_sessions: int = Field(256, ge=1, description="Open sessions a worker, at most.")
     num_cpus: float = Field(0.5, gt=0)
-    num_gpus: float = Field(0.0, ge=0)
-    threads: int = Field(1, ge=1, description="Compute threads of one worker.")
-    token: str | None = Field(None, description="Shared secret that both sides must present.")
+    cpus: Cpus = ()
+    threads: int = Field(
+        0, ge=0, description="Compute threads of one worker; 0: one for each of `cpus`, 1 without them."
+    )
+    token: AsciiSecret | None = Field(None, description="Shared secret that both sides must present.")
     tls: TLSConfig | None = Field(None, description="TLS on the drafting port.")
 
     @model_validator(mode="after")
@@ -275,6 +324,16 @@ class DraftPoolConfig(ConfigModel):
         if self.autoscaling is not None and self.replicas != 1:
             raise ValueError("replicas: set by autoscaling; leave one of them out")
         return self
+
+    @property
+    def compute_threads(self) -> int:
+        return self.threads or len(self.cpus) or 1
+
+    def found_from(self, folder: Path) -> DraftPoolConfig:
+        """The same with relative paths looked for in `folder`."""
+        nested = None if self.nested is None else self.nested.found_from(folder)
+        tls = None if self.tls is None else self.tls.found_from(folder)
+        return self.model_copy(update={"nested": nested, "tls": tls})
 
     @property
     def most_replicas(self) -> int:
@@ -294,7 +353,7 @@ class GatewayConfig(ConfigModel):
     )
     http_port: int = Field(8000, ge=1, le=65535)
     grpc_port: int = Field(9000, ge=1, le=65535)
-    api_key: str | None = Field(None, description="Bearer token that clients must send; null for none.")
+    api_key: Secret | None = Field(None, description="Bearer token that clients must send; null for none.")
     max_body_bytes: int = Field(
         4 * 1024 * 1024, ge=1024, description="Larger HTTP bodies and gRPC requests are refused (413)."
     )
@@ -371,6 +430,15 @@ class ClusterConfig(ConfigModel):
             raise ValueError("models: names must be unique")
         return self
 
+    @model_validator(mode="after")
+    def _one_chooses_exits(self) -> ClusterConfig:
+        nested = self.draft_pool.nested
+        if self.routed is not None and nested is not None and nested.thresholds is not None:
+            raise ValueError(
+                "draft_pool.nested.thresholds: the router chooses the exits; set router.enabled to false"
+            )
+        return self
+
     @classmethod
     def default(cls, dtype: DTypeName = "bfloat16") -> ClusterConfig:
         """The embedded model, one draft worker with its trained draft: `s2d serve` without a file."""
@@ -381,7 +449,10 @@ class ClusterConfig(ConfigModel):
 
     @classmethod
     def from_yaml(cls, path: Path) -> ClusterConfig:
-        """Read and validate a file. Raises pydantic.ValidationError, OSError or yaml.YAMLError."""
+        """Read and validate a file; relative paths in it are looked for where it lies. Raises
+        pydantic.ValidationError, OSError or yaml.YAMLError."""
         data: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
         config = cls.model_validate(data if data is not None else {})
-        return config.model_copy(update={"models": tuple(m.found_from(path.parent) for m in config.models)})
+        models = tuple(model.found_from(path.parent) for model in config.models)
+        pool = config.draft_pool.found_from(path.parent)
+        return config.model_copy(update={"models": models, "draft_pool": pool})

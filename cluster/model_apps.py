@@ -20,13 +20,13 @@ from ray.serve.deployment import Application
 
 from cluster.config import (
     ClusterConfig,
-    ConfigModel,
     DraftPoolConfig,
     GatewayConfig,
     ModelConfig,
     RouterConfig,
 )
 from cluster.deployments.target import Target
+from cluster.worker_config import ConfigModel, PlacedConfig
 
 APP_NAME = "s2d"
 """The cluster's application: gateway, draft pool and the models of its configuration."""
@@ -35,7 +35,6 @@ CONTROL_CALLS = 64
 """Room for info, state, tokenize and health calls beside admitted requests."""
 HEALTH_PERIOD_S = 5.0
 HEALTH_TIMEOUT_S = 30.0
-GRACE_S = 30.0
 
 
 def deployment_name(model: str) -> str:
@@ -53,8 +52,12 @@ def thread_env(threads: int) -> dict[str, str]:
     return env
 
 
-def actor_options(num_cpus: float, num_gpus: float, env: Mapping[str, str]) -> dict[str, Any]:
-    return {"num_cpus": num_cpus, "num_gpus": num_gpus, "runtime_env": {"env_vars": dict(env)}}
+def actor_options(
+    num_cpus: float, env: Mapping[str, str], placed: PlacedConfig | None = None
+) -> dict[str, Any]:
+    """Ray's options of a worker; without `placed` it reserves nothing but CPUs."""
+    options: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": 0, "runtime_env": {"env_vars": dict(env)}}
+    return options if placed is None else options | {"num_gpus": placed.gpus, "resources": placed.resources}
 
 
 def _ongoing_limit(model: ModelConfig) -> int:
@@ -73,7 +76,7 @@ def _replicas(model: ModelConfig) -> dict[str, Any]:
 
 
 def target_app(
-    model: ModelConfig, config: ClusterConfig, stream_interval_ms: float | None, grace_s: float = GRACE_S
+    model: ModelConfig, config: ClusterConfig, stream_interval_ms: float | None, grace_s: float
 ) -> Application:
     """The init arguments name this model and no other. A replica that Serve stops ends when nothing runs on
     it, after `grace_s` at the latest."""
@@ -86,7 +89,7 @@ def target_app(
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
         max_constructor_retry_count=3,
-        ray_actor_options=actor_options(model.num_cpus, model.num_gpus, thread_env(model.engine.threads)),
+        ray_actor_options=actor_options(model.num_cpus, thread_env(model.engine.compute_threads), model),
     )
     return deployment(Target).bind(
         model.model_dump(mode="json"),

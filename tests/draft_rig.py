@@ -9,17 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from actors.draft_worker.server import DraftServer
-from actors.drafting.interface import (
-    DraftQuery,
-    DraftSampling,
-    SessionDraft,
-    SessionOpen,
-    SessionUpdate,
-)
+from actors.drafting.interface import DraftQuery, SessionDraft, SessionOpen, SessionUpdate
 from actors.drafting.prompt_lookup import PromptLookupDrafter
 from actors.drafting.remote_source import RemoteDraftSource
 from actors.drafting.selector import DrafterPool
 from actors.drafting.token_recycling import TokenRecyclingDrafter
+from actors.sampling.params import DraftSampling
 
 SAMPLING = DraftSampling(key=2**64 - 5, temperature=0.7, top_k=3, top_p=0.9, min_p=0.1)
 WAIT_S = 10.0

@@ -15,8 +15,8 @@ from actors.engine.messages import (
     RequestOutput,
     ResetScope,
     RoundReport,
-    TokenLogprobs,
 )
+from actors.sampling.results import TokenLogprobs
 
 Script = Callable[[EngineRequest], Sequence[RequestOutput]]
 
@@ -138,7 +138,7 @@ class ScriptedEngine:
                     del self.running[request_id]
         return outputs
 
-    def idle(self) -> bool:
+    def idle(self, waiting: Callable[[], bool]) -> bool:
         return False
 
     def has_work(self) -> bool:

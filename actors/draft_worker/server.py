@@ -22,7 +22,7 @@ from actors.drafting.interface import Drafter
 from actors.drafting.model_free import MODEL_FREE
 from actors.drafting.remote_link import MAX_MESSAGE_BYTES, TLSFiles
 from actors.drafting.selector import DrafterPool
-from actors.models.cores import Cores
+from actors.models.cores import Cores, bind_threads
 from protos.s2d.v1 import drafting_pb2 as pb
 from protos.s2d.v1 import drafting_pb2_grpc as pb_grpc
 
@@ -54,7 +54,13 @@ class PoolConfig(Protocol):
     def max_sessions(self) -> int: ...
 
     @property
-    def threads(self) -> int: ...
+    def cpus(self) -> Sequence[int]: ...
+
+    @property
+    def compute_threads(self) -> int: ...
+
+    @property
+    def torch_device(self) -> str: ...
 
     @property
     def token(self) -> str | None: ...
@@ -260,7 +266,9 @@ def build_pool(config: PoolConfig) -> LoadedPool:
             from actors.drafting.nested_load import load_nested
             from actors.drafting.retokenised import RetokenisedDrafter
 
-            nested = load_nested(config.nested, config.max_sessions, config.threads)
+            nested = load_nested(
+                config.nested, config.max_sessions, config.compute_threads, device=config.torch_device
+            )
             nested.drafter.profile()
             drafters.append(AheadDrafter(RetokenisedDrafter(nested.drafter, nested.vocab_size)))
             cores = nested.cores
@@ -272,7 +280,9 @@ def build_pool(config: PoolConfig) -> LoadedPool:
 
 
 def build_draft_server(config: PoolConfig, worker_id: str) -> DraftServer:
-    """A server as configured, drafters loaded (blocking: seconds with a nested drafter), not yet started."""
+    """A server as configured, drafters loaded (blocking: seconds with a nested drafter), not yet started.
+    Binds this process to the configured CPUs; raises ValueError for those that are not there."""
+    bind_threads(config.cpus, "draft_pool.cpus")
     loaded = build_pool(config)
     return DraftServer(
         loaded.pool,

@@ -10,13 +10,13 @@ from typing import get_args
 
 from actors.drafting.interface import (
     DraftErrorCode,
-    DraftSampling,
     NestedWish,
     ResetScope,
     SessionDraft,
     SessionOpen,
     SessionUpdate,
 )
+from actors.sampling.params import DraftSampling
 from protos.s2d.v1 import drafting_pb2 as pb
 
 _UINT32, _UINT64 = (1 << 32) - 1, (1 << 64) - 1
@@ -93,7 +93,6 @@ def update_to_proto(update: SessionUpdate) -> pb.SessionUpdate:
         epoch=update.epoch,
         new_token_ids=update.new_tokens,
         drafted=update.drafted,
-        accepted=update.accepted,
         candidates=[pb.Candidates(token_id=t, next_ids=ids) for t, ids in update.candidates],
         budget=update.budget,
         drafter=update.drafter or "",
@@ -110,7 +109,6 @@ def update_from_proto(message: pb.SessionUpdate, scope: int = 0) -> SessionUpdat
         new_tokens=tuple(message.new_token_ids),
         budget=message.budget,
         drafted=message.drafted,
-        accepted=message.accepted,
         candidates=tuple((c.token_id, tuple(c.next_ids)) for c in message.candidates),
         drafter=message.drafter or None,
         exit_depth=message.exit_depth or None,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from actors.drafting.draw import CutVocabulary
-    from actors.drafting.interface import DraftSampling
+    from actors.sampling.params import DraftSampling
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)

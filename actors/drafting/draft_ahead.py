@@ -15,9 +15,9 @@ from functools import partial
 from actors.drafting.errors import DrafterError
 from actors.drafting.guess_tree import LEAST_LIKELY, OUTCOMES, Guess, GuessTree, next_outcomes
 from actors.drafting.interface import DraftQuery, SessionDraft, SessionOpen
-from actors.drafting.tree import ROOT
 from actors.drafting.wrapping import ModelDrafter, WrappingDrafter
 from actors.sampling.params import GREEDY_TEMPERATURE
+from actors.verification.trees import ROOT
 
 
 @dataclass(frozen=True, slots=True)

@@ -125,7 +125,7 @@ def load_draft(
         return LoadedDraft(runner, tuple(exits), ExitHeads(), loaded.info.vocab_size, tokenizer, None)
     path = resolve_artifact(artifact)
     folder = model_folder(resolve_source(source))
-    return _load_trained(path, folder, exits, dtype, kv_blocks, threads, choose_device(device))
+    return _load_trained(path, folder, exits, dtype, kv_blocks, threads, choose_device(device, dtype))
 
 
 def _load_trained(

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from actors.drafting.coupling import SharedColumns
-from actors.drafting.interface import DraftSampling
 from actors.sampling.noise import DRAFT
-from actors.sampling.params import GREEDY_TEMPERATURE
+from actors.sampling.params import GREEDY_TEMPERATURE, DraftSampling
 from actors.sampling.reduce import best_ids, top_entries
 from actors.sampling.truncation import survival_threshold
 from actors.verification.coupled import sample

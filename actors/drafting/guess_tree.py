@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from actors.drafting.interface import SessionDraft
-from actors.drafting.tree import ROOT, parents_of
+from actors.drafting.tree import parents_of
+from actors.verification.trees import ROOT
 
 OUTCOMES = 6
 LEAST_LIKELY = 0.05

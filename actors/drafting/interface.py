@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from actors.models.cores import Cores
+from actors.sampling.params import DraftSampling
 
 if TYPE_CHECKING:
     from actors.drafting.coupling import Coupling
@@ -37,22 +38,6 @@ ResetScope = Literal["all", "caches"]
 what was measured of drafts (acceptance, what drafters are worth, the account)."""
 
 DraftErrorCode = Literal["unknown_session", "stale_epoch", "capacity", "unsupported", "internal"]
-
-
-@dataclass(frozen=True, slots=True)
-class DraftSampling:
-    """What a drafter needs to guess the token that the target will sample.
-
-    key is the 64-bit noise key of the request (see `actors.sampling.noise`), temperature 0 means greedy.
-    `rule` names the verification rule: rules that need q make a sampling drafter ship it.
-    """
-
-    key: int
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    rule: str = "coupled"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +81,7 @@ class SessionUpdate:
 
     epoch: counts updates of a session from 1; a reply carries the epoch it answers.
     new_tokens: committed since the previous update (may be empty), in order.
-    drafted, accepted: tokens verified and tokens accepted since the previous update.
+    drafted: tokens of the previous proposal that were verified.
     candidates: (input token id, its most probable next ids, best first) of verified rows, for learning
         drafters; empty unless the source asked for them.
     budget: draft tokens wanted next, 0 for none. drafter, exit_depth: pinned, or None.
@@ -111,7 +96,6 @@ class SessionUpdate:
     new_tokens: tuple[int, ...]
     budget: int
     drafted: int = 0
-    accepted: int = 0
     candidates: tuple[tuple[int, tuple[int, ...]], ...] = ()
     drafter: str | None = None
     exit_depth: int | None = None

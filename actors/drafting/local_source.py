@@ -25,7 +25,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Session:
-    """What the drafters have not been told yet. `epoch` is the pool's; `wish` the last update."""
+    """What the drafters have not been told yet. `epoch` is the pool's; `wish` the last update; `drafted` that
+    of the first, which is the verdict on what was proposed here."""
 
     opening: SessionOpen | None
     epoch: int = 0
@@ -33,6 +34,7 @@ class _Session:
     candidates: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
     states: list[StateRow] = field(default_factory=list)
     wish: SessionUpdate | None = None
+    drafted: int | None = None
     error: DrafterError | None = None
 
 
@@ -84,6 +86,8 @@ class LocalDraftSource:
             session.states.extend(update.states)
             del session.states[:-MAX_HELD_STATES]
             session.wish = update
+            if session.drafted is None:
+                session.drafted = update.drafted
 
     def collect(self, wanted: Mapping[int, int], timeout_s: float) -> dict[int, SessionDraft]:
         """Draft for the last update of each wanted session; does not wait, so the timeout plays no part."""
@@ -122,9 +126,11 @@ class LocalDraftSource:
             wish,
             epoch=session.epoch,
             new_tokens=tuple(session.tokens),
+            drafted=session.drafted or 0,
             candidates=tuple(session.candidates),
             states=tuple(session.states),
         )
+        session.drafted = None
         session.tokens.clear()
         session.candidates.clear()
         session.states.clear()

@@ -25,9 +25,9 @@ from actors.drafting.interface import (
 )
 from actors.drafting.nested_session import Proposal, Session
 from actors.drafting.step_times import StepTimes
-from actors.drafting.tree import ROOT
 from actors.models.runner import ChainWish, LayeredRunner, StateRow
 from actors.sampling.params import GREEDY_TEMPERATURE
+from actors.verification.trees import ROOT
 
 WINDOWS_KEPT = 2
 """The states of one window were themselves computed from the one before it."""
@@ -175,16 +175,18 @@ class NestedDrafter:
         self._slide(session)
 
     def note_states(self, session_id: int, states: Sequence[StateRow]) -> None:
-        """States [S] of the target for the last committed tokens, as it emitted them."""
+        """States [S] of the target for the last committed tokens, as it emitted them. Those of tokens that
+        the draft no longer sees are not kept."""
         if not self.reads_states:
             return
         session = self._get(session_id)
         first = session.committed - len(states)
         if first < 0:
             raise ValueError(f"{len(states)} states for {session.committed} committed tokens")
+        seen = max(first, session.seq.first)
         # What was drafted without them is run again, with them.
-        session.seq.rollback(first)
-        session.seq.states.update(zip(range(first, session.committed), states, strict=True))
+        session.seq.rollback(seen)
+        session.seq.states.update(zip(range(seen, session.committed), states[seen - first :], strict=True))
 
     def rewind(self, session_id: int, num_tokens: int) -> None:
         """Forget the committed tokens after the first `num_tokens`, at least one of which must stay."""

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from actors.drafting.acceptance import confirmed_prefix
 from actors.drafting.deferred_kv import DeferredSequence
 from actors.drafting.draw import Draw
-from actors.drafting.interface import DraftQuery, DraftSampling
+from actors.drafting.interface import DraftQuery
+from actors.sampling.params import DraftSampling
 
 
 @dataclass(slots=True)

@@ -2,7 +2,8 @@
 
 A drafter without a model guesses in microseconds; asking for it over a stream takes a round trip and several
 thread switches. Which is better depends on the machine, so it is measured. What only the worker has (a nested
-model) comes from the worker, and what the worker cannot give because it is away comes from here.
+model) comes from the worker; what it cannot give because it is away, has no room or is always late is made up
+for from here.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ _RECENT = 4
 """A place is judged by the shortest of its last waits: whatever disturbs one only adds to it."""
 _SWITCH = 0.8
 """The other place must take less than this share of the time, so that the choice does not flap."""
+_LATE = 4
+"""Rounds in a row for which the worker's drafts come too late, before others are used in their place. It is
+tried again after so many rounds, at doubling distances up to `_EXPLORE_INTERVAL`."""
 
 
 class ConnectedDraftSource(DraftSource, Protocol):
@@ -37,6 +41,10 @@ class ConnectedDraftSource(DraftSource, Protocol):
 
     @property
     def connected(self) -> bool: ...
+
+    def refuses(self, session_id: int) -> bool:
+        """Whether the worker could not take the session, or draft for it, so lately that it is not asked."""
+        ...
 
 
 @dataclass(slots=True)
@@ -82,12 +90,38 @@ class _Choice:
         return not self.prefers_local
 
 
+@dataclass(slots=True)
+class _Patience:
+    """Whether to wait for what only the worker has. `late`: rounds in a row that it was late for; `passed`:
+    rounds that did without it since."""
+
+    late: int = 0
+    passed: int = 0
+    distance: int = _LATE
+
+    def observe(self, *, late: bool) -> None:
+        self.late = self.late + 1 if late else 0
+        if not late:
+            self.passed, self.distance = 0, _LATE
+
+    def passes_over(self) -> bool:
+        """Whether the coming round does without."""
+        if self.late < _LATE:
+            return False
+        self.passed += 1
+        if self.passed <= self.distance:
+            return True
+        self.passed, self.distance = 0, min(_EXPLORE_INTERVAL, 2 * self.distance)
+        return False
+
+
 class PlacedDraftSource:
     """`DraftSource` over `remote` and `local`, which is told of every session too.
 
     Args:
-        adaptive: whether sessions that both places can serve may be drafted for here. Otherwise the local
-            source is asked only while the remote is not connected.
+        adaptive: whether sessions may be drafted for here where that is faster, or where the remote is late
+            again and again. Otherwise the local source is asked only while the remote is not connected, and
+            for sessions that it refuses.
     """
 
     def __init__(self, remote: ConnectedDraftSource, local: DraftSource, *, adaptive: bool = True) -> None:
@@ -95,6 +129,7 @@ class PlacedDraftSource:
         self._local = local
         self._adaptive = adaptive
         self._choice = _Choice()
+        self._patience = _Patience()
         self._here: set[int] = set()
         """Sessions whose coming draft is made here."""
         self._fallback_rounds = 0
@@ -126,16 +161,28 @@ class PlacedDraftSource:
         self._local.submit(updates, timeout_s)
 
     def _place(self, updates: Sequence[SessionUpdate]) -> None:
-        either = {u.session_id for u in updates if u.budget > 0 and self._served_by_both(u)}
+        asking = [u for u in updates if u.budget > 0 and self._served_here(u)]
+        here = {u.session_id for u in asking if self._remote.refuses(u.session_id)}
+        either = {u.session_id for u in asking if self._served_by_both(u)} - here
         # A draft that reads the target's states guesses better than the same one without, in a worker.
-        here = bool(either) and (self._local.wants_states or self._choice.next_is_local())
-        self._here = either if here else set()
+        if either and (self._local.wants_states or self._choice.next_is_local()):
+            here |= either
+        better_there = {u.session_id for u in asking} - here - either
+        if better_there and self._adaptive and self._patience.passes_over():
+            here |= better_there
+        self._here = here
+
+    def _served_here(self, update: SessionUpdate) -> bool:
+        """Whether the local source has what the session pins, or anything where it pins nothing."""
+        if update.drafter is not None or update.exit_depth is not None:
+            return (update.drafter or NESTED) in self._local.drafters
+        return bool(self._local.drafters)
 
     def _served_by_both(self, update: SessionUpdate) -> bool:
         if not self._adaptive or not self._remote.connected:
             return False
         if update.drafter is not None or update.exit_depth is not None:
-            return (update.drafter or NESTED) in self._local.drafters
+            return self._served_here(update)
         wanted = set(self._remote.drafters)
         if update.nested is not None and update.nested.cap == 0:  # passed over: the others decide
             wanted.discard(NESTED)
@@ -148,7 +195,7 @@ class PlacedDraftSource:
         return replace(update, budget=budget, states=())
 
     def collect(self, wanted: Mapping[int, int], timeout_s: float) -> dict[int, SessionDraft]:
-        """A remote that is merely late costs its round: a local draft would come later still."""
+        """A remote that is late costs its round: a local draft would come later still."""
         here = {sid: epoch for sid, epoch in wanted.items() if sid in self._here}
         there = {sid: epoch for sid, epoch in wanted.items() if sid not in self._here}
         drafts: dict[int, SessionDraft] = {}
@@ -161,20 +208,31 @@ class PlacedDraftSource:
         if there:
             started = time.perf_counter()
             drafts.update(self._remote.collect(there, timeout_s))
-            if self._remote.connected:
-                if _drafted(drafts, there):
-                    self._choice.remote.observe(time.perf_counter() - started)
-            else:
-                self._fall_back(there, drafts, timeout_s)
+            waited = time.perf_counter() - started
+            connected = self._remote.connected
+            if connected:
+                late = drafts.keys().isdisjoint(there) and not all(map(self._remote.refuses, there))
+                self._patience.observe(late=late)
+                if late or _drafted(drafts, there):
+                    self._choice.remote.observe(max(waited, timeout_s) if late else waited)
+            self._fall_back(there, drafts, timeout_s, away=not connected)
         return drafts
 
     def _fall_back(
-        self, wanted: Mapping[int, int], drafts: dict[int, SessionDraft], timeout_s: float
+        self, wanted: Mapping[int, int], drafts: dict[int, SessionDraft], timeout_s: float, *, away: bool
     ) -> None:
-        missing = {sid: epoch for sid, epoch in wanted.items() if sid not in drafts}
-        for sid, draft in self._local.collect(missing, timeout_s).items():
-            # Only the remote has the drafter that is pinned: no draft for now, but no error either.
-            drafts[sid] = SessionDraft(sid, draft.epoch) if draft.error == "unsupported" else draft
+        """Make up for what the remote refused, and for what it did not answer if it is away."""
+        missing = {
+            sid: epoch
+            for sid, epoch in wanted.items()
+            if (away if sid not in drafts else drafts[sid].error is not None)
+        }
+        for sid, draft in self._local.collect(missing, timeout_s).items() if missing else ():
+            if draft.error is None:
+                drafts[sid] = draft
+            elif sid not in drafts:
+                # Only the remote has the drafter that is pinned: no draft for now, but no error either.
+                drafts[sid] = SessionDraft(sid, draft.epoch) if draft.error == "unsupported" else draft
         self._fallback_rounds += bool(missing)
 
     def take_shadows(self) -> Sequence[SessionDraft]:

@@ -62,7 +62,8 @@ class LinkOptions:
     token: shared secret. tls: files for a mutual TLS connection; server_name overrides the name that the
     worker's certificate must carry. keepalive_s: a ping after this long, and as long to wait for its echo, so
     that a dead peer is noticed within twice that. stuck_s: a round unanswered for this long ends the
-    connection. avoid_s: for so long a preferred worker that could not be reached is not tried before others.
+    connection. avoid_s: for so long a worker that could not be reached, refused us or got stuck is not tried
+    before others.
     vanished_polls: consecutive looks at the leases without ours that end a connection.
     """
 
@@ -232,7 +233,8 @@ class Connection:
 
 class RemoteLink:
     """Keeps one `Connection` up while there is a lease to connect to: the preferred worker's (`prefer`), or
-    the least loaded one's."""
+    the least loaded one's. A worker that just failed comes after all others: nobody drafts with it, so that
+    it would be the least loaded one for good."""
 
     def __init__(
         self, leases: LeaseProvider, identity: TargetIdentity, options: LinkOptions, events: LinkEvents
@@ -245,8 +247,8 @@ class RemoteLink:
         self._opens = True
         """Whether the last connection could be opened."""
         self._preferred: str | None = None
-        self._avoided_until = 0.0
-        """Monotonic time until which the preferred worker is not tried first."""
+        self._avoided_until: dict[str, float] = {}
+        """By worker: monotonic time until which others are tried first. The link's thread only."""
         self._thread = threading.Thread(target=self._run, name="s2d-draft-link", daemon=True)
 
     def start(self) -> None:
@@ -254,9 +256,7 @@ class RemoteLink:
 
     def prefer(self, worker_id: str | None) -> None:
         """From any thread. While the worker is not there, or cannot be reached, another serves."""
-        if worker_id != self._preferred:
-            self._avoided_until = 0.0
-            self._preferred = worker_id
+        self._preferred = worker_id
 
     def close(self, timeout_s: float = 5.0) -> None:
         self._stop.set()
@@ -308,16 +308,22 @@ class RemoteLink:
         leases = self._current()
         if not leases:
             return None
-        return self._preferred_lease(leases) or min(leases, key=_load)
+        usable = self._usable(leases)
+        if not usable:  # they take turns
+            return min(leases, key=lambda lease: self._avoided_until[str(lease["id"])])
+        return self._preferred_lease(usable) or min(usable, key=_load)
 
     def _avoid(self, connection: Connection) -> None:
-        if connection.worker_id == self._preferred:
-            self._avoided_until = time.monotonic() + self._options.avoid_s
+        now = time.monotonic()
+        recent = {worker_id: until for worker_id, until in self._avoided_until.items() if until > now}
+        self._avoided_until = recent | {connection.worker_id: now + self._options.avoid_s}
+
+    def _usable(self, leases: Sequence[Lease]) -> list[Lease]:
+        """Those of workers that did not just fail."""
+        now = time.monotonic()
+        return [lease for lease in leases if self._avoided_until.get(str(lease["id"]), now) <= now]
 
     def _preferred_lease(self, leases: Sequence[Lease]) -> Lease | None:
-        """The preferred worker's lease, where it is worth a try."""
-        if time.monotonic() < self._avoided_until:
-            return None
         return next((lease for lease in leases if lease["id"] == self._preferred), None)
 
     def _watch(self, connection: Connection) -> None:
@@ -341,7 +347,8 @@ class RemoteLink:
             if replaced or missed >= self._options.vanished_polls:
                 logger.info("the lease of draft worker %s is gone; reconnecting", connection.worker_id)
                 return
-            if connection.worker_id != self._preferred and self._preferred_lease(leases) is not None:
+            preferred = self._preferred_lease(self._usable(leases))
+            if preferred is not None and connection.worker_id != preferred["id"]:
                 logger.info("leaving draft worker %s for %s", connection.worker_id, self._preferred)
                 return
 

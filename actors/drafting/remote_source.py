@@ -82,6 +82,11 @@ class RemoteDraftSource:
     def connected(self) -> bool:
         return self._connection is not None
 
+    def refuses(self, session_id: int) -> bool:
+        """Whether the worker had no room for the session, or failed on it, so lately that it is not asked."""
+        with self._changed:
+            return self._ledger.refused(session_id, time.monotonic())
+
     @property
     def drafters(self) -> Collection[str]:
         return self._drafters

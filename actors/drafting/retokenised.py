@@ -16,15 +16,15 @@ from typing import Protocol
 from actors.drafting.coupling import Coupling
 from actors.drafting.errors import DrafterError
 from actors.drafting.foreign import ForeignTarget
-from actors.drafting.interface import DraftQuery, DraftSampling, SessionDraft, SessionOpen
+from actors.drafting.interface import SCOPE_SHIFT, DraftQuery, SessionDraft, SessionOpen
 from actors.drafting.wrapping import ModelDrafter, WrappingDrafter
-from actors.sampling.params import GREEDY_TEMPERATURE
+from actors.sampling.params import GREEDY_TEMPERATURE, DraftSampling
 from actors.text.alignment import Alignment
 
 CATCH_UP = 64
 """Target tokens of one session that a proposal re-tokenises itself, at most."""
-CHUNK = 512
-"""Target tokens that one piece of background work re-tokenises."""
+CHUNK = 128
+"""Target tokens that one piece of background work re-tokenises; rounds that come meanwhile wait for it."""
 
 
 class RewindableDrafter(ModelDrafter, Protocol):
@@ -68,6 +68,8 @@ class RetokenisedDrafter(WrappingDrafter[RewindableDrafter]):
         super().__init__(inner)
         self._vocab_size = vocab_size
         self._foreign: dict[int, _Session] = {}
+        self._turns: dict[int, int] = {}
+        """By stream whose prompts wait: when it was served last, in pieces of work."""
 
     def open(self, session: SessionOpen) -> None:
         self.close(session.session_id)
@@ -126,7 +128,7 @@ class RetokenisedDrafter(WrappingDrafter[RewindableDrafter]):
 
     def work(self) -> bool:
         """One piece of re-tokenising and one of the inner drafter's work; False when there was neither."""
-        behind = next((s for s in self._foreign.values() if s.asked and s.alignment.waiting), None)
+        behind = self._next_to_advance()
         if behind is not None:
             behind.alignment.advance(CHUNK)
             if not behind.alignment.waiting:
@@ -135,6 +137,20 @@ class RetokenisedDrafter(WrappingDrafter[RewindableDrafter]):
                 except DrafterError:
                     behind.asked = False  # no room: the next proposal tries again, and says so
         return self._inner.work() or behind is not None
+
+    def _next_to_advance(self) -> _Session | None:
+        """The session that was opened first of the stream whose turn it is: many prompts of one target do not
+        keep those of another waiting."""
+        waiting: dict[int, _Session] = {}
+        for sid, session in self._foreign.items():
+            if session.asked and session.alignment.waiting:
+                waiting.setdefault(sid >> SCOPE_SHIFT, session)
+        self._turns = {scope: turn for scope, turn in self._turns.items() if scope in waiting}
+        if not waiting:
+            return None
+        scope = min(waiting, key=lambda scope: self._turns.get(scope, 0))
+        self._turns[scope] = 1 + max(self._turns.values(), default=0)
+        return waiting[scope]
 
     def _check(self, token_ids: Sequence[int]) -> None:
         highest = max(token_ids, default=0)

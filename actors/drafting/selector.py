@@ -278,9 +278,9 @@ class DrafterPool:
         return [drafts.get(i) or SessionDraft(u.session_id, u.epoch) for i, u in enumerate(updates)]
 
     def _chains(self, waiting: Mapping[int, SessionUpdate], together: int) -> dict[int, SessionDraft]:
-        """For each the chain that promises most, or why there is none. One that was drawn from a q is taken,
-        whatever it says: kept for what was drawn, it would not be a sample of that q any more."""
-        drafts: dict[int, SessionDraft] = {}
+        """For each the chain that promises most, or why there can be none. One that was drawn from a q is
+        taken, whatever it says: kept for what was drawn, it would not be a sample of that q any more."""
+        failed: dict[int, dict[str, SessionDraft]] = {}
         held: dict[int, SessionDraft] = {}
         for drafter in self._drafters:
             asked = {
@@ -304,19 +304,20 @@ class DrafterPool:
                     if before is None or draft.q or self._worth.of(draft) > self._worth.of(before):
                         held[i] = draft
                 elif draft.error is not None:
-                    drafts[i] = draft
+                    failed.setdefault(i, {})[drafter.name] = draft
         for draft in held.values():
             self._worth.taken(draft)
-        return drafts | held
+        return self._failures(waiting, failed) | held
 
     def _trees(self, waiting: Mapping[int, SessionUpdate], together: int) -> dict[int, SessionDraft]:
-        """For each the likeliest tokens of all drafters that are worth asking, or why there are none."""
-        failed: dict[int, SessionDraft] = {}
+        """For each the likeliest tokens of all drafters that are worth asking, or why there can be none."""
+        failed: dict[int, dict[str, SessionDraft]] = {}
         held: dict[int, list[SessionDraft]] = {i: [] for i in waiting}
         going_on = {i: self._continuations(u) for i, u in waiting.items()}
         for drafter in self._drafters:
             eligible = {i: u for i, u in waiting.items() if self._eligible(drafter, u)}
-            pinned = {i for i, u in eligible.items() if u.drafter is not None}
+            # Who pins an exit pins the drafter that has it.
+            pinned = {i for i, u in eligible.items() if u.drafter is not None or u.exit_depth is not None}
             covered = {
                 u.session_id: self._covered(drafter, u.session_id, held[i], going_on[i])
                 for i, u in eligible.items()
@@ -338,9 +339,21 @@ class DrafterPool:
                 if draft.token_ids:
                     held[i].append(draft)
                 elif draft.error is not None:
-                    failed[i] = draft
+                    failed.setdefault(i, {})[drafter.name] = draft
         grown = {i: self._grown(u, held[i], going_on[i]) for i, u in waiting.items()}
-        return failed | {i: draft for i, draft in grown.items() if draft.token_ids}
+        joined = {i: draft for i, draft in grown.items() if draft.token_ids}
+        return self._failures(waiting, failed) | joined
+
+    def _failures(
+        self, waiting: Mapping[int, SessionUpdate], failed: Mapping[int, Mapping[str, SessionDraft]]
+    ) -> dict[int, SessionDraft]:
+        """What all drafters that may draft for an update failed with, by `failed`. Where one is left there is
+        no failure: a session that met one is not asked for again for a while."""
+        return {
+            i: next(iter(errors.values()))
+            for i, errors in failed.items()
+            if not any(d.name not in errors and self._eligible(d, waiting[i]) for d in self._drafters)
+        }
 
     def _covered(
         self,

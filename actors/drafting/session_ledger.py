@@ -12,12 +12,12 @@ from dataclasses import dataclass, field, replace
 from actors.drafting import codec
 from actors.drafting.interface import (
     MAX_HELD_CANDIDATES,
-    DraftSampling,
     ResetScope,
     SessionDraft,
     SessionOpen,
     SessionUpdate,
 )
+from actors.sampling.params import DraftSampling
 from protos.s2d.v1 import drafting_pb2 as pb
 
 RETRY_S = 1.0
@@ -31,7 +31,8 @@ class _Session:
     """`tokens` is the whole sequence. `unsent` of its last tokens are not known to the worker. `wire_epoch`
     is the last one used; `asked` the caller's epoch that its answer belongs to, None when no draft is wanted;
     `open_epoch` the wire epoch of the last open, answers up to which belong to a former life. `shadow`: (wire
-    epoch, caller's epoch) of a draft for scoring that is under way."""
+    epoch, caller's epoch) of a draft for scoring that is under way. `drafted`: of the first update since the
+    last message, which is the verdict on what the worker proposed."""
 
     tokens: list[int]
     prompt_len: int
@@ -44,8 +45,7 @@ class _Session:
     shadow: tuple[int, int] | None = None
     unsent: int = 0
     candidates: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
-    drafted: int = 0
-    accepted: int = 0
+    drafted: int | None = None
     retry_at: float = 0.0
 
 
@@ -93,6 +93,11 @@ class SessionLedger:
         """Whether an answer to the caller's `epoch` is under way."""
         session = self._sessions.get(session_id)
         return session is not None and session.asked == epoch
+
+    def refused(self, session_id: int, now: float) -> bool:
+        """Whether the session is not asked for yet: see `RETRY_S`. `now` as for `round`."""
+        session = self._sessions.get(session_id)
+        return session is not None and now < session.retry_at
 
     def record(self, updates: Sequence[SessionUpdate]) -> None:
         """Keep tokens in step while there is nobody to send to."""
@@ -161,14 +166,14 @@ class SessionLedger:
         session.unsent += len(update.new_tokens)
         session.candidates.extend(update.candidates)
         del session.candidates[:-MAX_HELD_CANDIDATES]
-        session.drafted += update.drafted
-        session.accepted += update.accepted
+        if session.drafted is None:  # the updates after it are verdicts on what others drafted, or on nothing
+            session.drafted = update.drafted
         session.asked = None
 
     def _open_message(self, session_id: int, session: _Session) -> pb.SessionOpen:
         session.opened = True
         session.open_epoch = session.wire_epoch
-        session.unsent = session.drafted = session.accepted = 0
+        session.unsent = session.drafted = 0
         return codec.open_to_proto(
             SessionOpen(
                 session_id,
@@ -193,12 +198,12 @@ class SessionLedger:
                 epoch=session.wire_epoch,
                 new_tokens=tuple(session.tokens[len(session.tokens) - session.unsent :]),
                 budget=update.budget if wants else 0,
-                drafted=session.drafted,
-                accepted=session.accepted,
+                drafted=session.drafted or 0,
                 candidates=tuple(session.candidates),
             )
         )
-        session.unsent = session.drafted = session.accepted = 0
+        session.unsent = 0
+        session.drafted = None
         session.candidates.clear()
         return message
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from actors.drafting.interface import Drafter, DraftQuery, DraftSampling, SessionOpen
-from actors.engine.costs import CostModel
+from actors.costs import CostModel
+from actors.drafting.interface import Drafter, DraftQuery, SessionOpen
+from actors.sampling.params import DraftSampling
 
 PROFILED_SESSIONS = (1, 2, 4, 8)
 _PROFILE_TOKENS = 8

@@ -12,9 +12,8 @@ from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush, heapreplace
 
 from actors.drafting.interface import NESTED, SessionDraft
+from actors.verification.trees import ROOT
 
-ROOT = -1
-"""Parent of the tokens that follow the last committed one."""
 _LEAST = 0.01
 """A token that is less likely to be accepted is not worth a row."""
 _UNSAID = 0.5
@@ -34,12 +33,6 @@ def chain_parents(count: int) -> range:
 def parents_of(draft: SessionDraft) -> tuple[int, ...]:
     """A parent for each token, also of a chain."""
     return draft.parents or tuple(chain_parents(len(draft.token_ids)))
-
-
-def find_child(token_ids: Sequence[int], parents: Sequence[int], at: int, token: int) -> int | None:
-    """Index of the child of token `at` (or of `ROOT`) that is `token`; the first of several."""
-    below = range(at + 1, len(token_ids))
-    return next((i for i in below if parents[i] == at and token_ids[i] == token), None)
 
 
 def first_children(parents: Sequence[int], allowed: Callable[[int], bool] = lambda index: True) -> list[int]:

@@ -14,8 +14,9 @@ from itertools import accumulate
 
 from actors.drafting.acceptance import RunningAcceptance
 from actors.drafting.interface import NESTED, SessionDraft
-from actors.drafting.tree import ROOT, find_child, first_children, reach
+from actors.drafting.tree import first_children, reach
 from actors.sampling.params import MAX_DRAFT_TOKENS
+from actors.verification.trees import ROOT, find_child
 
 _SMOOTHING = 0.02
 _BUCKETS = 14

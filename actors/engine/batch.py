@@ -47,7 +47,7 @@ def build_batch(works: Sequence[Work], device: torch.device) -> tuple[RaggedBatc
         context_lens.append(start + work.num_rows)
         wanted = begin + work.num_tokens - 1 if work.completes else len(token_ids)
         decisions = len(token_ids) - wanted
-        if seq.wants_prompt_logprobs and start < seq.prompt_len - 1:
+        if seq.scores_prompt and start < seq.prompt_len - 1:
             wanted = begin
         first = len(logit_rows)
         logit_rows.extend(range(wanted, len(token_ids)))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from actors.costs import CostModel
 from actors.drafting.interface import DraftSource
 from actors.engine.controller import Controller
-from actors.engine.costs import CostModel
 from actors.engine.scheduler import Scheduler, SchedulerLimits
 from actors.engine.speculator import DraftTimeouts, Speculator
 from actors.engine.torch_engine import SpeculationDefaults, TorchEngine

@@ -20,10 +20,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 
+from actors.costs import CostModel
 from actors.drafting.acceptance_model import AcceptanceModel, RequestAcceptance
 from actors.drafting.interface import SessionDraft
 from actors.engine.account import BATCH_SHARE, DraftAccount
-from actors.engine.costs import CostModel
 from actors.engine.waits import DraftWaits, RoundOverhead
 
 _FIRST_PROBE, _LAST_PROBE = 4, 64
@@ -105,8 +105,9 @@ class Controller:
         self._last_wait_s = 0.0
         self._plain_s = 0.0
         self._attention_s = 0.0
-        self._waiting, self._joining = 1, 0
-        """Requests that the round keeps waiting, and those of them whose prompts are computed."""
+        self._waiting, self._joining, self._beside = 1, 0, 0
+        """Requests that the round keeps waiting, those of them whose prompts are computed, and those that
+        decode and never draft."""
         self._rounds_to_look = 0
         self._rounds_to_probe = 0
         self._probes = self._verified = self._drafting_rounds = 0
@@ -144,16 +145,23 @@ class Controller:
         """Draft tokens of one request, not forced, that the round which `trim` planned brought."""
         self.account.earn(accepted, self._plain_s, self._waiting)
 
-    def plan(self, candidates: Sequence[Candidate], other_rows: int = 0, joining: int = 0) -> list[int]:
+    def plan(
+        self,
+        candidates: Sequence[Candidate],
+        other_rows: int = 0,
+        joining: int = 0,
+        plain: Sequence[int] = (),
+    ) -> list[int]:
         """Draft tokens to ask for, per candidate. `other_rows` share the round: of the prompts of `joining`
-        requests."""
+        requests. `plain`: KV entries of those that decode in it and never draft; they wait too."""
         if not candidates:
             return []
         budgets = [c.limit if c.forced else 0 for c in candidates]
         probes: set[int] = set()
-        sequences = len(candidates)
-        self._attention_s = sum(self.costs.attention_s(c.context, 1, sequences) for c in candidates)
-        self._waiting, self._joining = len(candidates) + joining, joining
+        contexts = [*(c.context for c in candidates), *plain]
+        sequences = len(contexts)
+        self._attention_s = sum(self.costs.attention_s(context, 1, sequences) for context in contexts)
+        self._waiting, self._joining, self._beside = sequences + joining, joining, len(plain)
         plain_s = self.costs.seconds(self._waiting) + self._attention_s
         self.account.round(plain_s, self._waiting)
         if self.account.solvent:
@@ -177,7 +185,7 @@ class Controller:
         if not self.account.solvent:
             self._reason = _IN_DEBT
             return _LOOK_INTERVAL
-        self._bound_pauses(len(states))
+        self._bound_pauses(len(states) + self._beside)
         rounds = min(_LOOK_INTERVAL, self._rounds_to_look)
         for state in states:
             to_probe = state.rounds_until(_due_at(other_rows))
@@ -189,8 +197,9 @@ class Controller:
         if self.account.solvent:
             self._rounds_to_look -= rounds
             self._rounds_to_probe -= rounds
-        plain_s = self.costs.seconds(len(states)) + self._attention_s
-        self.account.round(plain_s, len(states), rounds)
+        requests = len(states) + self._beside
+        plain_s = self.costs.seconds(requests) + self._attention_s
+        self.account.round(plain_s, requests, rounds)
         for state in states:
             state.rounds_since_asked += rounds
         self._decisions["declined"] += rounds * len(states)
@@ -212,16 +221,17 @@ class Controller:
             # Nothing was decided: a request's last round must not keep the next one from being looked at.
             self._reason = self._explain(0.0, 0.0, 0)
             return set()
-        self._bound_pauses(len(candidates))
+        decoding = self._waiting - self._joining
+        self._bound_pauses(decoding)
         self._rounds_to_probe -= 1
         due = self._most_overdue(free, _due_at(other_rows)) if self._rounds_to_probe <= 0 else None
         if self._rounds_to_look > 0 and due is None and not forced:
             self._rounds_to_look -= 1
             return set()
-        base = len(candidates) + sum(budgets)
+        base = decoding + sum(budgets)
         lengths, gain, wait = self._worth_asking([c for _, c in free], base, other_rows, forced)
         pays = any(lengths)
-        self._rounds_to_look = 0 if pays else self._look_pause(len(candidates))
+        self._rounds_to_look = 0 if pays else self._look_pause(decoding)
         self._reason = self._explain(gain, wait, len(free))
         hoping = pays and not forced and self._drafts_seen < _FEW_SEEN
         self._hoping = hoping and len(free) > 1
@@ -235,7 +245,7 @@ class Controller:
             else:
                 due = min(free, key=lambda entry: entry[1].state.rounds_since_asked)[0]
         elif due is not None:
-            self._rounds_to_probe = self._probe_pause(len(candidates))
+            self._rounds_to_probe = self._probe_pause(decoding)
         probes: set[int] = set()
         for (index, candidate), length in zip(free, lengths, strict=True):
             # Where all wait anyway, probes that are due soon come along.
@@ -294,8 +304,10 @@ class Controller:
         return self.acceptance.expected_survival(request, candidate.drafters, candidate.limit)
 
     def _survival(self, candidate: Candidate, draft: SessionDraft, drafted: int) -> list[float]:
-        """P(accepted) by place of a draft that came."""
-        length = min(drafted, candidate.limit)
+        """P(accepted) by place of a draft that came. Of one that was drawn from a q, by place of the longest
+        that could have come: how far it goes says what was drawn (a stop id, a token that is unlikely or that
+        the grammar forbids), and what was drawn must not decide whether it is judged."""
+        length = candidate.limit if draft.q else min(drafted, candidate.limit)
         request = candidate.state.acceptance
         if candidate.tree:
             return self.acceptance.tree_survival(request, draft, candidate.drafters[0])[:length]
@@ -304,8 +316,9 @@ class Controller:
     def trim(
         self, drafts: Sequence[tuple[Candidate, SessionDraft, int]], base_rows: int, emitting: int
     ) -> list[int]:
-        """Lengths to verify of drafts that came: (candidate, draft, tokens of it that may be verified).
-        `base_rows` are in the round anyway, and `emitting` requests emit a token in it anyway."""
+        """Lengths to verify of drafts that came: (candidate, draft, tokens of it that may be verified), with
+        the tokens that were asked for as the candidate's limit. `base_rows` are in the round anyway, and
+        `emitting` requests emit a token in it anyway."""
         lengths = [drafted if c.forced else 0 for c, _, drafted in drafts]
         free = [(i, d) for i, d in enumerate(drafts) if not d[0].forced]
         self._drafts_seen += len(free)
@@ -332,6 +345,7 @@ class Controller:
             state.probing = False
         if any(chosen) and base_rows == emitting:  # rounds with prompts say nothing of costs
             self._look_further([index for index, _ in free], curves, lengths)
+        lengths = [min(length, drafted) for length, (_, _, drafted) in zip(lengths, drafts, strict=True)]
         self._plain_s = self.costs.seconds(self._waiting) + self._attention_s
         # What is forced would be waited for and verified anyway.
         forced_rows = sum(lengths) - sum(lengths[index] for index, _ in free)

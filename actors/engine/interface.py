@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from actors.drafting.assignment import DraftAssignment
@@ -26,9 +26,9 @@ class TargetEngine(Protocol):
 
     def has_work(self) -> bool: ...
 
-    def idle(self) -> bool:
-        """Do a little of what can wait until no request is inside, a few dozen milliseconds; whether there is
-        more."""
+    def idle(self, waiting: Callable[[], bool]) -> bool:
+        """Do a little of what can wait until no request is inside; whether there is more. Returns after one
+        forward pass at most once something is `waiting`."""
         ...
 
     def stats(self) -> EngineStats: ...

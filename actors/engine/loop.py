@@ -170,7 +170,7 @@ class EngineLoop:
         try:
             return self._inbox.get(timeout=IDLE_WORK_EVERY_S if self._idle_work else IDLE_WAIT_S)
         except queue.Empty:
-            self._idle_work = self._idle_work and self._engine.idle()
+            self._idle_work = self._idle_work and self._engine.idle(lambda: not self._inbox.empty())
             raise
         finally:
             self._idle_s += time.perf_counter() - started

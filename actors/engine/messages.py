@@ -12,6 +12,7 @@ from actors.drafting.assignment import UNRESTRICTED, DraftAssignment
 from actors.drafting.interface import ResetScope as ResetScope
 from actors.drafting.interface import ServedRounds
 from actors.sampling.params import SamplingParams, SpeculationParams
+from actors.sampling.results import TokenLogprobs
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -37,15 +38,6 @@ class EngineRequest:
     def __post_init__(self) -> None:
         if not self.prompt_ids:
             raise ValueError("prompt_ids must not be empty")
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprobs:
-    """Raw log-softmax (natural log) of one position. `top` holds (token id, logprob), best first."""
-
-    token_id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +132,8 @@ class EngineStats:
     """Seconds since start in which no request was inside."""
     clock_s: float = 0.0
     """time.perf_counter() of the engine's process when `idle_s` was read."""
+    drafted_rounds: int = 0
+    """Since start, per request; a tree of several drafters is one, though it counts for each of them."""
     drafters: dict[str, DrafterStats] = field(default_factory=dict)
     draft_source: dict[str, object] = field(default_factory=dict)
     """State of the source of drafts: connected workers, late rounds, reconnects."""

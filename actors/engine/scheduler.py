@@ -118,7 +118,7 @@ class Scheduler:
             return False
         seq = self.waiting[0]
         keys = seq.full_block_keys(self.pool.block_size, len(seq.token_ids) - 1)
-        blocks = [] if seq.wants_prompt_logprobs else self.pool.match_prefix(keys)
+        blocks = [] if seq.scores_prompt else self.pool.match_prefix(keys)
         needed = self.pool.blocks_for(len(seq.token_ids) + 1) - len(blocks)
         if needed > self.pool.num_free:
             self.pool.release(blocks)
@@ -129,7 +129,7 @@ class Scheduler:
         seq.num_computed = len(blocks) * self.pool.block_size
         if not seq.started_at:
             seq.started_at = time.perf_counter()
-        if not seq.reported_first:
+            # After a preemption the cache has this sequence's own work.
             seq.cached_tokens = min(seq.num_computed, seq.prompt_len)
         self.running[seq.request.request_id] = seq
         return True

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 
 from actors.drafting.interface import SessionDraft
 from actors.engine.controller import ControlState
-from actors.engine.messages import EngineRequest, FinishReason, TokenLogprobs
+from actors.engine.messages import EngineRequest, FinishReason
 from actors.kv.block_pool import ROOT_KEY, BlockKey, block_key
 from actors.models.runner import StateRow
 from actors.sampling.pipeline import SequenceSampler
+from actors.sampling.results import TokenLogprobs
 from actors.verification.rule import VerificationRule
 
 _session_ids = itertools.count(1)
@@ -45,6 +46,7 @@ class Sequence:
     block_keys: list[BlockKey] = field(default_factory=list)
     num_published: int = 0
     cached_tokens: int = 0
+    """Prompt tokens that the prefix cache had at the first admission."""
     reported_first: bool = False
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -60,9 +62,8 @@ class Sequence:
     unsent_states: list[StateRow] = field(default_factory=list)
     """Of `unsent_tokens`, one entry a verdict, where a drafter reads them."""
     unsent_drafted: int = 0
-    unsent_accepted: int = 0
-    asked: bool = False
-    """Whether a draft was asked for the coming round."""
+    asked: int = 0
+    """Draft tokens asked for, for the coming round; 0 when none were."""
 
     def __post_init__(self) -> None:
         self.token_ids = [*self.request.prompt_ids, *self.request.output_ids_so_far]
@@ -95,6 +96,11 @@ class Sequence:
     @property
     def wants_prompt_logprobs(self) -> bool:
         return self.request.sampling.prompt_logprobs is not None
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the prompt's log-probabilities are still to be reported: every row of it is computed."""
+        return self.wants_prompt_logprobs and not self.reported_first
 
     def room_for_drafts(self, max_model_len: int) -> int:
         """Drafts that can still be emitted before a limit ends the request."""

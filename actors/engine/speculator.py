@@ -11,7 +11,6 @@ from actors.drafting.assignment import UNRESTRICTED, DraftAssignment
 from actors.drafting.interface import (
     NESTED,
     TREE,
-    DraftSampling,
     DraftSource,
     NestedWish,
     SessionDraft,
@@ -26,7 +25,7 @@ from actors.engine.sequence import Work
 from actors.engine.shadow import ShadowScorer
 from actors.models.runner import StateRow
 from actors.sampling.grammar import GrammarError
-from actors.sampling.params import MAX_DRAFT_TOKENS
+from actors.sampling.params import MAX_DRAFT_TOKENS, DraftSampling
 
 _STATES_KEPT = 8
 """Rounds without asking after which a sequence's states are not kept; the draft then goes on without them."""
@@ -94,6 +93,8 @@ class Speculator:
         self._asking, self._waited_s = 0, 0.0
         """Of the round: who asked for drafts, and the wait for them."""
         self._counts: dict[str, _Counts] = {}
+        self.drafted_rounds = 0
+        """Since start, per request."""
         self._closed_since_submit = False
         self._turn = 0
         self._batch: list[EngineSequence] = []
@@ -148,11 +149,12 @@ class Speculator:
         self.controller.observe_wait(self._waited_s, len(asked))
         usable: list[tuple[EngineSequence, SessionDraft, Candidate, int]] = []
         for seq in asked:
-            seq.asked = False
+            limit, seq.asked = seq.asked, 0
             draft = self._fitting(seq, drafts.get(seq.session_id))
             if draft is None:
                 continue
             candidate = self._candidate(seq)
+            candidate = replace(candidate, limit=min(candidate.limit, limit))
             length = min(len(draft.token_ids), candidate.limit)
             if seq.sampler is not None:
                 try:
@@ -216,6 +218,7 @@ class Speculator:
         """Record a verdict, to be sent with the next `submit`. accepted: indices of the draft's tokens that
         were, out of the first `drafted`. states: one a token of `emitted`, or none."""
         if draft is not None:
+            self.drafted_rounds += 1
             self._count(draft, drafted, accepted)
             if not seq.forced:
                 self.controller.observe_accepted(len(accepted))
@@ -227,7 +230,6 @@ class Speculator:
             seq.unsent_states.clear()  # those of tokens that others follow without are of no use
         seq.unsent_states.extend(states)
         seq.unsent_drafted += drafted
-        seq.unsent_accepted += len(accepted)
 
     def _count(self, draft: SessionDraft, drafted: int, accepted: Sequence[int]) -> None:
         found: dict[str, list[tuple[int, bool]]] = {}
@@ -264,11 +266,12 @@ class Speculator:
         else:
             joining = sum(not seq.decoding for seq in running)
             candidates = [self._candidate(seq) for seq in decoding]
-            budgets = self.controller.plan(candidates, prompt_rows, joining)
+            plain = [seq.num_computed for seq in running if seq.decoding and not seq.session_open]
+            budgets = self.controller.plan(candidates, prompt_rows, joining, plain)
         shadowed = self._shadow_round(decoding)
         updates = []
         for seq, budget in zip(decoding, budgets, strict=True):
-            seq.asked = budget > 0
+            seq.asked = budget
             if seq.asked or len(seq.unsent_tokens) >= _HELD_BACK or seq is shadowed:
                 updates.append(self._update(seq, budget, seq is shadowed))
         if updates or self._closed_since_submit:
@@ -306,7 +309,6 @@ class Speculator:
             new_tokens=tuple(seq.unsent_tokens),
             budget=budget,
             drafted=seq.unsent_drafted,
-            accepted=seq.unsent_accepted,
             candidates=tuple(seq.unsent_candidates),
             drafter=speculation.drafter,
             exit_depth=speculation.exit_depth,
@@ -317,7 +319,7 @@ class Speculator:
         seq.unsent_tokens.clear()
         seq.unsent_states.clear()
         seq.unsent_candidates.clear()
-        seq.unsent_drafted = seq.unsent_accepted = 0
+        seq.unsent_drafted = 0
         return update
 
     def _wish(self, seq: EngineSequence, wish: NestedWish, shadowed: bool) -> NestedWish:

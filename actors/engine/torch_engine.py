@@ -13,13 +13,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from actors.costs import CostModel
 from actors.drafting.acceptance_model import RequestAcceptance, kind_of
 from actors.drafting.assignment import DraftAssignment
 from actors.drafting.interface import SessionDraft
 from actors.drafting.tree import depths
 from actors.engine.batch import RowSpan, build_batch
 from actors.engine.controller import ControlState
-from actors.engine.costs import CostModel
 from actors.engine.messages import EngineRequest, EngineStats, RequestOutput, ResetScope, RoundReport
 from actors.engine.phases import PhaseClock
 from actors.engine.profiling import CostProfiler
@@ -97,6 +97,7 @@ class TorchEngine:
         if self._scheduler.find(request.request_id) is not None:
             raise ParameterError("request_id", f"{request.request_id!r} is already running")
         self._scheduler.add(self._new_sequence(request))
+        self._profiler.interrupted()
 
     def _new_sequence(self, request: EngineRequest) -> EngineSequence:
         sampling, speculation = request.sampling, request.speculation
@@ -126,7 +127,7 @@ class TorchEngine:
         elif not isinstance(rule, CoupledRule):
             reason = f"verification {rule.name!r} judges chains only"
         elif sampler is not None and sampler.remembers:
-            reason = "penalties and grammars allow chains only"
+            reason = "penalties, grammars and bad words allow chains only"
         if speculation.tree is None:
             return reason is None and self._defaults.tree and not speculation.force
         if speculation.tree and reason is not None:
@@ -375,9 +376,9 @@ class TorchEngine:
         """Measure what rounds cost. Call before the first request."""
         self._profiler.profile()
 
-    def idle(self) -> bool:
-        """Measure again what rounds cost, one thing a call; False when nothing is left to be done."""
-        return self._profiler.work()
+    def idle(self, waiting: Callable[[], bool]) -> bool:
+        """Measure again what rounds cost, see `CostProfiler.work`."""
+        return self._profiler.work(waiting)
 
     def stats(self) -> EngineStats:
         pool = self._scheduler.pool
@@ -394,6 +395,7 @@ class TorchEngine:
             cached_prompt_tokens=self._cached_tokens,
             preemptions=self._scheduler.num_preemptions,
             phase_seconds=dict(self._clock.seconds),
+            drafted_rounds=self._speculator.drafted_rounds,
             drafters=self._speculator.drafter_stats(),
             draft_source=self._speculator.source.stats(),
             controller=self._speculator.controller.table(self._speculator.source.drafters),

@@ -64,7 +64,8 @@ def load_runner(
 ) -> LoadedModel:
     """Load a model with its own KV pool.
 
-    `dtype` int8 quantises the weights of linear layers while loading; embedding and KV cache are bfloat16.
+    `dtype` int8 quantises the weights of linear layers while loading; embedding and KV cache are bfloat16. It
+    is for CPUs.
     `backend` "auto" takes the fastest implementation that runs the model: native (CPU, Llama family), torch
     (Llama family), generic (anything transformers runs through its attention interface). `kv_blocks` blocks
     of BLOCK_SIZE tokens, 0 for what fits `kv_memory_gib`. `threads` 0 takes the
@@ -77,7 +78,7 @@ def load_runner(
     """
     say = progress or (lambda message: None)
     started = time.monotonic()
-    torch_device = choose_device(device)
+    torch_device = choose_device(device, dtype)
     resolved = resolve_source(source)
     folder = model_folder(resolved, progress)
     if adapter is not None:
@@ -172,10 +173,11 @@ def build_llama_runner(
     return TorchLlamaRunner(weights, info, kv_blocks, threads, window=window), "torch"
 
 
-def choose_device(device: str) -> torch.device:
-    """The device meant; "auto" is CUDA where there is one. Raises ValueError for one that is not there."""
+def choose_device(device: str, dtype: DTypeName = "bfloat16") -> torch.device:
+    """The device meant; "auto" is CUDA where there is one, for int8 the CPU. Raises ValueError for one that
+    is not there, or not for `dtype`."""
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() and dtype != "int8" else "cpu"
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
@@ -184,6 +186,8 @@ def choose_device(device: str) -> torch.device:
         raise ValueError(f"device {device!r} is not supported: use cpu, cuda, cuda:N or auto")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {device!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+    if chosen.type == "cuda" and dtype == "int8":  # the core's arithmetic in float64: slower than bfloat16
+        raise ValueError(f"dtype int8 is computed on CPUs only, not on {device}: use bfloat16")
     return chosen
 
 

@@ -98,7 +98,7 @@ struct Product {
     const float* bias;
     const float* row_scale;
     Epilogue epilogue;
-    Converted converted = {};  // read instead of x for the formats that have it
+    Converted converted = {};  // read instead of x for the formats that have it, and for bf16 where it has bytes
     bool again = false;        // this thread's last product was over the same inputs
 };
 
@@ -108,7 +108,8 @@ constexpr int64_t WIDEST_TOGETHER = 256;  // head_dim up to which they do
 // Attention of the query heads of one KV head: softmax(q K^T * scale) V, as an online softmax over blocks of 32 keys in
 // absolute order, of one token or of several that follow each other in a sequence (rows * group <= TOGETHER): token r
 // sees keys 0..keys + r - 1. Each row's sums are what they would be alone. Blocks from tail_from on are read from
-// `tail`.
+// `tail`. `rounds`: where keys are bfloat16 and there is a dot product of it, queries and the probabilities of whole
+// blocks are rounded to it too.
 struct Attention {
     const float* q;  // [rows][group][head_dim], tokens ldq apart
     int64_t ldq;
@@ -124,7 +125,7 @@ struct Attention {
     int64_t block_bytes;         // from a block to the next
     const char* tail;
     int64_t tail_from;
-    bool bf16;
+    bool bf16, rounds;
 };
 
 struct Kernels {

@@ -86,6 +86,14 @@ void attention_of(const Attention& a) {
         configure_tiles(rows);
     }
 #endif
+#if defined(S2D_PACKED)
+    alignas(64) char query[TOGETHER * WIDEST_TOGETHER * 2], probs[MAX_GROUP * BLOCK * 2];
+    const bool rounds = F == Format::bf16 && a.rounds && d % 32 == 0 && a.group * d <= TOGETHER * WIDEST_TOGETHER;
+    if (rounds) {
+        round_rows(q, rows, d, query);
+        qk.converted = {query, d * 2};
+    }
+#endif
     const auto block_at = [&](int64_t b) {
         return b < a.tail_from ? a.pool + a.block_table[b] * a.block_bytes : a.tail + (b - a.tail_from) * 2 * half_bytes;
     };
@@ -95,6 +103,10 @@ void attention_of(const Attention& a) {
 #if defined(S2D_TILES)
         // Slots beyond a sequence's end hold whatever was there: they must not be multiplied, not even by zero.
         if (tiles && count == BLOCK) return values_on_tiles(p, some, d, values, rescale + first, b == 0, out + first * d);
+#endif
+#if defined(S2D_PACKED)
+        const bool whole = rounds && count == BLOCK;
+        pv.converted = whole ? Converted{probs + first * BLOCK * 2, BLOCK * 2} : Converted{};
 #endif
         pv.x = p;
         pv.rows = some;
@@ -137,6 +149,9 @@ void attention_of(const Attention& a) {
             total[r] = b == 0 ? mass[r] : madd(total[r], rescale[r], mass[r]);
             highest[r] = best[r];
         }
+#if defined(S2D_PACKED)
+        if (rounds) round_rows(scores, rows, BLOCK, probs);
+#endif
         if (seen[0] >= (b + 1) * BLOCK) {
             add_values(b, 0, rows, BLOCK, keys + half_bytes);
             continue;

@@ -416,7 +416,8 @@ void Model::attend(int64_t layer, Run run, int64_t head, int64_t at, int thread,
     Attention a{work_.qkv.data() + run.row * s.qkv() + first, s.qkv(),
                 work_.attended.data() + run.row * width + first, width,
                 run.rows, group, s.head_dim, 1.0f / sqrtf(static_cast<float>(s.head_dim)), token.keys,
-                pool, token.table, block_bytes_, nullptr, (token.keys + run.rows - 1 + BLOCK - 1) / BLOCK, s.bf16 != 0};
+                pool, token.table, block_bytes_, nullptr, (token.keys + run.rows - 1 + BLOCK - 1) / BLOCK, s.bf16 != 0,
+                s.converts()};  // products round their inputs too
     if (!token.straight) {
         a.tail = assemble(token, at + run.row, pool, thread, batch);
         a.tail_from = token.base / BLOCK;

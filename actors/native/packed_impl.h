@@ -1,6 +1,7 @@
 // Products over packed weights (see packed.h) with the bfloat16 dot product of AVX-512: inputs are rounded to bfloat16,
 // sums are float32. Each output adds inputs 0 and 1, then 2 and 3, ..., then the exceptions of its group, whatever the
-// number of rows. Included by kernels_impl.h where S2D_PACKED is defined.
+// number of rows. Attention over bfloat16 keys may round its inputs too. Included by kernels_impl.h where S2D_PACKED is
+// defined.
 
 void to_bf16_row(const float* x, int64_t k, char* row) {
     int64_t i = 0;
@@ -100,4 +101,41 @@ inline void tile_packed(const Product& p, int64_t row, int64_t group, const char
     }
 #pragma GCC unroll 1
     for (int i = 0; i < ROWS * GROUPS; ++i) finish(p, row + i / GROUPS, group + i % GROUPS, sums + i * LANES);
+}
+
+// As tile_packed, over whole groups of blocked bfloat16 weights, which have nothing to unpack, and an even p.k.
+template <int ROWS, int GROUPS>
+inline void tile_rounded(const Product& p, int64_t row, int64_t group, const char* next, int64_t step) {
+    const int64_t bytes = p.group_bytes, ldx = p.converted.bytes;
+    const char* pairs = p.converted.rows + row * ldx;
+    const char* w = static_cast<const char*>(p.w) + group * bytes;
+    __m512 acc[ROWS][GROUPS];
+    S2D_UNROLL
+    for (int r = 0; r < ROWS; ++r) {
+        S2D_UNROLL
+        for (int g = 0; g < GROUPS; ++g) acc[r][g] = _mm512_setzero_ps();
+    }
+    for (int64_t i = 0; i < p.k / 2; ++i, w += 64, pairs += 4, next += step) {
+        S2D_UNROLL
+        for (int g = 0; g < GROUPS; ++g) {
+            __builtin_prefetch(next + g * bytes, 0, 2);
+            const __m512bh line = (__m512bh)_mm512_loadu_si512(w + g * bytes);
+            S2D_UNROLL
+            for (int r = 0; r < ROWS; ++r) {
+                int32_t pair;
+                memcpy(&pair, pairs + r * ldx, sizeof pair);
+                acc[r][g] = _mm512_dpbf16_ps(acc[r][g], line, (__m512bh)_mm512_set1_epi32(pair));
+            }
+        }
+    }
+    S2D_UNROLL
+    for (int r = 0; r < ROWS; ++r) {
+        S2D_UNROLL
+        for (int g = 0; g < GROUPS; ++g) finish_whole(p, row + r, (group + g) * LANES, V{acc[r][g]});
+    }
+}
+
+// Rows of whole chunks, one after the other.
+inline void round_rows(const float* x, int64_t rows, int64_t k, char* to) {
+    for (int64_t r = 0; r < rows; ++r) to_bf16_row(x + r * k, k, to + r * k * 2);
 }

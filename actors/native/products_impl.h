@@ -10,6 +10,9 @@ __attribute__((noinline)) void tile(const Product& p, int64_t row, int64_t group
     if constexpr (F == Format::int8) return tile_int8<ROWS, GROUPS>(p, row, group, next, step);
 #if defined(S2D_PACKED)
     if constexpr (F == Format::packed) return tile_packed<ROWS, GROUPS>(p, row, group, next, step);
+    if constexpr (F == Format::bf16) {
+        if (p.converted.bytes > 0) return tile_rounded<ROWS, GROUPS>(p, row, group, next, step);
+    }
 #endif
     constexpr bool BF16 = F == Format::bf16;
     V acc[ROWS][GROUPS];

@@ -11,6 +11,7 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 import llguidance
@@ -130,7 +131,7 @@ class GrammarCompiler:
         vocab_size: V, the width of the model's logits; may exceed the tokenizer's.
         eos_token_id: the model's end id, or several.
 
-    Reading the vocabulary takes about a second for large ones and happens with the first grammar.
+    Reading the vocabulary takes seconds for large ones and happens with the first grammar.
     """
 
     def __init__(
@@ -145,30 +146,51 @@ class GrammarCompiler:
         self._hf_tokenizer = hf_tokenizer
         self._vocab_size = vocab_size
         self._cache_size = cache_size
-        self._cache: OrderedDict[GrammarSpec, llguidance.LLMatcher] = OrderedDict()
+        self._cache: OrderedDict[GrammarSpec, Future[llguidance.LLMatcher]] = OrderedDict()
         self._lock = threading.Lock()
+        """Of the cache only. The engine thread takes it too, and must not wait for builds of others."""
+        self._tokenizer_lock = threading.Lock()
         self._tokenizer: llguidance.LLTokenizer | None = None
 
     def compile(self, spec: GrammarSpec) -> GrammarMatcher:
-        """A fresh matcher for `spec`.
+        """A fresh matcher for `spec`. What several ask for at once is built by the first of them.
 
         Raises:
             ParameterError: for `response_format`: the schema or grammar is invalid, uses what is not
-            supported,
-                or the model's tokenizer cannot be constrained.
+                supported, or the model's tokenizer cannot be constrained.
         """
         with self._lock:
-            prototype = self._cache.get(spec)
-            if prototype is None:
-                prototype = self._build(spec)
-                self._cache[spec] = prototype
-                if len(self._cache) > self._cache_size:
-                    self._cache.popitem(last=False)
+            known = self._cache.get(spec)
+            prototype = Future[llguidance.LLMatcher]() if known is None else known
+            self._cache[spec] = prototype
             self._cache.move_to_end(spec)
-            return GrammarMatcher(prototype.deep_copy(), self._vocab_size, self._eos)
+        if known is None:
+            self._fill(prototype, spec)
+        built = prototype.result()
+        with self._lock:
+            return GrammarMatcher(built.deep_copy(), self._vocab_size, self._eos)
+
+    def ready(self, spec: GrammarSpec) -> bool:
+        """Whether `compile` has nothing to build or to wait for."""
+        with self._lock:
+            prototype = self._cache.get(spec)
+            return prototype is not None and prototype.done()
+
+    def _fill(self, prototype: Future[llguidance.LLMatcher], spec: GrammarSpec) -> None:
+        """Build, outside the lock. What fails leaves the cache as it was."""
+        try:
+            prototype.set_result(self._build(spec))
+        except BaseException as error:  # a panic of the library is no Exception; others wait for this too
+            prototype.set_exception(error)
+        with self._lock:
+            if prototype.exception() is not None and self._cache.get(spec) is prototype:
+                del self._cache[spec]
+            while len(self._cache) > self._cache_size:
+                self._cache.popitem(last=False)
 
     def _build(self, spec: GrammarSpec) -> llguidance.LLMatcher:
-        tokenizer = self._load_tokenizer()
+        with self._tokenizer_lock:
+            tokenizer = self._load_tokenizer()
         grammar = _to_llguidance(spec)
         row_items = _JSON_ROW_ITEMS if spec.kind.startswith("json") else _GRAMMAR_ROW_ITEMS
         limits = llguidance.LLParserLimits(max_items_in_row=row_items, verbose_errors=False)
@@ -208,6 +230,10 @@ class GrammarCompiler:
 
 
 def _to_llguidance(spec: GrammarSpec) -> str:
+    try:
+        spec.text.encode()
+    except UnicodeEncodeError as error:  # half a surrogate pair, which JSON can write
+        raise ParameterError(_PARAM, f"invalid {spec.kind}: not valid Unicode: {error.reason}") from error
     if spec.kind == "regex":
         return str(llguidance.LLMatcher.grammar_from_regex(spec.text))
     if spec.kind == "lark":
@@ -217,6 +243,8 @@ def _to_llguidance(spec: GrammarSpec) -> str:
         schema = json.loads(text)
     except ValueError as error:
         raise ParameterError(_PARAM, f"the schema is not JSON: {error}") from error
+    except RecursionError as error:
+        raise ParameterError(_PARAM, "the schema is nested too deeply") from error
     if not isinstance(schema, dict | bool):
         raise ParameterError(_PARAM, "the schema must be a JSON object or a boolean")
     try:

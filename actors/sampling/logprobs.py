@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from actors.engine.messages import TokenLogprobs
 from actors.sampling.reduce import top_entries
+from actors.sampling.results import TokenLogprobs
 
 
 def token_logprobs(logits: Tensor, token_ids: Sequence[int], top_n: int) -> list[TokenLogprobs]:

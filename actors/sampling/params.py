@@ -94,12 +94,15 @@ class SpeculationParams:
 class SamplingParams:
     """Sampling parameters of one choice, in the order in which they are applied.
 
-    Order: grammar mask, logit_bias, min_tokens (masks every stop id), repetition, presence and
-    frequency penalties, division by temperature, min_p, top_k, top_p.
+    Order: masks (grammar, allowed_token_ids, bad_sequences), logit_bias, min_tokens (masks every stop id),
+    repetition, presence and frequency penalties, division by temperature, min_p, top_k, top_p.
 
     Attributes:
         max_tokens: tokens to emit at most (counted over `output_ids_so_far` too); at least 0.
         min_tokens: no end-of-sequence or stop id before this many tokens.
+        allowed_token_ids: nothing else is emitted; empty for no such limit.
+        bad_sequences: token sequences that are never completed: the last id of one is forbidden where the
+            output ends with those before it. Filled in by the worker from a request's bad_words.
         seed: any int64; the noise key is H(seed, choice).
         repetition_penalty: over prompt and output ids (Hugging Face's rule).
         presence_penalty, frequency_penalty: over output ids (OpenAI's rule).
@@ -116,6 +119,8 @@ class SamplingParams:
     min_p: float = 0.0
     seed: int = 0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_sequences: tuple[tuple[int, ...], ...] = ()
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
@@ -159,6 +164,7 @@ class SamplingParams:
             _require(
                 math.isfinite(bias) and -100 <= bias <= 100, "logit_bias", "values must be in [-100, 100]"
             )
+        _require(all(self.bad_sequences), "bad_words", "must not be empty")
 
     @property
     def greedy(self) -> bool:
@@ -182,6 +188,24 @@ class SamplingParams:
             self.greedy
             and not self.has_penalties
             and not self.logit_bias
+            and not self.allowed_token_ids
+            and not self.bad_sequences
             and self.min_tokens == 0
             and self.grammar is None
         )
+
+
+@dataclass(frozen=True, slots=True)
+class DraftSampling:
+    """What a drafter needs to guess the token that the target will sample.
+
+    key is the 64-bit noise key of the request (see `actors.sampling.noise`), temperature 0 means greedy.
+    `rule` names the verification rule: rules that need q make a sampling drafter ship it.
+    """
+
+    key: int
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    rule: str = "coupled"

@@ -1,7 +1,7 @@
 """From raw logits to processed scores, for one sequence at a time.
 
-Order (a contract, see `SamplingParams`): grammar mask, logit_bias, min_tokens, repetition, presence and
-frequency penalties, division by temperature, min_p, top_k, top_p. What does not survive is -inf.
+Order (a contract, see `SamplingParams`): masks, logit_bias, min_tokens, repetition, presence and frequency
+penalties, division by temperature, min_p, top_k, top_p. What does not survive is -inf.
 
 The bits of a processed row depend on that row, the request and the tokens before it, and on nothing else:
 every row is processed by operations on [V] tensors of its own, never as part of a [K + 1, V] batch, because
@@ -12,16 +12,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import chain
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from actors.drafting.interface import DraftSampling
-from actors.engine.messages import EngineRequest
 from actors.sampling.grammar import GrammarError, GrammarMatcher
 from actors.sampling.noise import derive_key
-from actors.sampling.params import ParameterError, SamplingParams
+from actors.sampling.params import DraftSampling, ParameterError, SamplingParams
 from actors.sampling.truncation import keep_at_least, survival_threshold
+
+
+class SampledRequest(Protocol):
+    """What sampling reads of a request (`actors.engine.messages.EngineRequest`)."""
+
+    @property
+    def prompt_ids(self) -> Sequence[int]: ...
+    @property
+    def output_ids_so_far(self) -> Sequence[int]: ...
+    @property
+    def sampling(self) -> SamplingParams: ...
+    @property
+    def choice(self) -> int: ...
 
 
 def check_vocabulary(sampling: SamplingParams, vocab_size: int) -> None:
@@ -29,7 +42,13 @@ def check_vocabulary(sampling: SamplingParams, vocab_size: int) -> None:
 
     The model's own end ids are exempt: some configurations name ids beyond the vocabulary.
     """
-    for name, ids in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
+    checked: dict[str, Iterable[int]] = {
+        "logit_bias": sampling.logit_bias,
+        "stop_token_ids": sampling.stop_token_ids,
+        "allowed_token_ids": sampling.allowed_token_ids,
+        "bad_words": chain.from_iterable(sampling.bad_sequences),
+    }
+    for name, ids in checked.items():
         for token in ids:
             if not 0 <= token < vocab_size:
                 raise ParameterError(name, f"token id {token} is outside the vocabulary ({vocab_size})")
@@ -39,7 +58,7 @@ class _Penalties:
     """Repetition (Hugging Face's rule, over prompt and output), presence and frequency (OpenAI's, over
     output)."""
 
-    def __init__(self, request: EngineRequest, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, request: SampledRequest, vocab_size: int, device: torch.device) -> None:
         self._sampling = request.sampling
         self.counts = torch.zeros(vocab_size, dtype=torch.float32, device=device)
         self.in_prompt = torch.zeros(vocab_size, dtype=torch.bool, device=device)
@@ -60,6 +79,39 @@ class _Penalties:
             row -= counts * sampling.frequency_penalty
 
 
+class _Masks:
+    """Which tokens may be emitted at all: those of the grammar, of `allowed_token_ids`, and those that
+    complete no bad sequence. Each narrows what the ones before it left, unless it would leave nothing: so the
+    grammar wins over `allowed_token_ids`, and both over bad sequences."""
+
+    def __init__(self, sampling: SamplingParams, vocab_size: int, device: torch.device) -> None:
+        self._vocab_size, self._device = vocab_size, device
+        self._allowed: Tensor | None = None
+        if sampling.allowed_token_ids:
+            self._allowed = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+            self._allowed[list(sampling.allowed_token_ids)] = True
+        self._bad = sampling.bad_sequences
+        self.memory = max(map(len, self._bad), default=1) - 1
+        """How many of the last tokens matter."""
+
+    def narrowed(self, mask: Tensor | None, before: Sequence[int]) -> Tensor | None:
+        """Those of `mask` that may follow the output tokens `before` (the last `memory` of them, or more):
+        bool [V]; None stands for all."""
+        if self._allowed is not None:
+            mask = self._unless_empty(mask, self._allowed)
+        bad = [s[-1] for s in self._bad if len(s) == 1 or tuple(before[1 - len(s) :]) == s[:-1]]
+        if bad:
+            good = torch.ones(self._vocab_size, dtype=torch.bool, device=self._device)
+            good[bad] = False
+            mask = self._unless_empty(mask, good)
+        return mask
+
+    @staticmethod
+    def _unless_empty(mask: Tensor | None, narrower: Tensor) -> Tensor | None:
+        both = narrower if mask is None else mask & narrower
+        return both if bool(both.any()) else mask
+
+
 class SequenceSampler:
     """The sampling state of one running request: what it emitted, its penalty counts and its grammar.
 
@@ -76,7 +128,7 @@ class SequenceSampler:
 
     def __init__(
         self,
-        request: EngineRequest,
+        request: SampledRequest,
         vocab_size: int,
         grammar: GrammarMatcher | None,
         device: torch.device | None = None,
@@ -86,7 +138,6 @@ class SequenceSampler:
             raise ValueError("a grammar matcher is needed exactly when the request has a grammar")
         check_vocabulary(sampling, vocab_size)
         self._sampling = sampling
-        self._speculation = request.speculation
         self._vocab_size = vocab_size
         self._device = torch.device("cpu") if device is None else device
         self._grammar = grammar
@@ -99,6 +150,7 @@ class SequenceSampler:
         self._bias = torch.tensor(
             list(sampling.logit_bias.values()), dtype=torch.float32, device=self._device
         )
+        self._masks = _Masks(sampling, vocab_size, self._device)
         self._penalties = _Penalties(request, vocab_size, self._device) if sampling.has_penalties else None
         try:
             self.commit(request.output_ids_so_far)
@@ -120,7 +172,7 @@ class SequenceSampler:
     @property
     def remembers(self) -> bool:
         """Whether scores depend on which tokens were emitted, not only on how many."""
-        return self._penalties is not None or self._grammar is not None
+        return self._penalties is not None or self._grammar is not None or self._masks.memory > 0
 
     @property
     def output_ids(self) -> Sequence[int]:
@@ -161,10 +213,10 @@ class SequenceSampler:
         tensor. logits: the same, raw; row 0 follows the last emitted token, row j + 1 draft j, which is token
         number `depths[j]` after it."""
         if self.remembers:
-            raise ValueError("penalties and grammars need to know the tokens before a row")
+            raise ValueError("penalties, grammars and bad words need to know the tokens before a row")
         out = logits.to(torch.float32, copy=True).contiguous()
         for row, depth in zip(out, (0, *depths), strict=True):
-            self._process(row, len(self._output) + depth, None)
+            self._process(row, len(self._output) + depth, (), None)
         return out
 
     def scores(self, logits: Tensor, drafts: Sequence[int], *, drawn: bool = False) -> Tensor:
@@ -191,7 +243,7 @@ class SequenceSampler:
         advanced = 0
         try:
             for j in range(len(drafts) + 1):
-                self._process(out[j], len(self._output) + j, counts)
+                self._process(out[j], len(self._output) + j, drafts[:j], counts)
                 if j == len(drafts):
                     break
                 if counts is not None:
@@ -206,11 +258,14 @@ class SequenceSampler:
                 self._grammar.rollback(advanced)
         return out
 
-    def _process(self, row: Tensor, emitted: int, counts: Tensor | None) -> None:
+    def _process(self, row: Tensor, emitted: int, drafts: Sequence[int], counts: Tensor | None) -> None:
+        """`row` (float32 [V]) in place. It is for token number `emitted`, which follows `drafts`; those, and
+        `counts`, are read only where the sampler remembers."""
         sampling = self._sampling
-        allowed = None
-        if self._grammar is not None:
-            allowed = self._grammar.mask().to(self._device)
+        allowed = None if self._grammar is None else self._grammar.mask().to(self._device)
+        memory = self._masks.memory
+        allowed = self._masks.narrowed(allowed, [*self._output[-memory:], *drafts] if memory else ())
+        if allowed is not None:
             row.masked_fill_(~allowed, -math.inf)
         if self._bias.numel():
             row[self._bias_index] += self._bias

@@ -6,12 +6,14 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
 
 from actors.engine.async_engine import AsyncEngine, EngineUnavailable, OutputStream, Overloaded
 from actors.engine.messages import EngineRequest, RequestOutput
+from actors.sampling.grammar import GrammarCompiler
 from actors.sampling.params import GrammarSpec, ParameterError
 from actors.target_worker.messages import GenerationChunk, GenerationRequest, RequestError
 from actors.target_worker.output import ChoiceStream, merge
@@ -19,6 +21,10 @@ from actors.target_worker.prepare import ModelLimits, prepare
 from actors.text.tokenizer import TextTokenizer
 
 logger = logging.getLogger(__name__)
+
+_GRAMMAR_THREADS = 2
+"""Grammars compiled at a time. They compete with the model for cores, and have threads of their own so that a
+burst of them does not hold up the tokenising of long prompts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +52,16 @@ class GenerationService:
         engine: AsyncEngine,
         limits: ModelLimits,
         interval: StreamInterval,
-        compile_grammar: Callable[[GrammarSpec], object] | None = None,
+        grammars: GrammarCompiler,
     ) -> None:
-        """`compile_grammar` fills a cache that the engine reads, in a thread: a first compilation takes up to
-        a second and must not hold up the engine's running streams. Raises ParameterError."""
+        """`grammars` is the engine's too, which finds ready what is compiled here, in a thread: a first
+        compilation takes up to a second and must not hold up the engine's running streams."""
         self._tokenizer = tokenizer
         self._engine = engine
         self._limits = limits
         self._interval = interval
-        self._compile_grammar = compile_grammar
+        self._grammars = grammars
+        self._grammar_threads = ThreadPoolExecutor(_GRAMMAR_THREADS, thread_name_prefix="grammar")
         self._serial = itertools.count()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationChunk, None]:
@@ -67,15 +74,17 @@ class GenerationService:
             if request.n > self._engine.capacity:
                 raise ParameterError("n", f"must be at most {self._engine.capacity}, this model's queue")
             prompt, sampling = await prepare(request, self._tokenizer, self._limits)
-            if sampling.grammar is not None and self._compile_grammar is not None:
-                await asyncio.to_thread(self._compile_grammar, sampling.grammar)
+            if sampling.grammar is not None:
+                await self._compile(sampling.grammar)
             serial = next(self._serial)  # clients may repeat a request id; the engine's must be unique
             so_far = request.output_ids_so_far
             choices: dict[str, ChoiceStream] = {}
             engine_requests: list[EngineRequest] = []
             for index in range(request.first_choice, request.first_choice + request.n):
                 engine_id = f"{request.request_id}-{serial}-{index}"
-                choice = ChoiceStream(self._tokenizer, index, prompt, sampling, request.stop, so_far)
+                choice = ChoiceStream(
+                    self._tokenizer, index, prompt, sampling, request.stop, so_far, request.include_stop
+                )
                 if choice.finished or (sampling.max_tokens == 0 and sampling.prompt_logprobs is None):
                     yield choice.push(RequestOutput(engine_id, finish_reason="length"))
                     continue
@@ -105,6 +114,12 @@ class GenerationService:
             if stream is not None:
                 stream.close()
         yield GenerationChunk(error=error)
+
+    async def _compile(self, spec: GrammarSpec) -> None:
+        """Raises ParameterError."""
+        if not self._grammars.ready(spec):
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._grammar_threads, self._grammars.compile, spec)
 
     async def _chunks(
         self, stream: OutputStream, choices: dict[str, ChoiceStream]

@@ -6,14 +6,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from actors.sampling.params import SamplingParams, SpeculationParams
+from actors.text.messages import ChatMessage
 
 ErrorKind = Literal["invalid", "not_found", "overloaded", "unavailable", "internal"]
-
-
-@dataclass(frozen=True, slots=True)
-class ChatMessage:
-    role: str
-    content: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +19,9 @@ class GenerationRequest:
     worker, and `sampling.eos_token_ids` filled in from the model. echo prepends the prompt to the text.
     `output_ids_so_far` (one choice only) resumes a request whose first chunks came from elsewhere, with the
     tokens that they brought, if any. Choices are numbered from `first_choice` on; each number has noise of
-    its own.
+    its own. bad_words are not emitted, neither at the beginning of a text nor after a space;
+    `sampling.bad_sequences` is filled in from them. include_stop leaves the stop string, or the stop id's
+    text, in the text.
     """
 
     request_id: str
@@ -35,6 +32,8 @@ class GenerationRequest:
     max_tokens: int | None = None
     n: int = 1
     stop: tuple[str, ...] = ()
+    include_stop: bool = False
+    bad_words: tuple[str, ...] = ()
     echo: bool = False
     speculation: SpeculationParams = field(default_factory=SpeculationParams)
     output_ids_so_far: tuple[int, ...] | None = None
@@ -111,8 +110,9 @@ class GenerationChunk:
     rounds lists (tokens, accepted drafts among them) per engine round, covering token_ids in order.
     finish_reason comes with the choice's last chunk, `stop_reason` is the stop string or stop id that ended
     it (None for end of sequence). usage comes with every choice's last chunk and covers that choice; the
-    prompt is counted by choice 0 alone. The first chunk of a choice carries seed and prompt_logprobs;
-    with echo it carries prompt_token_ids and the prompt's text.
+    prompt is counted by choice 0 alone. The first chunk of a choice carries seed, prompt_logprobs and
+    prompt_usage (what its usage will say of the prompt); with echo it carries prompt_token_ids and the
+    prompt's text.
     A chunk with `error` ends the whole request.
     """
 
@@ -124,6 +124,7 @@ class GenerationChunk:
     finish_reason: Literal["stop", "length", "abort", "error"] | None = None
     stop_reason: str | int | None = None
     usage: Usage | None = None
+    prompt_usage: Usage | None = None
     speculation: SpeculationStats | None = None
     seed: int | None = None
     prompt_token_ids: tuple[int, ...] | None = None

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from actors.engine.messages import FinishReason, RequestOutput, TokenLogprobs
+from actors.engine.messages import FinishReason, RequestOutput
 from actors.sampling.params import SamplingParams
+from actors.sampling.results import TokenLogprobs
 from actors.target_worker.messages import (
     GenerationChunk,
     PositionLogprobs,
@@ -41,7 +42,7 @@ class ChoiceStream:
     Tokens are taken one by one, so that a choice ends exactly where plain decoding would end it, also in the
     middle of an accepted block: nothing after an end id or a completed stop string is delivered, in text,
     ids, log-probabilities, rounds and usage. Accepted drafts count as far as they were delivered. A stop id
-    is delivered as a token and adds no text.
+    is delivered as a token; like a stop string, it adds text with `include_stop` only.
 
     `output_ids_so_far` of the request are replayed silently: they count in usage and limits, and what they
     leave undecided (an incomplete character, the beginning of a stop string) is continued.
@@ -55,7 +56,9 @@ class ChoiceStream:
         sampling: SamplingParams,
         stop: Sequence[str] = (),
         output_ids_so_far: Sequence[int] | None = None,
+        include_stop: bool = False,
     ) -> None:
+        self._include_stop = include_stop
         self._tokenizer = tokenizer
         self._index = index
         self._prompt = prompt
@@ -117,11 +120,13 @@ class ChoiceStream:
         self._count += 1
         if token_id in self._stop_ids:
             self._end("stop", token_id)
-            return ""
+            # What a stop string may have begun in is held back, and comes before it.
+            return self._matcher.flush() + self._detokenizer.feed((token_id,)) if self._include_stop else ""
         delta = self._detokenizer.feed((token_id,))
         text, stop = self._matcher.feed(delta, active=self._count >= self._sampling.min_tokens)
         if stop is not None:
             self._finish, self._stop_reason = "stop", stop
+            text += stop if self._include_stop else ""
         elif self._count >= self._sampling.max_tokens:
             self._finish = "length"
         return text
@@ -145,6 +150,7 @@ class ChoiceStream:
             seed=self._sampling.seed,
             prompt_token_ids=prompt.ids if prompt.echo else None,
             prompt_logprobs=self._prompt_logprobs(output),
+            prompt_usage=replace(self._usage(), completion_tokens=0),
             queue_s=output.queue_s,
         )
 
@@ -230,5 +236,6 @@ def merge(earlier: GenerationChunk | None, later: GenerationChunk) -> Generation
         seed=earlier.seed if later.seed is None else later.seed,
         prompt_token_ids=earlier.prompt_token_ids or later.prompt_token_ids,
         prompt_logprobs=earlier.prompt_logprobs or later.prompt_logprobs,
+        prompt_usage=earlier.prompt_usage or later.prompt_usage,
         queue_s=earlier.queue_s if later.queue_s is None else later.queue_s,
     )

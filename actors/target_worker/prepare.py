@@ -46,6 +46,7 @@ async def prepare(
     sampling = request.sampling
     _check_ids(sampling.logit_bias, limits, "logit_bias")
     _check_ids(sampling.stop_token_ids, limits, "stop_token_ids")
+    _check_ids(sampling.allowed_token_ids, limits, "allowed_token_ids")
     _check_ids(request.output_ids_so_far or (), limits, "output_ids_so_far")
     check_speculation(request.speculation, limits)
     prompt = await _prompt(request, tokenizer, limits)
@@ -69,8 +70,24 @@ async def prepare(
         sampling,
         max_tokens=max_tokens,
         min_tokens=min(sampling.min_tokens, max_tokens),
+        bad_sequences=bad_sequences(request.bad_words, tokenizer),
         eos_token_ids=tokenizer.eos_token_ids,
     )
+
+
+def bad_sequences(words: Iterable[str], tokenizer: TextTokenizer) -> tuple[tuple[int, ...], ...]:
+    """The token ids of each word, at the beginning of a text and after a space, without those whose end is
+    bad by itself. (vLLM leaves out the second where it has more or fewer tokens than the first.)
+
+    Raises ParameterError("bad_words").
+    """
+    found: dict[tuple[int, ...], None] = {}
+    for word in words:
+        if not word.strip():
+            raise ParameterError("bad_words", "must not contain blank strings")
+        for text in (word.lstrip(), " " + word.lstrip()):
+            found[tuple(tokenizer.encode(text, add_special_tokens=False, param="bad_words"))] = None
+    return tuple(ids for ids in found if not any(ids[k:] in found for k in range(1, len(ids))))
 
 
 def check_speculation(speculation: SpeculationParams, limits: ModelLimits) -> None:

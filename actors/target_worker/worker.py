@@ -19,16 +19,11 @@ from actors.models.runner import LayeredRunner
 from actors.sampling.grammar import GrammarCompiler
 from actors.sampling.params import ParameterError
 from actors.target_worker.generation import GenerationService, StreamInterval
-from actors.target_worker.messages import (
-    ChatMessage,
-    GenerationChunk,
-    GenerationRequest,
-    TargetInfo,
-    TargetState,
-)
+from actors.target_worker.messages import GenerationChunk, GenerationRequest, TargetInfo, TargetState
 from actors.target_worker.prepare import ModelLimits
 from actors.target_worker.startup import StartupClock
 from actors.text.chat_template import render_async
+from actors.text.messages import ChatMessage
 from actors.text.tokenizer import INLINE_CHARS, TextTokenizer
 from actors.text.tokenizer_file import pack
 
@@ -85,11 +80,11 @@ class TargetWorker:
             config.source,
             dtype=config.dtype,
             backend=config.backend,
-            device=config.device,
+            device=config.torch_device,
             kv_blocks=config.engine.kv_blocks,
             kv_memory_gib=config.engine.kv_memory_gib,
             max_model_len=config.max_model_len,
-            threads=config.engine.threads,
+            threads=config.engine.compute_threads,
             adapter=config.adapter,
         )
         clock.mark("weights")
@@ -126,7 +121,7 @@ class TargetWorker:
             max_queued=config.engine.max_queued,
         )
         self._generation = GenerationService(
-            self._tokenizer, self._engine, self._limits, stream_interval, compiler.compile
+            self._tokenizer, self._engine, self._limits, stream_interval, compiler
         )
         self._info = TargetInfo(
             id=config.name,

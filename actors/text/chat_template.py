@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 
 from actors.sampling.params import ParameterError
-from actors.target_worker.messages import ChatMessage
+from actors.text.messages import ChatMessage
 from actors.text.tokenizer import INLINE_CHARS, TextTokenizer
 
 PARAM = "messages"

@@ -70,13 +70,16 @@ class VocabularyPair:
         special = {ours: named[name] for name, ours in draft.specials().items() if name in named}
         self.special_of: dict[int, int] = {theirs: ours for ours, theirs in special.items()}
         """Special target id -> the draft id that stands for it in the draft's context."""
+        self.target_of.update(special)
         ends = draft.table.eos_token_ids
         if ends and target.table.eos_token_ids:
             self.special_of.update(
                 (theirs, ends[0]) for theirs in target.table.eos_token_ids if theirs not in self.special_of
             )
             if ends[0] not in special:
-                special[ends[0]] = target.table.eos_token_ids[0]
-        self.target_of.update(special)
+                end = target.table.eos_token_ids[0]
+                # The draft may have a token that is spelled like it too, but ends its texts with another.
+                self.target_of = {ours: theirs for ours, theirs in self.target_of.items() if theirs != end}
+                self.target_of[ends[0]] = end
         self.draft_encoder = PieceEncoder(draft.table)
         self.target_encoder = PieceEncoder(target.table)

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from actors.cache import cache_dir
+from actors.costs import CostModel
 from actors.drafting.local_source import LocalDraftSource
 from actors.drafting.prompt_lookup import PromptLookupDrafter
 from actors.drafting.selector import DrafterPool
 from actors.engine.controller import Controller
-from actors.engine.costs import CostModel
 from actors.engine.scheduler import Scheduler, SchedulerLimits
 from actors.engine.speculator import DraftTimeouts, Speculator
 from actors.engine.torch_engine import SpeculationDefaults, TorchEngine
@@ -26,7 +26,7 @@ from actors.models.runner import BLOCK_SIZE, ModelRunner
 from actors.models.source import resolve_source
 from actors.sampling.grammar import GrammarMatcher
 from actors.sampling.params import GrammarSpec, ParameterError
-from actors.target_worker.messages import ChatMessage
+from actors.text.messages import ChatMessage
 from actors.text.tokenizer import TextTokenizer
 from actors.training.data_cards import data_card
 from actors.training.generate import ConversationMaker

@@ -18,9 +18,10 @@ import numpy.typing as npt
 import torch
 
 from actors.drafting.draft_load import LoadedDraft
-from actors.drafting.interface import DraftQuery, DraftSampling, SessionOpen
+from actors.drafting.interface import DraftQuery, SessionOpen
 from actors.drafting.nested import NestedDrafter
 from actors.models.runner import ModelRunner, RaggedBatch
+from actors.sampling.params import DraftSampling
 from actors.training.token_store import TokenSequence
 
 ANSWERS_TOGETHER = 16

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from actors.engine.interface import TargetEngine
-from actors.engine.messages import EngineRequest, FinishReason, TokenLogprobs
+from actors.engine.messages import EngineRequest, FinishReason
 from actors.sampling.params import SamplingParams, SpeculationParams
-from actors.target_worker.messages import ChatMessage
+from actors.sampling.results import TokenLogprobs
 from actors.text.chat_template import render, render_text
+from actors.text.messages import ChatMessage
 from actors.text.tokenizer import TextTokenizer
 from actors.training.settings import DataSettings
 from actors.training.token_store import TeacherRows, TokenSequence

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from actors.target_worker.messages import ChatMessage
 from actors.text.chat_template import render, render_text
+from actors.text.messages import ChatMessage
 from actors.text.tokenizer import TextTokenizer
 from actors.training.token_store import DataError, TokenSequence
 

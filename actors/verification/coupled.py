@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from actors.drafting.tree import ROOT, find_child
 from actors.sampling.noise import GUMBEL, gumbel
 from actors.sampling.reduce import best_ids
 from actors.sampling.truncation import surviving_ids
 from actors.verification.rule import DraftDistribution, Verdict
+from actors.verification.trees import ROOT, find_child
 
 _FEW = 4
 """Noise is computed for survivors alone when they are less than a `_FEW`th of the vocabulary: random access

@@ -29,7 +29,7 @@ def _serve(config: DraftPoolConfig, pipe: Connection) -> None:
 @contextmanager
 def draft_process(config: DraftPoolConfig) -> Iterator[list[dict[str, object]]]:
     """Leases of a running draft worker, which ends with the context. Raises TimeoutError."""
-    os.environ["OMP_NUM_THREADS"] = str(config.threads)
+    os.environ["OMP_NUM_THREADS"] = str(config.compute_threads)
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     ours, theirs = mp.get_context("spawn").Pipe()
     process = mp.get_context("spawn").Process(target=_serve, args=(config, theirs), daemon=True)

@@ -9,18 +9,7 @@ from typing import Any
 from cluster.bench.load_summary import LoadRow
 from cluster.bench.profile import PARTS, PROCESSES, ProfileRow
 from cluster.bench.spec_bench import SpecRow
-
-COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb")
-"""Paul Tol's bright scheme, told apart by most people."""
-
-
-def pyplot_module() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
+from cluster.reporting.plot import COLORS, pyplot_module, save
 
 
 def plot_speedups(rows: Sequence[SpecRow], baseline: str, path: Path) -> None:
@@ -109,12 +98,6 @@ def plot_profile(rows: Sequence[ProfileRow], path: Path) -> None:
         axis.set_title(title)
         axis.legend(fontsize=8)
     save(plt, figure, path)
-
-
-def save(plt: Any, figure: Any, path: Path) -> None:
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def plot_ratios(groups: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from actors.target_worker.messages import ChatMessage
 from actors.text.chat_template import render_text
+from actors.text.messages import ChatMessage
 from actors.text.tokenizer import TextTokenizer
 
 

@@ -16,15 +16,9 @@ from cluster.bench.paired import MIN_PAIRS
 from cluster.bench.plot import plot_load, plot_profile, plot_speedups
 from cluster.bench.profile import ProfileRow
 from cluster.bench.records import Record
-from cluster.bench.tables import (
-    Table,
-    load_plain_tables,
-    load_tables,
-    plain_tables,
-    profile_tables,
-    spec_tables,
-)
+from cluster.bench.tables import load_plain_tables, load_tables, plain_tables, profile_tables, spec_tables
 from cluster.gateway.sse import to_jsonable
+from cluster.reporting.table import Table
 
 FORMAT_VERSION = 1
 logger = logging.getLogger(__name__)

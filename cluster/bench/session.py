@@ -34,9 +34,9 @@ from cluster.bench.records import Record
 from cluster.bench.rendering import PromptRenderer
 from cluster.bench.report import write_load, write_profile, write_spec
 from cluster.bench.running import BenchError, running
-from cluster.bench.tables import Table
 from cluster.bench.turns import Turns
 from cluster.config import EMBEDDED_MODEL, ClusterConfig, DTypeName, ModelConfig
+from cluster.reporting.table import Table
 
 EXPECTED_ERRORS = (
     BenchError, DatasetError, EngineUnavailableError, ModelSourceError, ParameterError, TimeoutError, OSError,

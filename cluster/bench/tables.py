@@ -3,27 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from cluster.bench.load_summary import LoadPlainRow, LoadRow
 from cluster.bench.metrics import Acceptance, Percentiles
 from cluster.bench.paired import Comparison
 from cluster.bench.profile import PARTS, PROCESSES, ProfileRow
 from cluster.bench.spec_bench import OVERALL, Equality, PlainRow, SpecRow
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-    def markdown(self) -> str:
-        lines = [self.columns, tuple("---" for _ in self.columns), *self.rows]
-        body = "\n".join(
-            "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
-        )
-        return f"### {self.title}\n\n{body}\n"
+from cluster.reporting.table import Table
 
 
 def _number(value: float | None, digits: int = 2) -> str:

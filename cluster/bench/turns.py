@@ -16,7 +16,7 @@ from typing import Self
 
 from cluster.bench.engines.interface import BenchEngine
 from cluster.bench.guardian import Guardian
-from cluster.cli.local_cluster import descendants
+from cluster.processes import descendants
 
 SETTLE_S = 1.0
 """After an engine was let go on: timers that ran out meanwhile fire at once, closed connections are seen."""

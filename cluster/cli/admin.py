@@ -8,11 +8,14 @@ import httpx
 
 from cluster.cli.common import fail
 
-CHANGE_TIMEOUT_S = 15.0
+CHANGE_TIMEOUT_S = 35.0
+"""Above what the server waits for Ray Serve in one change."""
 
 
-def change(method: str, url: str, path: str, api_key: str | None, body: dict[str, Any] | None) -> None:
-    """Call a guarded endpoint; ends the program with one line when it refuses."""
+def change(
+    method: str, url: str, path: str, api_key: str | None, body: dict[str, Any] | None
+) -> dict[str, Any]:
+    """The answer of a guarded endpoint; ends the program with one line when it refuses."""
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     address = url.rstrip("/") + path
     try:
@@ -22,7 +25,7 @@ def change(method: str, url: str, path: str, api_key: str | None, body: dict[str
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise fail(f"no server at {url}; start one with `s2d serve` ({error})") from error
     if response.is_success:
-        return
+        return dict(response.json())
     try:
         refusal = response.json()["error"]
     except (ValueError, KeyError) as problem:

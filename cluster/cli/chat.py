@@ -11,9 +11,22 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from cluster.cli.common import DEFAULT_ADDRESS, NO_RETRY, Address, ApiKey, Model, choose_model, err, out, run
+from cluster.cli.common import (
+    DEFAULT_ADDRESS,
+    NO_RETRY,
+    Address,
+    ApiKey,
+    Model,
+    choose_model,
+    err,
+    explain,
+    out,
+    print_error,
+    run,
+    unreachable,
+)
 from cluster.cli.generate import show
-from cluster.client import S2DClient
+from cluster.client import S2DClient, S2DError
 
 HELP = "/reset forgets the conversation, /quit (or Ctrl-D) leaves."
 
@@ -54,9 +67,15 @@ def chat(
                 if line == "/reset":
                     history = list(first)
                 elif line:
-                    history.append(("user", line))
-                    answer = await show(client.chat(name, history, **sampling), color)
-                    history.append(("assistant", answer))
+                    question = [*history, ("user", line)]
+                    try:
+                        answer = await show(client.chat(name, question, **sampling), color)
+                    except S2DError as error:
+                        if unreachable(error):
+                            raise
+                        print_error(explain(error, address))  # the conversation goes on without this line
+                        continue
+                    history = [*question, ("assistant", answer)]
 
     run(work(), address)
 

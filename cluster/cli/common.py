@@ -28,9 +28,14 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 NO_RETRY = RetryPolicy(attempts=1)
 
 
-def fail(message: str) -> typer.Exit:
-    """Print one line to stderr, as it is: brackets are no markup. Raise what is returned."""
+def print_error(message: str) -> None:
+    """One line on stderr, as it is: brackets are no markup."""
     err.print("[bold red]error:[/]", Text(message), soft_wrap=True)
+
+
+def fail(message: str) -> typer.Exit:
+    """Print the error. Raise what is returned."""
+    print_error(message)
     return typer.Exit(1)
 
 
@@ -39,8 +44,13 @@ def say(text: object) -> None:
     err.print(text, markup=False)
 
 
+def unreachable(error: S2DError) -> bool:
+    """Whether no server answered at all."""
+    return error.code is grpc.StatusCode.UNAVAILABLE and "connect" in error.message.lower()
+
+
 def explain(error: S2DError, address: str) -> str:
-    if error.code is grpc.StatusCode.UNAVAILABLE and "connect" in error.message.lower():
+    if unreachable(error):
         return f"no server at {address}; start one with `s2d serve`"
     return error.message or error.code.name
 

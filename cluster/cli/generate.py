@@ -10,7 +10,7 @@ import typer
 from rich.text import Text
 
 from cluster.cli.common import DEFAULT_ADDRESS, NO_RETRY, Address, ApiKey, Model, choose_model, err, out, run
-from cluster.client import S2DClient
+from cluster.client import S2DClient, S2DError
 from protos.s2d.v1 import generation_pb2 as pb
 
 ACCEPTED_STYLE, BONUS_STYLE = "green", "yellow"
@@ -84,13 +84,21 @@ def accepted_marks(chunk: pb.GenerateChunk) -> Iterator[bool]:
 
 
 def colored(chunk: pb.GenerateChunk) -> Text:
-    """The chunk's tokens, styled. Falls back to its text when tokens carry no text."""
+    """The chunk's text, each token in its style. What is no token's own text is left plain: characters of
+    several tokens, and text that was held back before. A token whose text is not there (an end of sequence, a
+    stop string) is not shown."""
     if len(chunk.logprobs) != len(chunk.token_ids):
         return Text(chunk.text)
-    text = Text()
+    text, cursor = Text(), 0
     for position, accepted in zip(chunk.logprobs, accepted_marks(chunk), strict=True):
-        text.append(position.chosen.token, ACCEPTED_STYLE if accepted else BONUS_STYLE)
-    return text
+        token = position.chosen.token
+        start = chunk.text.find(token, cursor) if token else -1
+        if start < 0:
+            continue
+        text.append(chunk.text[cursor:start])
+        text.append(token, ACCEPTED_STYLE if accepted else BONUS_STYLE)
+        cursor = start + len(token)
+    return text.append(chunk.text[cursor:])
 
 
 async def show(stream: AsyncIterator[pb.GenerateChunk], color: bool) -> str:
@@ -98,13 +106,15 @@ async def show(stream: AsyncIterator[pb.GenerateChunk], color: bool) -> str:
     began = time.monotonic()
     text = ""
     last = pb.GenerateChunk()
-    async for chunk in stream:
-        text += chunk.text
-        if color:
-            out.print(colored(chunk), end="", soft_wrap=True)
-        else:
-            out.print(Text(chunk.text), end="", soft_wrap=True)
-        last = chunk
+    try:
+        async for chunk in stream:
+            text += chunk.text
+            out.print(colored(chunk) if color else Text(chunk.text), end="", soft_wrap=True)
+            last = chunk
+    except S2DError:
+        if text:
+            out.print()  # what is said of the error gets a line of its own
+        raise
     out.print()
     err.print(Text(summary(last, time.monotonic() - began), style="dim"))
     return text

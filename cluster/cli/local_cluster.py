@@ -13,13 +13,14 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from actors.models.cores import check_cpus
 from actors.models.threads import takes_every_core
 from cluster.cli.priorities import give_way
-from cluster.config import ClusterConfig, GatewayConfig
+from cluster.config import ClusterConfig, DraftPoolConfig, GatewayConfig, ModelConfig
+from cluster.processes import descendants, end_processes, names_of
 
 OBJECT_STORE_BYTES = 200 * 1024 * 1024
 START_TIMEOUT_S = 900.0
@@ -128,10 +129,14 @@ def cpus_needed(config: ClusterConfig) -> float:
     return targets + pool.num_cpus * pool.most_replicas + gateway.num_cpus + loaded
 
 
+def _kinds(config: ClusterConfig) -> tuple[ModelConfig | DraftPoolConfig, ...]:
+    """Of workers that may compute on GPUs."""
+    return (*config.models, config.draft_pool)
+
+
 def gpus_needed(config: ClusterConfig) -> float:
     """Before everything is up: what autoscaling adds or wakes later may wait."""
-    targets = sum(m.num_gpus * m.first_replicas for m in config.models)
-    return targets + config.draft_pool.num_gpus * config.draft_pool.first_replicas
+    return sum(kind.gpus * kind.first_replicas for kind in _kinds(config))
 
 
 def check_gpus(config: ClusterConfig, there: float) -> None:
@@ -139,6 +144,52 @@ def check_gpus(config: ClusterConfig, there: float) -> None:
     needed = gpus_needed(config)
     if needed > there:
         raise StartupError(f"models and draft workers need {needed:g} GPUs, this machine has {there:g}")
+
+
+def spread_over_gpus(config: ClusterConfig, there: int) -> ClusterConfig:
+    """Models with device auto reserve what nobody has asked for of so many GPUs: one for each replica, or
+    equal shares where there are fewer. Those that say what they reserve, or that only CPUs run, stay as they
+    are, and so does the draft pool: shallow drafts are small, and on a CPU they take nothing from targets."""
+
+    def takes(model: ModelConfig) -> bool:
+        free = model.device == "auto" and model.num_gpus is None
+        return free and model.dtype != "int8" and model.backend != "native"
+
+    left = math.floor(there - sum(kind.gpus * kind.most_replicas for kind in _kinds(config)))
+    workers = sum(model.most_replicas for model in config.models if takes(model))
+    if left < 1 or not workers:
+        return config
+    share = 1.0 / math.ceil(workers / left)  # so that every worker's lies on one GPU
+    models = tuple(m.model_copy(update={"num_gpus": share}) if takes(m) else m for m in config.models)
+    return config.model_copy(update={"models": models})
+
+
+def usable_gpus(there: float) -> int:
+    """Of the GPUs that Ray finds, those that this torch can use: none without CUDA."""
+    if there < 1:
+        return 0
+    import torch  # takes seconds, which machines without a GPU are spared
+
+    return min(int(there), torch.cuda.device_count())
+
+
+def resources_needed(config: ClusterConfig) -> dict[str, float]:
+    """Ray's custom resources, which stand for nodes: one machine has all of them."""
+    needed: dict[str, float] = {}
+    for kind in _kinds(config):
+        for name, amount in kind.resources.items():
+            needed[name] = needed.get(name, 0.0) + amount * kind.most_replicas
+    return needed
+
+
+def check_every_cpu(config: ClusterConfig) -> None:
+    """Raises StartupError where workers are to be bound to CPUs that this machine does not have."""
+    try:
+        for model in config.models:
+            check_cpus(model.engine.cpus, f"{model.name}: engine.cpus")
+        check_cpus(config.draft_pool.cpus, "draft_pool.cpus")
+    except ValueError as error:
+        raise StartupError(str(error)) from error
 
 
 class LocalCluster:
@@ -149,10 +200,16 @@ class LocalCluster:
         self._stop = stop
         self._handle: Any = None
         self._ray_started = False
-        self._crowded = any(takes_every_core(model.engine.threads) for model in config.models)
+
+    @property
+    def _crowded(self) -> bool:
+        """Until GPUs are found, as if there were none."""
+        models = self._config.models
+        return any(m.torch_device == "cpu" and takes_every_core(m.engine.compute_threads) for m in models)
 
     def start(self, phase: Phase) -> None:
         """Returns when every model answers, or early when asked to stop. Raises `StartupError`."""
+        check_every_cpu(self._config)
         self._start_ray(phase)
         if self._stop.requested:
             return
@@ -184,6 +241,7 @@ class LocalCluster:
                 ray.init(
                     address="local",
                     num_cpus=max(cores, math.ceil(cpus_needed(self._config))),
+                    resources=resources_needed(self._config),
                     object_store_memory=OBJECT_STORE_BYTES,
                     include_dashboard=False,
                     log_to_driver=False,
@@ -191,7 +249,9 @@ class LocalCluster:
                     namespace="s2d",
                 )
             self._stop.install()
-            check_gpus(self._config, ray.cluster_resources().get("GPU", 0.0))  # type: ignore[no-untyped-call]
+            gpus = ray.cluster_resources().get("GPU", 0.0)  # type: ignore[no-untyped-call]
+            check_gpus(self._config, gpus)
+            self._config = spread_over_gpus(self._config, usable_gpus(gpus))
             with phase("Serve"):
                 serve.start(**serve_options(self._config), logging_config={"log_level": "WARNING"})
         except StartupError:
@@ -345,58 +405,3 @@ def _last_line(error: BaseException) -> str:
 
 def _logs() -> str:
     return "logs are in /tmp/ray/session_latest/logs/serve"
-
-
-def _stat(pid: int) -> tuple[int, int] | None:
-    """(parent, start time in clock ticks) of a process, None when it is gone or a zombie."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    fields = text[text.rindex(")") + 2 :].split()
-    return None if fields[0] in "ZX" else (int(fields[1]), int(fields[19]))
-
-
-def descendants(root: int) -> dict[int, int]:
-    """Processes below `root`: pid to start time, which tells a process from a later one of the same pid."""
-    stats = {int(p.name): _stat(int(p.name)) for p in Path("/proc").iterdir() if p.name.isdigit()}
-    found: dict[int, int] = {}
-    frontier = {root}
-    while frontier:
-        children = {
-            pid: stat[1]
-            for pid, stat in stats.items()
-            if stat is not None and stat[0] in frontier and pid not in found
-        }
-        found |= children
-        frontier = set(children)
-    return found
-
-
-def names_of(processes: dict[int, int]) -> set[str]:
-    """Kernel names (15 characters at most) of processes that still run."""
-    names: set[str] = set()
-    for pid, started in processes.items():
-        with contextlib.suppress(OSError):
-            name = Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").strip()
-            if _alive(pid, started):
-                names.add(name)
-    return names
-
-
-def _alive(pid: int, started: int) -> bool:
-    stat = _stat(pid)
-    return stat is not None and stat[1] == started
-
-
-def end_processes(processes: dict[int, int], timeout_s: float) -> None:
-    """Wait for processes to end by themselves, then kill those that have not."""
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if not any(_alive(pid, started) for pid, started in processes.items()):
-            return
-        time.sleep(0.1)
-    for pid, started in processes.items():
-        if _alive(pid, started):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)

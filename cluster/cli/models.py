@@ -84,8 +84,11 @@ def unload(
     api_key: ApiKey = None,
 ) -> None:
     """Unload a model that was loaded so. Its running requests end first."""
-    change("DELETE", url, f"/admin/models/{quote(name, safe='')}", api_key, None)
-    out.print(f"{escape(name)} is being unloaded")
+    answer = change("DELETE", url, f"/admin/models/{quote(name, safe='')}", api_key, None)
+    if answer["state"] == "unloading":
+        out.print(f"{escape(name)} is being unloaded")
+    else:
+        out.print(f"what was loaded as {escape(name)} is being unloaded; that of the configuration stays")
 
 
 def read_model(path: Path | None, options: dict[str, str | None]) -> ModelConfig:

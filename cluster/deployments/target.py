@@ -10,14 +10,9 @@ from typing import Any
 from ray import serve
 
 from actors.engine.messages import ResetScope
-from actors.target_worker.messages import (
-    ChatMessage,
-    GenerationChunk,
-    GenerationRequest,
-    TargetInfo,
-    TargetState,
-)
+from actors.target_worker.messages import GenerationChunk, GenerationRequest, TargetInfo, TargetState
 from actors.target_worker.startup import StartupClock
+from actors.text.messages import ChatMessage
 from cluster.config import DraftPoolConfig, ModelConfig, RouterConfig
 from cluster.deployments.routing import TargetReports, TargetRouting, only_nested
 from cluster.registry import LeaseWatcher, RegistryClient

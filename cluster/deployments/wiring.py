@@ -15,6 +15,7 @@ from actors.drafting.remote_source import RemoteDraftSource
 from actors.drafting.selector import CANDIDATES_WANTED, DrafterPool
 from actors.engine.build import build_engine
 from actors.engine.interface import TargetEngine
+from actors.models.cores import bind_threads
 from actors.models.load import LoadedModel, choose_device, load_runner
 from actors.models.threads import takes_every_core
 from actors.sampling.grammar import GrammarCompiler
@@ -49,10 +50,10 @@ def local_drafters(
 
 
 def own_nested(
-    config: NestedDrafterConfig, identity: TargetIdentity, max_sessions: int, threads: int
+    config: NestedDrafterConfig, identity: TargetIdentity, max_sessions: int, threads: int, device: str
 ) -> Drafter | None:
-    """A copy of the nested drafter for this process; None for a target with another tokenizer, which only a
-    draft worker re-tokenises for."""
+    """A copy of the nested drafter for this process, on its target's device; None for a target with another
+    tokenizer, which only a draft worker re-tokenises for."""
     import torch
 
     from actors.drafting.nested_load import load_nested
@@ -62,6 +63,7 @@ def own_nested(
         config,
         max_sessions,
         threads,
+        device=device,
         target_hash=identity.states_hash,
         catch_up=OWN_CATCH_UP,
         absorb_from=OWN_CATCH_UP,
@@ -79,15 +81,17 @@ def draft_source(
     max_sessions: int,
     own_nested_threads: int | None,
     identity: TargetIdentity,
+    device: str = "cpu",
 ) -> DraftSource:
     """The draft pool with a local fallback, or local drafters alone when the pool is empty: of
     `pool.drafters`, those that run here.
 
-    `own_nested_threads`: compute threads of a copy of the nested drafter in this process; None for no copy.
+    `own_nested_threads`: compute threads of a copy of the nested drafter in this process, on `device`; None
+    for no copy.
     """
     nested = None
     if own_nested_threads is not None and pool.nested is not None and NESTED in pool.drafters:
-        nested = own_nested(pool.nested, identity, max_sessions, own_nested_threads)
+        nested = own_nested(pool.nested, identity, max_sessions, own_nested_threads, device)
     local = LocalDraftSource(local_drafters(pool.drafters, max_sessions, nested))
     if not pool.replicas:
         return local
@@ -119,11 +123,14 @@ def build_target_worker(
     stream_interval_ms: float | None,
     clock: StartupClock | None = None,
 ) -> TargetWorker:
-    """Load the model and connect to the draft pool. Blocking: seconds to minutes."""
+    """Load the model and connect to the draft pool. Blocking: seconds to minutes. Binds this process to the
+    configured CPUs; raises ValueError for those that are not there, and what `load_runner` raises."""
     clock = clock or StartupClock()
     clock.mark("imports")
     max_sessions = config.engine.max_num_seqs + config.engine.max_queued
-    crowded = choose_device(config.device).type == "cpu" and takes_every_core(config.engine.threads)
+    device, threads = config.torch_device, config.engine.compute_threads
+    crowded = choose_device(device).type == "cpu" and takes_every_core(threads)  # of all that others may use
+    bind_threads(config.engine.cpus, "engine.cpus")
     if stream_interval_ms is not None:
         interval = StreamInterval(least_ms=stream_interval_ms)
     else:
@@ -136,7 +143,7 @@ def build_target_worker(
         config,
         load=partial(load_runner, progress=logger.info),
         build_draft_source=partial(
-            draft_source, pool, leases, max_sessions, config.engine.threads if copied else None
+            draft_source, pool, leases, max_sessions, threads if copied else None, device=device
         ),
         build_engine=engine,
         exits=nested.resolved_exits() if nested is not None and (pool.replicas or copied) else (),

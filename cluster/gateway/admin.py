@@ -15,6 +15,7 @@ from cluster.gateway.models import ServedModel
 from cluster.gateway.routes import Gateway
 from cluster.gateway.sse import JsonResponse, to_jsonable
 from cluster.telemetry.vllm_names import spec_decode_text
+from cluster.version import VERSION
 
 STATE_TIMEOUT_S = 3.0
 RESET_TIMEOUT_S = 10.0
@@ -82,7 +83,7 @@ def build_admin_router(gateway: Gateway, read_metrics: MetricsReader) -> APIRout
             asyncio.gather(*(model_state(m) for m in gateway.directory.all())), draft_state(gateway)
         )
         flight = {"in_flight": gateway.in_flight.count, "draining": gateway.in_flight.draining}
-        return JsonResponse({"gateway": flight, "models": models, **drafts})
+        return JsonResponse({"version": VERSION, "gateway": flight, "models": models, **drafts})
 
     if gateway.config.admin_endpoints:
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -18,7 +18,8 @@ from actors.target_worker.messages import (
     Usage,
 )
 from cluster.gateway.errors import ApiError, from_request_error, internal, not_ready
-from cluster.gateway.models import ModelClient
+from cluster.gateway.in_flight import InFlight
+from cluster.gateway.models import ServedModel
 from cluster.gateway.openai_params import Job
 from cluster.gateway.openai_schema import MAX_CHOICES
 from cluster.gateway.resume import generate
@@ -31,41 +32,9 @@ OPEN_CHOICES = MAX_CHOICES
 keeps a batch full and leaves others more than half of a queue of the default size."""
 
 
-class InFlight:
-    """Counts running generation calls and refuses new ones while draining. For one event loop."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.draining = False
-        self._idle = asyncio.Event()
-        self._idle.set()
-
-    @contextlib.contextmanager
-    def track(self) -> Iterator[None]:
-        """Raises 503 while draining."""
-        if self.draining:
-            raise not_ready("the service is shutting down", retry_after_s=10.0)
-        self.count += 1
-        self._idle.clear()
-        try:
-            yield
-        finally:
-            self.count -= 1
-            if self.count == 0:
-                self._idle.set()
-
-    async def drain(self, timeout_s: float) -> int:
-        """Refuse new calls and wait for the running ones; returns how many are left."""
-        self.draining = True
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await self._idle.wait()
-        return self.count
-
-
 async def run_job(
     job: Job,
-    client: ModelClient,
+    model: ServedModel,
     in_flight: InFlight,
     *,
     timeout_s: float,
@@ -77,7 +46,8 @@ async def run_job(
 
     Closing the generator cancels every request at its worker at once. Raises `ApiError` for an error chunk,
     429 when the queue is full for all prompts that begin first (else a prompt waits for a place), 504 after
-    `timeout_s`, 503 while draining and when resuming `max_resumes` times did not help.
+    `timeout_s`, 404 once the model is being unloaded, 503 while draining and when resuming `max_resumes`
+    times did not help.
     """
     at_once = min(len(job.requests), max(1, OPEN_CHOICES // job.choices_per_prompt))
     refused: set[int] = set()  # of the prompts that begin first, which found the queue full
@@ -88,12 +58,12 @@ async def run_job(
         return len(refused) < at_once
 
     streams = [
-        _reported(generate(client, request, max_resumes, on_resume, partial(may_wait, index)), request)
+        _reported(generate(model.client, request, max_resumes, on_resume, partial(may_wait, index)), request)
         for index, request in enumerate(job.requests)
     ]
     # A deadline, because a generator may be resumed from another task than the one that began it.
     deadline = time.monotonic() + timeout_s
-    with in_flight.track():
+    with in_flight.track(), model.in_flight.track():
         async with contextlib.aclosing(merged(streams, QUEUE_CHUNKS, at_once)) as chunks:
             while True:
                 try:
@@ -179,13 +149,17 @@ class ChoiceResult:
 
 @dataclass
 class JobTotals:
-    """Usage and speculation over a whole job. Speculation is reported for a single choice only."""
+    """Usage and speculation over a whole job. Speculation is reported for a single choice only. `usage`
+    covers the choices that have ended, `so_far` all."""
 
     job: Job
     usage: Usage = field(default_factory=lambda: Usage(0, 0))
+    so_far: Usage = field(default_factory=lambda: Usage(0, 0))
     speculation: SpeculationStats | None = None
 
     def add(self, chunk: GenerationChunk) -> None:
         self.usage = add_usage(self.usage, chunk.usage) or self.usage
+        emitted = Usage(0, len(chunk.token_ids))
+        self.so_far = add_usage(add_usage(self.so_far, chunk.prompt_usage), emitted) or self.so_far
         if chunk.speculation is not None and self.job.choices == 1:
             self.speculation = replace(chunk.speculation)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from pydantic import ValidationError
 
@@ -15,8 +15,9 @@ from actors.target_worker.messages import (
     TextLogprob,
 )
 from cluster.gateway.errors import from_validation_error, invalid
+from cluster.gateway.models import ServedModel
 from cluster.gateway.openai_params import Job, chat_job, completion_job
-from cluster.gateway.openai_schema import ChatBody, CompletionBody
+from cluster.gateway.openai_schema import ChatBody, CompletionBody, TokenizeBody
 from protos.s2d.v1 import generation_pb2 as pb
 
 _PLAIN = (
@@ -32,9 +33,18 @@ _PLAIN = (
     "presence_penalty",
     "frequency_penalty",
     "repetition_penalty",
+    "prompt_logprobs",
+    "include_stop_str_in_output",
 )
+_LISTS = ("stop", "stop_token_ids", "bad_words", "allowed_token_ids")
 _SPECULATION = ("enabled", "max_draft_tokens", "force", "drafter", "exit_depth", "verification", "tree")
-_GRAMMARS = {"json_object": "json_object", "json_schema": "json", "regex": "regex", "lark": "grammar"}
+_GRAMMARS = {
+    "json_object": "json_object",
+    "json_schema": "json",
+    "regex": "regex",
+    "choice": "choice",
+    "lark": "grammar",
+}
 
 
 def _shared_fields(
@@ -42,27 +52,24 @@ def _shared_fields(
 ) -> dict[str, object]:
     """Set fields under the names of the HTTP API, so that one validation serves both."""
     data: dict[str, object] = {name: getattr(sampling, name) for name in _PLAIN if sampling.HasField(name)}
-    if sampling.stop:
-        data["stop"] = list(sampling.stop)
-    if sampling.stop_token_ids:
-        data["stop_token_ids"] = list(sampling.stop_token_ids)
+    data |= {name: list(getattr(sampling, name)) for name in _LISTS if getattr(sampling, name)}
     if sampling.logit_bias:
         data["logit_bias"] = {str(k): v for k, v in sampling.logit_bias.items()}
     if sampling.HasField("grammar"):
         kind = sampling.grammar.kind
         if kind not in _GRAMMARS:
             raise invalid("grammar.kind", f"must be one of {', '.join(_GRAMMARS)}")
-        value: object = True if kind == "json_object" else sampling.grammar.text
-        data["structured_outputs"] = {_GRAMMARS[kind]: value}
+        values = {"json_object": True, "choice": list(sampling.grammar.choices)}
+        data["structured_outputs"] = {_GRAMMARS[kind]: values.get(kind, sampling.grammar.text)}
     if speculation is not None:
         data["speculation"] = {n: getattr(speculation, n) for n in _SPECULATION if speculation.HasField(n)}
     return data
 
 
-def _limit(value: int, name: str) -> int:
-    if value > MAX_LOGPROBS:
-        raise invalid(name, f"must be in [0, {MAX_LOGPROBS}]")
-    return value
+def _logprobs(sampling: pb.SamplingParams) -> int:
+    if sampling.logprobs > MAX_LOGPROBS:
+        raise invalid("logprobs", f"must be in [0, {MAX_LOGPROBS}]")
+    return sampling.logprobs
 
 
 def generate_job(request: pb.GenerateRequest, info: TargetInfo, job_id: str) -> Job:
@@ -74,14 +81,14 @@ def generate_job(request: pb.GenerateRequest, info: TargetInfo, job_id: str) -> 
     if kind is None:
         raise invalid("prompt", "is required: text or token_ids")
     data["prompt"] = request.text if kind == "text" else list(request.token_ids.ids)
+    data["echo"] = request.echo
     if sampling.HasField("logprobs"):
-        data["logprobs"] = _limit(sampling.logprobs, "logprobs")
+        data["logprobs"] = _logprobs(sampling)
     try:
         body = CompletionBody.model_validate(data)
     except ValidationError as error:
         raise from_validation_error(error) from error
-    job = completion_job(body, info, job_id)
-    return _with_prompt_logprobs(job, sampling)
+    return completion_job(body, info, job_id)
 
 
 def chat_request_job(request: pb.ChatRequest, info: TargetInfo, job_id: str) -> Job:
@@ -89,20 +96,35 @@ def chat_request_job(request: pb.ChatRequest, info: TargetInfo, job_id: str) -> 
     sampling = request.sampling
     data = _shared_fields(sampling, request.speculation if request.HasField("speculation") else None)
     data["model"] = request.model
-    data["messages"] = [{"role": m.role, "content": m.content} for m in request.messages]
+    data["messages"] = _messages(request.messages)
     if sampling.HasField("logprobs"):
-        data |= {"logprobs": True, "top_logprobs": _limit(sampling.logprobs, "logprobs")}
+        data |= {"logprobs": True, "top_logprobs": _logprobs(sampling)}
     try:
         body = ChatBody.model_validate(data)
     except ValidationError as error:
         raise from_validation_error(error) from error
-    return _with_prompt_logprobs(chat_job(body, info, job_id), sampling)
+    return chat_job(body, info, job_id)
 
 
-def _with_prompt_logprobs(job: Job, sampling: pb.SamplingParams) -> Job:
-    if not sampling.HasField("prompt_logprobs"):
-        return job
-    return job.with_prompt_logprobs(_limit(sampling.prompt_logprobs, "prompt_logprobs"))
+def tokenize_body(request: pb.TokenizeRequest) -> TokenizeBody:
+    """Raises 400 naming the field."""
+    data: dict[str, object] = {
+        name: getattr(request, name)
+        for name in ("add_special_tokens", "add_generation_prompt")
+        if request.HasField(name)
+    }
+    if request.messages:
+        data["messages"] = _messages(request.messages)
+    if request.text or not request.messages:
+        data["prompt"] = request.text
+    try:
+        return TokenizeBody.model_validate(data)
+    except ValidationError as error:
+        raise from_validation_error(error) from error
+
+
+def _messages(messages: Iterable[pb.ChatMessage]) -> list[dict[str, str]]:
+    return [{"role": m.role, "content": m.content} for m in messages]
 
 
 def _logprob(entry: TextLogprob) -> pb.TokenLogprob:
@@ -146,15 +168,18 @@ def chunk_message(chunk: GenerationChunk, request_id: str) -> pb.GenerateChunk:
     )
 
 
-def info_message(name: str, info: TargetInfo | None, ready: bool) -> pb.ModelInfo:
+def info_message(model: ServedModel) -> pb.ModelInfo:
+    info = model.last_info
     if info is None:
-        return pb.ModelInfo(id=name, ready=ready)
+        return pb.ModelInfo(id=model.name, ready=model.ready, state=model.state)
     return pb.ModelInfo(
-        id=name,
+        id=model.name,
         max_model_len=info.max_model_len,
         dtype=info.dtype,
         architecture=info.architecture,
         vocab_size=info.vocab_size,
-        ready=ready,
+        ready=model.ready,
+        state=model.state,
+        backend=info.backend,
         drafters=info.drafters,
     )

@@ -1,4 +1,4 @@
-"""The client API over gRPC: the five methods of `s2d.v1.GenerationService`.
+"""The client API over gRPC: the methods of `s2d.v1.GenerationService`.
 
 Methods take a `CallContext`, which both Ray Serve's context and grpc.aio's have. An error sets the status
 on the context and the method ends with an empty message: Serve's proxy carries status and trailing metadata
@@ -8,8 +8,8 @@ along with messages only, so an exception would lose `retry-after` (and fill the
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any, Protocol, TypeVar
 
 import grpc
 from google.protobuf.message import Message
@@ -23,13 +23,16 @@ from cluster.gateway.grpc_convert import (
     generate_job,
     info_message,
     speculation_message,
+    tokenize_body,
 )
 from cluster.gateway.http_app import authorized, unauthorized
+from cluster.gateway.models import ServedModel
 from cluster.gateway.openai_format import new_id
-from cluster.gateway.openai_params import Job
+from cluster.gateway.openai_params import Job, chat_messages, check_token_ids
 from cluster.gateway.routes import UNARY_TIMEOUT_S, Gateway
 from protos.s2d.v1 import generation_pb2 as pb
 
+M = TypeVar("M", bound=Message)
 REQUEST_ID_KEY = "x-request-id"
 RETRY_AFTER_KEY = "retry-after"
 MAX_REQUEST_ID = 256
@@ -102,14 +105,15 @@ class GenerationServicer:
         request_id = request.request_id or _metadata(context).get(REQUEST_ID_KEY) or new_id("req")
         run: AsyncGenerator[tuple[int, GenerationChunk], None] | None = None
         try:
-            self._check(context, request)
-            if not request.model:
-                raise invalid("model", "is required")
-            model, info = await self._gateway.directory.ready_model(request.model)
-            job = build(info)
+            with self._gateway.counting_refusals(request.model):
+                self._check(context, request)
+                if not request.model:
+                    raise invalid("model", "is required")
+                model, info = await self._gateway.directory.ready_model(request.model)
+                job = build(info)
             totals = JobTotals(job)
             context.set_trailing_metadata(_trailers(request_id))
-            run = self._gateway.run(job, model.client, request_id)
+            run = self._gateway.run(job, model, request_id)
             unfinished = job.choices
             async for _, chunk in run:
                 totals.add(chunk)
@@ -128,20 +132,45 @@ class GenerationServicer:
                 await run.aclose()
 
     async def tokenize(self, request: pb.TokenizeRequest, context: CallContext) -> pb.TokenizeResponse:
+        async def answer() -> pb.TokenizeResponse:
+            body = tokenize_body(request)
+            model, info = await self._ready(request.model)
+            async with asyncio.timeout(UNARY_TIMEOUT_S):
+                if body.messages is None:
+                    ids = await model.client.tokenize(body.prompt or "", body.add_special_tokens)
+                else:
+                    messages = chat_messages(body.messages)
+                    ids = await model.client.render_ids(messages, body.add_generation_prompt)
+            return pb.TokenizeResponse(token_ids=ids, count=len(ids), max_model_len=info.max_model_len)
+
+        return await self._unary(request, context, answer, pb.TokenizeResponse())
+
+    async def detokenize(self, request: pb.DetokenizeRequest, context: CallContext) -> pb.DetokenizeResponse:
+        async def answer() -> pb.DetokenizeResponse:
+            model, info = await self._ready(request.model)
+            check_token_ids(tuple(request.token_ids), "token_ids", info)
+            async with asyncio.timeout(UNARY_TIMEOUT_S):
+                return pb.DetokenizeResponse(text=await model.client.detokenize(tuple(request.token_ids)))
+
+        return await self._unary(request, context, answer, pb.DetokenizeResponse())
+
+    async def _ready(self, name: str) -> tuple[ServedModel, TargetInfo]:
+        """The model named, or the only one. Raises 400, 404 or 503."""
+        return await self._gateway.directory.ready_model(self._gateway.named(name or None).name)
+
+    async def _unary(
+        self, request: Message, context: CallContext, answer: Callable[[], Awaitable[M]], empty: M
+    ) -> M:
+        """The answer; `empty` with a status where there is none."""
         request_id = _metadata(context).get(REQUEST_ID_KEY) or new_id("req")
         try:
             self._check(context, request)
-            name = self._gateway.named(request.model or None).name
-            model, info = await self._gateway.directory.ready_model(name)
-            add_special = request.add_special_tokens if request.HasField("add_special_tokens") else True
-            async with asyncio.timeout(UNARY_TIMEOUT_S):
-                ids = await model.client.tokenize(request.text, add_special)
-            return pb.TokenizeResponse(token_ids=ids, count=len(ids), max_model_len=info.max_model_len)
+            return await answer()
         except ApiError as error:
             set_error(context, error, request_id)
         except TimeoutError:
             set_error(context, not_ready("the target worker did not answer in time"), request_id)
-        return pb.TokenizeResponse()
+        return empty
 
     async def list_models(self, context: CallContext) -> pb.ListModelsResponse:
         try:
@@ -150,7 +179,7 @@ class GenerationServicer:
             set_error(context, error, new_id("req"))
             return pb.ListModelsResponse()
         models = self._gateway.directory.all()
-        return pb.ListModelsResponse(models=[info_message(m.name, m.last_info, m.ready) for m in models])
+        return pb.ListModelsResponse(models=[info_message(m) for m in models])
 
     async def get_model_info(self, request: pb.GetModelInfoRequest, context: CallContext) -> pb.ModelInfo:
         try:
@@ -159,7 +188,7 @@ class GenerationServicer:
         except ApiError as error:
             set_error(context, error, new_id("req"))
             return pb.ModelInfo()
-        return info_message(model.name, model.last_info, model.ready)
+        return info_message(model)
 
 
 def _usage(totals: JobTotals) -> pb.Usage:

@@ -13,10 +13,10 @@ from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle
 
 from cluster.config import ClusterConfig
-from cluster.gateway.generation import InFlight
 from cluster.gateway.grpc_health import HealthServicer
 from cluster.gateway.grpc_service import GenerationServicer
 from cluster.gateway.http_app import build_http_app
+from cluster.gateway.in_flight import InFlight
 from cluster.gateway.model_applications import ModelApplications
 from cluster.gateway.models import ModelDirectory
 from cluster.gateway.routes import Gateway
@@ -41,6 +41,7 @@ class GatewayDeployment:
         parsed = ClusterConfig.model_validate(config)
         self._draft_pool_handle = draft_pool
         applications = ModelApplications(parsed)
+        metrics = GatewayMetrics()
         self._gateway = Gateway(
             config=parsed.gateway,
             directory=ModelDirectory(
@@ -51,7 +52,8 @@ class GatewayDeployment:
             loader=applications,
             draft_pool=LeasedDraftPool(parsed.draft_pool, RegistryClient()),
             in_flight=InFlight(),
-            on_resume=GatewayMetrics().resumed,
+            on_resume=metrics.resumed,
+            on_failure=metrics.failed,
             router=None if parsed.routed is None else RouterClient(parsed.routed.interval_s),
         )
         self._servicer = GenerationServicer(self._gateway)
@@ -85,6 +87,11 @@ class GatewayDeployment:
         self, request: pb.TokenizeRequest, grpc_context: RayServegRPCContext
     ) -> pb.TokenizeResponse:
         return await self._servicer.tokenize(request, grpc_context)
+
+    async def Detokenize(
+        self, request: pb.DetokenizeRequest, grpc_context: RayServegRPCContext
+    ) -> pb.DetokenizeResponse:
+        return await self._servicer.detokenize(request, grpc_context)
 
     async def ListModels(self, _: Empty, grpc_context: RayServegRPCContext) -> pb.ListModelsResponse:
         return await self._servicer.list_models(grpc_context)

@@ -41,6 +41,7 @@ class ModelApplications:
         self._configured = {model.name for model in config.models}
         # Those of them that may be scaled to zero.
         self._sleepers = {m.name for m in config.models if m.autoscaling and m.autoscaling.min_replicas == 0}
+        self._said: set[str] = set()
 
     async def presences(self) -> Mapping[str, Presence]:
         """Models with applications of their own, and those of the cluster's that may sleep."""
@@ -48,14 +49,25 @@ class ModelApplications:
         found: dict[str, Presence] = {}
         for name, application in applications.items():
             model = model_of(name)
-            if model is None or model in self._configured:
+            if model is None or application.status is ApplicationStatus.DELETING:
                 continue
-            if application.status is not ApplicationStatus.DELETING:
+            if model in self._configured:
+                self._say_unused(name, model)
+            else:
                 found[model] = _presence(application, deployment_name(model))
         own = applications.get(APP_NAME)
         for model in self._sleepers if own is not None else ():
             found[model] = _presence(own, deployment_name(model))
         return found
+
+    def _say_unused(self, application: str, model: str) -> None:
+        """Once: `model` was loaded before the configuration had it."""
+        if application not in self._said:
+            self._said.add(application)
+            logger.warning(
+                "the application %s is not used: the configuration has `%s`; unloading `%s` removes it",
+                application, model, model,
+            )  # fmt: skip
 
     def client(self, name: str) -> ServeModelClient:
         # Whether it exists is known; asking again would block the event loop.
@@ -79,17 +91,30 @@ class ModelApplications:
             wait_for_applications_running=False,
         )
 
-    async def unload(self, name: str) -> None:
-        """Begin to unload. Serve lets running requests end first, for as long as the deployment allows."""
-        await _in_thread(serve.delete, application_name(name), _blocking=False)
+    async def unload(self, name: str) -> bool:
+        """Begin to unload. Serve lets requests that run at a worker end first, for as long as the deployment
+        allows. Calls that wait for a worker are never answered: there must be none.
+
+        Of a model of the configuration this removes the application that it had before; False without one.
+        """
+        application = application_name(name)
+        there = (await _in_thread(serve.status)).applications.get(application)
+        if there is None or there.status is ApplicationStatus.DELETING:
+            return False
+        logger.info("the application %s is being removed", application)
+        await _in_thread(serve.delete, application, _blocking=False)
+        return True
 
 
 def _presence(application: Any, deployment: str) -> Presence:
     """By the deployment alone: others of its application may fail, or start, and say nothing of this one."""
     status = application.deployments.get(deployment)
     counts = {} if status is None else status.replica_states
+    # An application runs once all workers have taken the place of those before.
+    settled = application.status is ApplicationStatus.RUNNING
+    deployed_at = application.last_deployed_time_s if settled else None
     if counts.get(ReplicaState.RUNNING, 0):
-        return Presence("ready")
+        return Presence("ready", deployed_at=deployed_at)
     judged = (application if status is None else status).status.value
     if judged in _FAILED:
         message = (status.message if status is not None else "") or application.message
@@ -97,7 +122,7 @@ def _presence(application: Any, deployment: str) -> Presence:
     # A worker that starts because of a request that waits for it is not what the model still lacks.
     woken = status is not None and status.status_trigger is DeploymentStatusTrigger.AUTOSCALING
     state: ModelState = "asleep" if judged in _SETTLED or woken else "starting"
-    return Presence(state)
+    return Presence(state, deployed_at=deployed_at)
 
 
 async def _in_thread(call: Any, *args: Any, **options: Any) -> Any:

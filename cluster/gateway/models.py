@@ -8,18 +8,15 @@ import logging
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, Protocol
 
 from actors.engine.messages import ResetScope
-from actors.target_worker.messages import (
-    ChatMessage,
-    GenerationChunk,
-    GenerationRequest,
-    TargetInfo,
-    TargetState,
-)
+from actors.target_worker.messages import GenerationChunk, GenerationRequest, TargetInfo, TargetState
+from actors.text.messages import ChatMessage
 from cluster.config import ModelConfig
 from cluster.gateway.errors import ApiError, model_not_found, not_ready, overloaded
+from cluster.gateway.in_flight import InFlight
 
 logger = logging.getLogger(__name__)
 PROBE_INTERVAL_S = 1.0
@@ -71,15 +68,18 @@ ModelState = Literal["ready", "starting", "asleep", "failed"]
 
 @dataclass(frozen=True, slots=True)
 class Presence:
-    """What Ray Serve says of a model's deployment. `message` explains a failure."""
+    """What Ray Serve says of a model's deployment. `message` explains a failure. `deployed_at`: Unix time in
+    seconds of the last deployment, None until all workers are of it."""
 
     state: ModelState
     message: str = ""
+    deployed_at: float | None = None
 
 
 class ModelDiscovery(Protocol):
     """Models whose presence Ray Serve tells: loaded while the cluster runs, or scaled to zero at times. They
-    are asked once when they have become ready, and not probed: calls would keep them awake."""
+    are asked once when they have become ready or were deployed anew, and not probed: calls would keep them
+    awake."""
 
     async def presences(self) -> Mapping[str, Presence]:
         """By name. Raises `ApiError` while Serve does not answer."""
@@ -93,13 +93,16 @@ class ModelLoader(Protocol):
 
     async def load(self, model: ModelConfig) -> None: ...
 
-    async def unload(self, name: str) -> None: ...
+    async def unload(self, name: str) -> bool:
+        """False where no such model was loaded."""
+        ...
 
 
 @dataclass
 class ServedModel:
     """A model and what the last probes, or Ray Serve, said about it. `loaded`: while the cluster ran.
-    `asked`: for its info, since Ray Serve last said that it had become ready."""
+    `asked`: for its info, since Ray Serve last said that it had become ready. `deployed_at`: the last known,
+    as in `Presence`. `in_flight`: the generation calls to it that run here."""
 
     name: str
     client: ModelClient
@@ -109,6 +112,11 @@ class ServedModel:
     presence: Presence | None = None
     loaded: bool = False
     asked: bool = False
+    deployed_at: float | None = None
+    in_flight: InFlight = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.in_flight = InFlight(partial(model_not_found, self.name))
 
     @property
     def state(self) -> ModelState:
@@ -167,6 +175,7 @@ class ModelDirectory:
         self._looks = 0
         self._outdated = 0  # this look at Ray Serve and all before it
         self._waking: dict[str, _Waking] = {}
+        self._retired: set[str] = set()
 
     def all(self) -> list[ServedModel]:
         return list(self._models.values())
@@ -181,11 +190,23 @@ class ModelDirectory:
             raise model_not_found(name)
         return model
 
-    def forget(self, name: str) -> None:
-        """Serve a loaded model no longer; what runs goes on."""
+    def taken(self, name: str) -> bool:
+        """Whether a model of this name is served, or was and is not gone yet."""
+        return name in self._models or name in self._retired
+
+    def retire(self, name: str) -> None:
+        """Serve a loaded model no longer, whatever Ray Serve says of it, until `forget` is called. What runs
+        goes on."""
         if name in self._models and self._models[name].loaded:
             del self._models[name]
-            self._outdated = self._looks  # a look that has begun may still have seen it
+            self._retired.add(name)
+
+    def forget(self, name: str) -> None:
+        """Serve a loaded model no longer, unless Ray Serve says from now on that it is there."""
+        self._retired.discard(name)
+        if name in self._models and self._models[name].loaded:
+            del self._models[name]
+        self._outdated = self._looks  # a look that has begun may still have seen it
 
     async def ready_model(self, name: str) -> tuple[ServedModel, TargetInfo]:
         """Wakes a model that sleeps. Raises 404, or 503 when the model does not answer."""
@@ -290,6 +311,8 @@ class ModelDirectory:
             return
         self._outdated = look
         for name, presence in found.items():
+            if name in self._retired:
+                continue
             if name not in self._models:
                 self._models[name] = ServedModel(name, self._discovery.client(name), loaded=True)
             model = self._models[name]
@@ -297,6 +320,9 @@ class ModelDirectory:
                 model.asked = False
             if presence.state in ("starting", "failed"):  # what comes next may say something else
                 model.last_info = None
+            before, model.deployed_at = model.deployed_at, presence.deployed_at or model.deployed_at
+            if before not in (None, model.deployed_at):  # changed, one worker after the other
+                model.last_info, model.asked = None, False
             model.presence = presence
         for name in [n for n, m in self._models.items() if m.loaded and n not in found]:
             del self._models[name]

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+
 from fastapi import APIRouter, Request
 from pydantic import ValidationError
 from starlette.responses import Response
 
 from cluster.config import ModelConfig
 from cluster.gateway.errors import ApiError, from_validation_error
-from cluster.gateway.models import ModelLoader
+from cluster.gateway.models import ModelLoader, ServedModel
 from cluster.gateway.routes import Gateway, read_json
 from cluster.gateway.sse import JsonResponse
+
+logger = logging.getLogger(__name__)
 
 
 def build_models_api(gateway: Gateway) -> APIRouter:
@@ -20,6 +25,8 @@ def build_models_api(gateway: Gateway) -> APIRouter:
     if not gateway.config.admin_endpoints or gateway.loader is None:
         return api
     loader: ModelLoader = gateway.loader
+    loading: set[str] = set()
+    unloading: set[asyncio.Task[None]] = set()
 
     @api.post("/admin/models")
     async def load(request: Request) -> Response:
@@ -31,26 +38,53 @@ def build_models_api(gateway: Gateway) -> APIRouter:
         except ValidationError as error:
             raise from_validation_error(error) from error
         await directory.refresh()
-        if model.name in directory.names():
-            raise ApiError(409, f"`{model.name}` is served already", param="name", code="model_exists")
-        await loader.load(model)
-        await directory.refresh()
+        if directory.taken(model.name) or model.name in loading:
+            message = f"`{model.name}` is served already, or still being unloaded"
+            raise ApiError(409, message, param="name", code="model_exists")
+        loading.add(model.name)
+        try:
+            await loader.load(model)
+            await directory.refresh()
+        finally:
+            loading.discard(model.name)
         return JsonResponse({"id": model.name, "state": "starting"}, 202)
+
+    async def unload_when_idle(model: ServedModel) -> None:
+        """Its prompts that still wait for a worker would wait for ever once Serve has begun to delete it."""
+        try:
+            left = await model.in_flight.drain(gateway.config.request_timeout_s)
+            if left:
+                logger.warning("`%s` is unloaded under %d running requests", model.name, left)
+            await loader.unload(model.name)
+        finally:
+            directory.forget(model.name)
+
+    def ended(task: asyncio.Task[None]) -> None:
+        unloading.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("a model was not unloaded", exc_info=error)
 
     @api.delete("/admin/models/{name:path}")
     async def unload(name: str) -> Response:
-        """Begin to unload: new requests get 404 from now on, running ones end. 202."""
+        """Begin to unload: new requests get 404 from now on, running ones end. 202. Of a model of the
+        configuration only what was loaded under its name before can be unloaded."""
         await directory.refresh()
         model = directory.find(name)
         if not model.loaded:
+            if await loader.unload(name):
+                return JsonResponse({"id": name, "state": model.state}, 202)
             raise ApiError(
                 409,
                 f"`{name}` is part of the cluster's configuration, not loaded into it",
                 param="model",
                 code="model_configured",
             )
-        await loader.unload(name)
-        directory.forget(name)
+        directory.retire(name)
+        task = asyncio.get_running_loop().create_task(unload_when_idle(model))
+        unloading.add(task)
+        task.add_done_callback(ended)
+        if model.in_flight.count == 0:
+            await asyncio.shield(task)  # what goes wrong is the answer
         return JsonResponse({"id": name, "state": "unloading"}, 202)
 
     return api

@@ -8,7 +8,14 @@ from typing import Any
 from actors.target_worker.messages import GenerationChunk
 from cluster.gateway.errors import ApiError
 from cluster.gateway.generation import ChoiceResult, JobTotals
-from cluster.gateway.openai_format import chat_logprobs, metrics_body, now, usage_body
+from cluster.gateway.openai_format import (
+    chat_logprobs,
+    chunk_usage,
+    metrics_body,
+    now,
+    prompt_logprobs_body,
+    usage_body,
+)
 from cluster.gateway.openai_params import Job
 from cluster.gateway.sse import DONE, event
 
@@ -36,6 +43,8 @@ async def collect(
     }
     if job.return_token_ids:
         body["prompt_token_ids"] = list(prompt_ids or choices[0].prompt_token_ids or ())
+    if job.return_prompt_logprobs:
+        body["prompt_logprobs"] = prompt_logprobs_body(choices[0].prompt_logprobs)
     return body
 
 
@@ -59,6 +68,7 @@ async def stream(
     answer_id: str,
     *,
     include_usage: bool,
+    continuous_usage: bool,
     prompt_ids: tuple[int, ...] | None,
 ) -> AsyncGenerator[bytes, None]:
     """Events of a streamed answer. An error after the first chunk becomes an event."""
@@ -69,19 +79,21 @@ async def stream(
         "model": job.model,
         "seed": job.seed,
     }
-    usage_field: dict[str, Any] = {"usage": None} if include_usage else {}
     wants_logprobs = job.requests[0].sampling.logprobs is not None
     totals = JobTotals(job)
     begun: set[int] = set()
     try:
         async for _, chunk in chunks:
             totals.add(chunk)
+            usage_field = chunk_usage(totals.so_far, include_usage, continuous_usage)
             if chunk.index not in begun:
                 begun.add(chunk.index)
                 role = _delta(chunk.index, {"role": "assistant", "content": ""})
                 first = {**head, "choices": [role], **usage_field}
                 if job.return_token_ids:
                     first["prompt_token_ids"] = list(prompt_ids or chunk.prompt_token_ids or ())
+                if job.return_prompt_logprobs:
+                    first["prompt_logprobs"] = prompt_logprobs_body(chunk.prompt_logprobs)
                 yield event(first)
             if not (chunk.text or chunk.token_ids or chunk.finish_reason):
                 continue

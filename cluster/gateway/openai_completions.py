@@ -8,7 +8,14 @@ from typing import Any
 from actors.target_worker.messages import GenerationChunk, PositionLogprobs
 from cluster.gateway.errors import ApiError
 from cluster.gateway.generation import ChoiceResult, JobTotals
-from cluster.gateway.openai_format import completion_logprobs, metrics_body, now, usage_body
+from cluster.gateway.openai_format import (
+    chunk_usage,
+    completion_logprobs,
+    metrics_body,
+    now,
+    prompt_logprobs_body,
+    usage_body,
+)
 from cluster.gateway.openai_params import Job
 from cluster.gateway.sse import DONE, event
 
@@ -41,7 +48,8 @@ def _logprobs(job: Job, chunk: GenerationChunk | ChoiceResult) -> dict[str, Any]
     """Of the prompt (with echo) and of what was emitted."""
     if job.requests[0].sampling.logprobs is None:
         return None
-    positions: list[PositionLogprobs | None] = [*(chunk.prompt_logprobs or ()), *(chunk.logprobs or ())]
+    prompt = chunk.prompt_logprobs if job.requests[0].echo else None
+    positions: list[PositionLogprobs | None] = [*(prompt or ()), *(chunk.logprobs or ())]
     # The prompt's first token has no entry of its own: its text is what precedes the second one.
     first_end = next((p.text_offset for p in positions if p is not None), len(chunk.text))
     return completion_logprobs(positions, chunk.text[:first_end])
@@ -58,6 +66,8 @@ def _choice(job: Job, index: int, result: ChoiceResult, prompt_ids: tuple[int, .
     if job.return_token_ids:
         choice["token_ids"] = result.token_ids
         choice["prompt_token_ids"] = list(prompt_ids or result.prompt_token_ids or ())
+    if job.return_prompt_logprobs:
+        choice["prompt_logprobs"] = prompt_logprobs_body(result.prompt_logprobs)
     return choice
 
 
@@ -67,6 +77,7 @@ async def stream(
     answer_id: str,
     *,
     include_usage: bool,
+    continuous_usage: bool,
     prompt_ids: PromptIds,
 ) -> AsyncGenerator[bytes, None]:
     """Events of a streamed answer. An error after the first chunk becomes an event."""
@@ -77,7 +88,6 @@ async def stream(
         "model": job.model,
         "seed": job.seed,
     }
-    usage_field: dict[str, Any] = {"usage": None} if include_usage else {}
     totals = JobTotals(job)
     begun: set[int] = set()
     try:
@@ -96,8 +106,11 @@ async def stream(
                 if index not in begun:
                     known = prompt_ids[prompt_index] or chunk.prompt_token_ids or ()
                     choice["prompt_token_ids"] = list(known)
+            if job.return_prompt_logprobs and index not in begun:
+                choice["prompt_logprobs"] = prompt_logprobs_body(chunk.prompt_logprobs)
             begun.add(index)
-            yield event({**head, "choices": [choice], **usage_field})
+            usage = chunk_usage(totals.so_far, include_usage, continuous_usage)
+            yield event({**head, "choices": [choice], **usage})
         if include_usage:
             yield event(
                 {

@@ -35,6 +35,13 @@ def usage_body(usage: Usage) -> dict[str, Any]:
     }
 
 
+def chunk_usage(so_far: Usage, include_usage: bool, continuous: bool) -> dict[str, Any]:
+    """The `usage` field of a streamed chunk: null where only the last chunk, without choices, tells it."""
+    if continuous:
+        return {"usage": usage_body(so_far)}
+    return {"usage": None} if include_usage else {}
+
+
 def metrics_body(job: Job, stats: SpeculationStats | None) -> dict[str, Any] | None:
     """AIPerf's acceptance payload, and beside it what each drafter did. `num_spec_tokens` is left out,
     because the draft length adapts."""
@@ -90,3 +97,21 @@ def completion_logprobs(
         top.append(alternatives)
         offsets.append(position.text_offset)
     return {"tokens": tokens, "token_logprobs": token_logprobs, "top_logprobs": top, "text_offset": offsets}
+
+
+def prompt_logprobs_body(
+    positions: Sequence[PositionLogprobs | None] | None,
+) -> list[dict[str, dict[str, Any]] | None]:
+    """vLLM's form: for each prompt token, token ids with their log-probabilities; null for the first. `rank`
+    counts from 1; null for a token that is not among the alternatives."""
+    return [None if position is None else _alternatives(position) for position in positions or ()]
+
+
+def _alternatives(position: PositionLogprobs) -> dict[str, dict[str, Any]]:
+    ranked: list[tuple[TextLogprob, int | None]] = [(entry, k) for k, entry in enumerate(position.top, 1)]
+    if all(entry.token_id != position.chosen.token_id for entry in position.top):
+        ranked.append((position.chosen, None))
+    return {
+        str(entry.token_id): {"logprob": finite(entry.logprob), "rank": rank, "decoded_token": entry.token}
+        for entry, rank in ranked
+    }

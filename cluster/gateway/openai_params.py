@@ -6,10 +6,11 @@ import json
 import re
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from actors.sampling.params import GrammarSpec, ParameterError, SamplingParams, SpeculationParams
-from actors.target_worker.messages import ChatMessage, GenerationRequest, TargetInfo
+from actors.target_worker.messages import GenerationRequest, TargetInfo
+from actors.text.messages import ChatMessage
 from cluster.gateway.errors import ApiError, from_parameter_error, invalid
 from cluster.gateway.openai_schema import (
     ChatBody,
@@ -42,6 +43,8 @@ class Job:
     seed: int
     requests: tuple[GenerationRequest, ...]
     return_token_ids: bool = False
+    return_prompt_logprobs: bool = False
+    """As a field of their own, beside those that `echo` puts before the answer's."""
     param_names: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -51,13 +54,6 @@ class Job:
     @property
     def choices(self) -> int:
         return len(self.requests) * self.choices_per_prompt
-
-    def with_prompt_logprobs(self, count: int) -> Job:
-        """The same job, reporting `count` alternatives for each prompt token."""
-        requests = tuple(
-            replace(r, sampling=replace(r.sampling, prompt_logprobs=count)) for r in self.requests
-        )
-        return replace(self, requests=requests)
 
     def choice_index(self, prompt_index: int, choice: int) -> int:
         return prompt_index * self.choices_per_prompt + choice
@@ -145,6 +141,7 @@ def sampling_of(
             min_p=given("min_p"),
             seed=seed,
             logit_bias=body.logit_bias,
+            allowed_token_ids=tuple(body.allowed_token_ids or ()),
             presence_penalty=given("presence_penalty"),
             frequency_penalty=given("frequency_penalty"),
             repetition_penalty=given("repetition_penalty"),
@@ -167,6 +164,7 @@ def check_token_ids(ids: tuple[int, ...], param: str, info: TargetInfo) -> None:
 def check_vocabulary(sampling: SamplingParams, info: TargetInfo) -> None:
     check_token_ids(tuple(sampling.logit_bias), "logit_bias", info)
     check_token_ids(sampling.stop_token_ids, "stop_token_ids", info)
+    check_token_ids(sampling.allowed_token_ids, "allowed_token_ids", info)
 
 
 def chat_messages(messages: list[MessageBody]) -> tuple[ChatMessage, ...]:
@@ -176,6 +174,19 @@ def chat_messages(messages: list[MessageBody]) -> tuple[ChatMessage, ...]:
 def _names(grammar_name: str) -> dict[str, str]:
     """Workers call every constraint by one name."""
     return {"grammar": grammar_name, "response_format": grammar_name}
+
+
+def _job(
+    body: SamplingBody,
+    info: TargetInfo,
+    job_id: str,
+    seed: int,
+    requests: tuple[GenerationRequest, ...],
+    names: Mapping[str, str],
+) -> Job:
+    return Job(
+        job_id, info.id, seed, requests, bool(body.return_token_ids), body.prompt_logprobs is not None, names
+    )
 
 
 def chat_job(body: ChatBody, info: TargetInfo, job_id: str) -> Job:
@@ -191,7 +202,7 @@ def chat_job(body: ChatBody, info: TargetInfo, job_id: str) -> Job:
             max_tokens=max_tokens,
             grammar=grammar,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-            prompt_logprobs=None,
+            prompt_logprobs=body.prompt_logprobs,
         )
     except ApiError as error:
         if error.param == "logprobs":
@@ -205,23 +216,30 @@ def chat_job(body: ChatBody, info: TargetInfo, job_id: str) -> Job:
         max_tokens=max_tokens,
         n=body.choices,
         stop=body.stop,
+        include_stop=bool(body.include_stop_str_in_output),
+        bad_words=body.bad_words,
         speculation=speculation_of(body.speculation, info),
     )
     names = _names(grammar_name) | {"prompt": "messages"}
-    return Job(job_id, info.id, seed, (request,), bool(body.return_token_ids), names)
+    return _job(body, info, job_id, seed, (request,), names)
 
 
 def completion_job(body: CompletionBody, info: TargetInfo, job_id: str) -> Job:
     grammar, grammar_name = grammar_of(body.response_format, body.structured_outputs)
     seed = random_seed() if body.seed is None else body.seed
     max_tokens = max_tokens_of(body, DEFAULT_COMPLETION_TOKENS, lowest=0 if body.echo else 1)
+    prompt_logprobs = body.prompt_logprobs
+    if body.echo and body.logprobs is not None:  # they begin with the prompt's
+        if prompt_logprobs not in (None, body.logprobs):
+            raise invalid("prompt_logprobs", "differs from logprobs, which echo extends to the prompt")
+        prompt_logprobs = body.logprobs
     sampling = sampling_of(
         body,
         seed=seed,
         max_tokens=max_tokens,
         grammar=grammar,
         logprobs=body.logprobs,
-        prompt_logprobs=body.logprobs if body.echo else None,
+        prompt_logprobs=prompt_logprobs,
     )
     check_vocabulary(sampling, info)
     speculation = speculation_of(body.speculation, info)
@@ -238,8 +256,10 @@ def completion_job(body: CompletionBody, info: TargetInfo, job_id: str) -> Job:
                 max_tokens=max_tokens,
                 n=body.choices,
                 stop=body.stop,
+                include_stop=bool(body.include_stop_str_in_output),
+                bad_words=body.bad_words,
                 echo=bool(body.echo),
                 speculation=speculation,
             )
         )
-    return Job(job_id, info.id, seed, tuple(requests), bool(body.return_token_ids), _names(grammar_name))
+    return _job(body, info, job_id, seed, tuple(requests), _names(grammar_name))

@@ -15,6 +15,7 @@ from cluster.gateway.errors import REFUSED_FIELDS
 MAX_CHOICES = 128
 MAX_PROMPTS = 512
 MAX_STOPS = 16
+MAX_BAD_WORDS = 128
 MAX_MESSAGES = 4096
 MAX_TOKEN_ID = 2**31 - 1
 _NULL_MESSAGE_FIELDS = frozenset(
@@ -88,6 +89,18 @@ def _stops(value: Any) -> tuple[str, ...]:
     return tuple(_text(s) for s in stops)
 
 
+def _bad_words(value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(w, str) for w in value):
+        raise ValueError("must be a list of strings")
+    if len(value) > MAX_BAD_WORDS:
+        raise ValueError(f"must hold at most {MAX_BAD_WORDS} strings")
+    if not all(word.strip() for word in value):
+        raise ValueError("must not hold blank strings")
+    return tuple(_text(word) for word in value)
+
+
 def _logit_bias(value: Any) -> dict[int, float]:
     if value is None:
         return {}
@@ -123,6 +136,7 @@ def _content(value: Any) -> str:
 
 Prompts = Annotated[tuple[str | tuple[int, ...], ...], BeforeValidator(_prompts), Field(strict=False)]
 Stops = Annotated[tuple[str, ...], BeforeValidator(_stops), Field(strict=False)]
+BadWords = Annotated[tuple[str, ...], BeforeValidator(_bad_words), Field(strict=False)]
 LogitBias = Annotated[dict[int, float], BeforeValidator(_logit_bias), Field(strict=False)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
 
@@ -143,7 +157,18 @@ class MessageBody(Body):
 
 
 class StreamOptions(Body):
+    """`continuous_usage_stats` is vLLM's: usage so far in every chunk."""
+
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = None
+
+    @field_validator("include_obfuscation")
+    @classmethod
+    def _nothing_is_obfuscated(cls, include_obfuscation: bool | None) -> bool | None:
+        if include_obfuscation:
+            raise ValueError("obfuscation is not supported")
+        return include_obfuscation
 
 
 class JsonSchemaBody(Body):
@@ -208,11 +233,15 @@ class SamplingBody(Body):
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     stop: Stops = ()
     stop_token_ids: list[TokenId] | None = Field(None, max_length=64)
+    include_stop_str_in_output: bool | None = None
+    bad_words: BadWords = ()
+    allowed_token_ids: list[TokenId] | None = Field(None, min_length=1)
     ignore_eos: bool | None = None
     logit_bias: LogitBias = Field(default_factory=dict)
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
+    prompt_logprobs: int | None = None
     return_token_ids: bool | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -220,6 +249,9 @@ class SamplingBody(Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None
     service_tier: Literal["auto", "default"] | None = None
@@ -244,6 +276,10 @@ class SamplingBody(Body):
     @property
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
 
 class ChatBody(SamplingBody):

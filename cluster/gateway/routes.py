@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,8 +17,11 @@ from starlette.responses import Response
 from actors.target_worker.messages import GenerationChunk, GenerationRequest, TargetInfo
 from cluster.config import GatewayConfig
 from cluster.gateway import openai_chat, openai_completions
+from cluster.gateway.draft_assignments import draft_assignments
 from cluster.gateway.errors import body_too_large, from_validation_error, invalid, not_ready
-from cluster.gateway.generation import InFlight, prefetch, run_job
+from cluster.gateway.failures import FailureReason, failure_reason
+from cluster.gateway.generation import prefetch, run_job
+from cluster.gateway.in_flight import InFlight
 from cluster.gateway.models import DraftPoolView, ModelClient, ModelDirectory, ModelLoader, ServedModel
 from cluster.gateway.openai_format import new_id
 from cluster.gateway.openai_params import (
@@ -55,26 +58,54 @@ class Gateway:
     in_flight: InFlight
     on_resume: Callable[[str], None] = lambda model: None
     """Called with the model's name whenever a request goes on at another replica."""
+    on_failure: Callable[[str, FailureReason], None] = lambda model, reason: None
+    """Called once for each call for generation that ends without its whole answer, with the model's name;
+    with "" where the call names none that is served."""
     router: RouterControl | None = None
     """None where no router runs."""
     loader: ModelLoader | None = None
     """None where models come and go with the application only."""
 
-    def run(
-        self, job: Job, client: ModelClient, client_id: str | None
+    async def run(
+        self, job: Job, model: ServedModel, client_id: str | None
     ) -> AsyncGenerator[tuple[int, GenerationChunk], None]:
-        """`client_id`: what the client calls the request. The log names it beside the job's id once."""
+        """As `run_job`. `client_id`: what the client calls the request. The log names it beside the job's id
+        once."""
         if client_id:
             # Quoted and cut: it may be any text.
             logger.info("request %s is the client's %.256r", job.job_id, client_id)
-        return run_job(
+        chunks = run_job(
             job,
-            client,
+            model,
             self.in_flight,
             timeout_s=self.config.request_timeout_s,
             max_resumes=self.config.max_resumes,
             on_resume=lambda: self.on_resume(job.model),
         )
+        unfinished = job.choices
+        try:
+            async with aclosing(chunks):
+                async for index, chunk in chunks:
+                    unfinished -= chunk.finish_reason is not None
+                    yield index, chunk
+        except BaseException as error:
+            if unfinished:  # who leaves with the whole answer lacks nothing
+                self._report(job.model, error)
+            raise
+
+    @contextmanager
+    def counting_refusals(self, model: str = "") -> Iterator[None]:
+        """For what comes before `run`: reports what ends the block, of the model that the call names."""
+        try:
+            yield
+        except BaseException as error:
+            self._report(model if model in self.directory.names() else "", error)
+            raise
+
+    def _report(self, model: str, error: BaseException) -> None:
+        reason = failure_reason(error)
+        if reason is not None:
+            self.on_failure(model, reason)
 
     def named(self, name: str | None) -> ServedModel:
         """The model asked for; the only one where none is named."""
@@ -125,6 +156,14 @@ async def parse(request: Request, schema: type[B], limit: int) -> B:
         raise from_validation_error(error) from error
     except RecursionError as error:
         raise invalid(None, "the body is nested too deeply", code="invalid_json") from error
+
+
+async def model_bodies(gateway: Gateway, models: Sequence[ServedModel]) -> list[dict[str, Any]]:
+    drafts = await draft_assignments(gateway.router)
+    return [
+        model_body(m, m.last_info) | {"draft": None if drafts is None else drafts.get(m.name, [])}
+        for m in models
+    ]
 
 
 def model_body(model: ServedModel, info: TargetInfo | None) -> dict[str, Any]:
@@ -180,11 +219,13 @@ async def answer_job(
     gateway: Gateway, request: Request, job: Job, body: ChatBody | CompletionBody
 ) -> Response:
     """Run a job and answer in the shape of its body's endpoint, streamed or whole."""
-    client = gateway.directory.find(job.model).client
     chat = isinstance(body, ChatBody)
     answer_id = job.job_id
-    prompt_ids: Sequence[tuple[int, ...] | None] = await unary(known_prompt_ids(job, client), request)
-    run = gateway.run(job, client, request.headers.get(REQUEST_ID))
+    prompt_ids: Sequence[tuple[int, ...] | None]
+    with gateway.counting_refusals(job.model):
+        model = gateway.directory.find(job.model)
+        prompt_ids = await unary(known_prompt_ids(job, model.client), request)
+    run = gateway.run(job, model, request.headers.get(REQUEST_ID))
     if not body.stream:
         collected = (
             openai_chat.collect(job, run, answer_id, prompt_ids[0])
@@ -200,12 +241,11 @@ async def answer_job(
     except BaseException:
         await run.aclose()
         raise
+    usages = {"include_usage": body.include_usage, "continuous_usage": body.continuous_usage}
     events = (
-        openai_chat.stream(job, chunks, answer_id, include_usage=body.include_usage, prompt_ids=prompt_ids[0])
+        openai_chat.stream(job, chunks, answer_id, prompt_ids=prompt_ids[0], **usages)
         if chat
-        else openai_completions.stream(
-            job, chunks, answer_id, include_usage=body.include_usage, prompt_ids=prompt_ids
-        )
+        else openai_completions.stream(job, chunks, answer_id, prompt_ids=prompt_ids, **usages)
     )
     return EventStreamResponse(events, on_close=run.aclose)
 
@@ -216,25 +256,31 @@ def build_router(gateway: Gateway) -> APIRouter:
 
     @router.get("/v1/models")
     async def list_models() -> Response:
-        data = [model_body(m, m.last_info) for m in gateway.directory.all()]
+        data = await model_bodies(gateway, gateway.directory.all())
         return JsonResponse({"object": "list", "data": data})
 
     @router.get("/v1/models/{model_id:path}")
     async def get_model(model_id: str) -> Response:
-        model = gateway.directory.find(model_id)
-        return JsonResponse(model_body(model, model.last_info))
+        (body,) = await model_bodies(gateway, [gateway.directory.find(model_id)])
+        return JsonResponse(body)
 
     @router.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        body = await parse(request, ChatBody, limit)
-        _, info = await gateway.directory.ready_model(body.model)
-        return await answer_job(gateway, request, chat_job(body, info, new_id("chatcmpl")), body)
+        with gateway.counting_refusals():
+            body = await parse(request, ChatBody, limit)
+        with gateway.counting_refusals(body.model):
+            _, info = await gateway.directory.ready_model(body.model)
+            job = chat_job(body, info, new_id("chatcmpl"))
+        return await answer_job(gateway, request, job, body)
 
     @router.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        body = await parse(request, CompletionBody, limit)
-        _, info = await gateway.directory.ready_model(body.model)
-        return await answer_job(gateway, request, completion_job(body, info, new_id("cmpl")), body)
+        with gateway.counting_refusals():
+            body = await parse(request, CompletionBody, limit)
+        with gateway.counting_refusals(body.model):
+            _, info = await gateway.directory.ready_model(body.model)
+            job = completion_job(body, info, new_id("cmpl"))
+        return await answer_job(gateway, request, job, body)
 
     @router.post("/tokenize")
     async def tokenize(request: Request) -> Response:

@@ -16,13 +16,8 @@ from ray.serve.handle import DeploymentHandle
 from actors.engine.async_engine import EngineUnavailable
 from actors.engine.messages import ResetScope
 from actors.sampling.params import ParameterError
-from actors.target_worker.messages import (
-    ChatMessage,
-    GenerationChunk,
-    GenerationRequest,
-    TargetInfo,
-    TargetState,
-)
+from actors.target_worker.messages import GenerationChunk, GenerationRequest, TargetInfo, TargetState
+from actors.text.messages import ChatMessage
 from cluster.config import DraftPoolConfig
 from cluster.gateway.errors import ApiError, from_parameter_error, internal, not_ready, overloaded
 from cluster.registry import Lease, RegistryClient

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from actors.engine.costs import CostModel
+from actors.costs import CostModel
 from cluster.router.evidence import Evidence
 from cluster.router.goodput import NO_LATENCY, OFF, Choice, Queue, choices, cost_model, request_counts
 from cluster.router.memory import Memory, TargetMemory

@@ -19,7 +19,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from actors.engine.costs import CostModel
+from actors.costs import CostModel
 
 NO_LATENCY = 1e-3
 """Seconds of a round trip that nobody measured yet."""

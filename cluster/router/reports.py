@@ -52,7 +52,7 @@ class DraftService:
 class TargetReport:
     """One target worker.
 
-    cost_s_by_rows: measured seconds of a verification round by rows in it (`actors.engine.costs`).
+    cost_s_by_rows: measured seconds of a verification round by rows in it (`actors.costs`).
     acceptance: by exit depth. running: requests that decode. rounds_per_s: engine rounds.
     draft_tokens_per_s: draft tokens that it asked for a second, over all its requests.
     latency_s: measured seconds of a draft round trip without the drafting, by draft worker.

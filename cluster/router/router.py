@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from actors.engine.costs import CostModel
+from actors.costs import CostModel
 from cluster.router import reasons
 from cluster.router.contenders import ContenderBuilder
 from cluster.router.evidence import Evidence

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cluster.bench.tables import Table
+from cluster.reporting.table import Table
 from cluster.simulator.choice_quality import BEST_FIXED_BOUND, PLAIN_BOUND, Cell, summary
 from cluster.simulator.replay import ReplaySettings
 from cluster.simulator.trace import TraceCard
@@ -84,7 +84,7 @@ def _cell(cell: Cell) -> dict[str, Any]:
 
 def _plot(cells: Sequence[Cell], path: Path) -> None:
     """Two maps: the free choice over the best fixed setting, and over plain decoding."""
-    from cluster.bench.plot import pyplot_module, save
+    from cluster.reporting.plot import pyplot_module, save
 
     plt = pyplot_module()
     columns = list(dict.fromkeys((c.name, c.concurrency) for c in cells))

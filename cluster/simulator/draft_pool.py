@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from actors.costs import CostModel
 from actors.drafting.guess_tree import next_outcomes
-from actors.engine.costs import CostModel
 from cluster.router.goodput import cost_model
 from cluster.simulator.events import Clock
 from cluster.simulator.guesses import SessionGuesses

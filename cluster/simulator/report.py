@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from cluster.bench.tables import Table
+from cluster.reporting.table import Table
 from cluster.simulator.profile import CostProfile
 from cluster.simulator.scenario import Scenario
 from cluster.simulator.simulation import RunResult
@@ -90,7 +90,7 @@ def write(
 
 
 def _plot(results: Sequence[RunResult], path: Path) -> None:
-    from cluster.bench.plot import COLORS, pyplot_module, save
+    from cluster.reporting.plot import COLORS, pyplot_module, save
 
     plt = pyplot_module()
     plain = results[0]

@@ -1,7 +1,7 @@
 """Prometheus metrics, through Ray's own exporter (Ray prefixes every name with `ray_`).
 
 The speculation counters mirror vLLM's `spec_decode_*`: acceptance rate is accepted / drafted, mean accepted
-length is 1 + accepted / drafts.
+length is 1 + accepted / drafts. They are by drafter.
 """
 
 from __future__ import annotations
@@ -46,17 +46,28 @@ class TargetMetrics:
             metric.set_default_tags(tags)
             return metric
 
-        self._drafts = counter("s2d_spec_decode_num_drafts", "Verification rounds with drafts, per request.")
-        self._drafted = counter("s2d_spec_decode_num_draft_tokens", "Draft tokens verified.")
-        self._accepted = counter("s2d_spec_decode_num_accepted_tokens", "Draft tokens accepted.")
+        by_drafter = ("drafter",)
+        self._drafts = counter(
+            "s2d_spec_decode_num_drafts",
+            "Verification rounds with drafts of this drafter, per request.",
+            by_drafter,
+        )
+        self._drafted = counter("s2d_spec_decode_num_draft_tokens", "Draft tokens verified.", by_drafter)
+        self._accepted = counter("s2d_spec_decode_num_accepted_tokens", "Draft tokens accepted.", by_drafter)
         self._accepted_at = counter(
             "s2d_spec_decode_num_accepted_tokens_per_pos",
             "Draft tokens accepted, by position.",
-            ("position",),
+            (*by_drafter, "position"),
         )
         self._prompt_tokens = counter("s2d_prompt_tokens", "Prompt tokens of finished requests.")
+        self._cached_tokens = counter(
+            "s2d_cached_prompt_tokens", "Prompt tokens of finished requests that the prefix cache had."
+        )
         self._generation_tokens = counter("s2d_generation_tokens", "Tokens generated.")
         self._success = counter("s2d_request_success", "Choices finished.", ("finish_reason",))
+        self._preemptions = counter(
+            "s2d_num_preemptions", "Times that a request gave its KV blocks back, to be computed again later."
+        )
         self._ttft = histogram("s2d_time_to_first_token_seconds", "Arrival to first token.", _SECONDS)
         self._tpot = histogram(
             "s2d_time_per_output_token_seconds", "(End to end - first token) / (tokens - 1).", _TOKEN_SECONDS
@@ -74,13 +85,17 @@ class TargetMetrics:
         self._waiting.set(_count(stats, "waiting"))
         total = _count(stats, "kv_blocks_total")
         self._kv_usage.set(_count(stats, "kv_blocks_used") / total if total else 0.0)
-        before, now = speculation_totals(self._last), speculation_totals(stats)
-        _increase(self._drafts, now["rounds"] - before["rounds"])
-        _increase(self._drafted, now["drafted"] - before["drafted"])
-        _increase(self._accepted, now["accepted"] - before["accepted"])
-        for position, accepted in enumerate(now["positions"]):
-            old = before["positions"][position] if position < len(before["positions"]) else 0
-            _increase(self._accepted_at, accepted - old, {"position": str(position)})
+        _increase(self._preemptions, _count(stats, "preemptions") - _count(self._last, "preemptions"))
+        known = self._last.get("drafters") or {}
+        for drafter, now in (stats.get("drafters") or {}).items():
+            tags, before = {"drafter": drafter}, known.get(drafter) or {}
+            _increase(self._drafts, _count(now, "rounds") - _count(before, "rounds"), tags)
+            _increase(self._drafted, _count(now, "drafted") - _count(before, "drafted"), tags)
+            _increase(self._accepted, _count(now, "accepted") - _count(before, "accepted"), tags)
+            counted = before.get("accepted_per_position") or ()
+            for position, accepted in enumerate(now.get("accepted_per_position") or ()):
+                old = counted[position] if position < len(counted) else 0
+                _increase(self._accepted_at, accepted - old, {**tags, "position": str(position)})
         self._last = dict(stats)
 
     async def observe(self, chunks: AsyncIterator[GenerationChunk]) -> AsyncGenerator[GenerationChunk, None]:
@@ -123,6 +138,7 @@ class TargetMetrics:
             self._tpot.observe((now - first[choice]) / (tokens[choice] - 1))
         if chunk.usage is not None:
             _increase(self._prompt_tokens, chunk.usage.prompt_tokens)
+            _increase(self._cached_tokens, chunk.usage.cached_tokens)
 
 
 class DraftMetrics:
@@ -164,9 +180,17 @@ class GatewayMetrics:
             description="Times that a request went on at another replica after its target worker was lost.",
             tag_keys=_MODEL,
         )
+        self._failed = Counter(
+            "s2d_requests_failed",
+            description="Calls for generation that ended without their whole answer, by reason.",
+            tag_keys=(*_MODEL, "reason"),
+        )
 
     def resumed(self, model_name: str) -> None:
         self._resumed.inc(1, {"model_name": model_name})
+
+    def failed(self, model_name: str, reason: str) -> None:
+        self._failed.inc(1, {"model_name": model_name, "reason": reason})
 
 
 def _counter(tags: dict[str, str], name: str, text: str, keys: tuple[str, ...] = ()) -> Counter:
@@ -180,15 +204,3 @@ def _increase(counter: Counter, amount: int, tags: dict[str, str] | None = None)
     """Counters refuse zero and negative steps (an engine that restarted counts from zero again)."""
     if amount > 0:
         counter.inc(amount, tags or {})
-
-
-def speculation_totals(stats: Mapping[str, Any]) -> dict[str, Any]:
-    totals: dict[str, Any] = {"rounds": 0, "drafted": 0, "accepted": 0, "positions": []}
-    for drafter in (stats.get("drafters") or {}).values():
-        for key in ("rounds", "drafted", "accepted"):
-            totals[key] += _count(drafter, key)
-        for position, accepted in enumerate(drafter.get("accepted_per_position") or ()):
-            if position == len(totals["positions"]):
-                totals["positions"].append(0)
-            totals["positions"][position] += accepted
-    return totals

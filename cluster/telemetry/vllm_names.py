@@ -1,15 +1,14 @@
 """Speculation counters under vLLM's names, for tools that look for these (`vllm bench serve`, AIPerf).
 
-The numbers are those of `s2d_spec_decode_*`, which mean the same, but read from the engines now: such tools
-compare two readings, one before and one after their requests.
+The numbers are those of `s2d_spec_decode_*`, of all drafters together, but read from the engines now: such
+tools compare two readings, one before and one after their requests. A round whose tree several drafters made
+is one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
-
-from cluster.telemetry.metrics import speculation_totals
 
 _COUNTERS = (
     ("rounds", "num_drafts", "Verification rounds with drafts, per request."),
@@ -27,7 +26,7 @@ def spec_decode_text(models: Iterable[Mapping[str, Any]]) -> str:
         for replica in model["replicas"]:
             if "drafters" not in replica["engine"]:
                 continue
-            totals = speculation_totals(replica["engine"])
+            totals = _totals(replica["engine"])
             labels = f'model_name="{_escaped(model["name"])}",engine="{_escaped(replica["replica_id"])}"'
             for key, name, _ in _COUNTERS:
                 samples[name].append(f"{_full(name)}{{{labels}}} {totals[key]}")
@@ -47,3 +46,17 @@ def _full(name: str) -> str:
 
 def _escaped(value: object) -> str:
     return str(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+def _totals(stats: Mapping[str, Any]) -> dict[str, Any]:
+    """Of all drafters together."""
+    rounds = int(stats.get("drafted_rounds") or 0)
+    totals: dict[str, Any] = {"rounds": rounds, "drafted": 0, "accepted": 0, "positions": []}
+    for drafter in (stats.get("drafters") or {}).values():
+        for key in ("drafted", "accepted"):
+            totals[key] += int(drafter.get(key) or 0)
+        for position, accepted in enumerate(drafter.get("accepted_per_position") or ()):
+            if position == len(totals["positions"]):
+                totals["positions"].append(0)
+            totals["positions"][position] += accepted
+    return totals

@@ -13,13 +13,14 @@ from actors.drafting.interface import Drafter, DraftSource
 from actors.drafting.local_source import LocalDraftSource
 from actors.drafting.selector import DrafterPool
 from actors.engine.build import build_engine
-from actors.engine.messages import EngineRequest, FinishReason, RoundReport, TokenLogprobs
+from actors.engine.messages import EngineRequest, FinishReason, RoundReport
 from actors.engine.torch_engine import TorchEngine
 from actors.models.llama_load import load_llama_weights
 from actors.models.runner import LayeredRunner
 from actors.models.torch_llama import TorchLlamaRunner
 from actors.sampling.grammar import GrammarMatcher
 from actors.sampling.params import GrammarSpec, ParameterError
+from actors.sampling.results import TokenLogprobs
 from cluster.config import EngineConfig, SpeculationConfig
 
 _STEP_LIMIT = 20_000

@@ -18,10 +18,17 @@ from actors.drafting.token_recycling import TokenRecyclingDrafter
 from actors.engine.messages import EngineRequest
 from actors.engine.speculator import DraftTimeouts
 from actors.engine.torch_engine import TorchEngine
+from actors.models.runner import RaggedBatch
 from actors.models.torch_llama import TorchLlamaRunner
 from actors.sampling.grammar import GrammarError
 from actors.sampling.noise import derive_key
-from actors.sampling.params import GrammarSpec, ParameterError, SamplingParams, SpeculationParams
+from actors.sampling.params import (
+    GrammarSpec,
+    ParameterError,
+    SamplingParams,
+    SpeculationParams,
+    VerificationName,
+)
 from actors.sampling.pipeline import SequenceSampler
 from tests.draft_rig import SlowDrafter
 from tests.exactness.harness import AnyText, Result, make_engine, run, tiny_llama, torch_runner
@@ -121,6 +128,12 @@ SAMPLED = [
     },
     {"temperature": 1.0, "seed": 7, "logit_bias": {3: 5.0, 9: -100.0}},
     {
+        "temperature": 1.0,
+        "seed": 8,
+        "allowed_token_ids": tuple(range(0, 320, 20)),
+        "bad_sequences": ((40, 60),),
+    },
+    {
         "temperature": 0.0,
         "repetition_penalty": 1.3,
         "min_tokens": 10,
@@ -139,6 +152,33 @@ def test_sampled_drafts_change_nothing(engine: TorchEngine, drafter: str, exit_d
     together = run(engine, batch, arrive_every=1)
     for one in batch:
         assert together[one.request_id].token_ids == solo(engine, one).token_ids, one.sampling
+
+
+def occurs(sequence: tuple[int, ...], tokens: list[int]) -> bool:
+    return sequence in {tuple(tokens[at : at + len(sequence)]) for at in range(len(tokens))}
+
+
+@pytest.mark.parametrize("rule", ["coupled", "leviathan"])
+@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 1.0, "seed": 3}], ids=str)
+def test_bad_sequences_are_never_completed(
+    engine: TorchEngine, sampling: dict[str, object], rule: VerificationName
+) -> None:
+    """Those of the plain answer are forbidden one after the other; the deepest exit goes on drafting them."""
+    plain = request("b", prompts(2)[1], **sampling)
+    bad: tuple[tuple[int, ...], ...] = ()
+    drafted = dataclasses.replace(forced(4, "nested", TINY_LAYERS), verification=rule)
+    for length in (3, 1, 2, 2):
+        free = solo(engine, plain).token_ids
+        assert not any(occurs(sequence, free) for sequence in bad)
+        bad = (*bad, tuple(free[9 : 9 + length]))
+        plain = dataclasses.replace(plain, sampling=dataclasses.replace(plain.sampling, bad_sequences=bad))
+    expected = solo(engine, plain).token_ids
+    result = run(engine, [dataclasses.replace(plain, speculation=drafted)])["b"]
+    assert 0 < result.accepted < result.drafted
+    assert not any(occurs(sequence, result.token_ids) for sequence in bad)
+    if rule == "coupled" or plain.sampling.greedy:
+        assert result.token_ids == expected
+    assert len(result.token_ids) == len(expected)
 
 
 @pytest.mark.parametrize("length", [1, 3, 5])
@@ -337,7 +377,7 @@ def test_measuring_again_while_idle_touches_nobodys_blocks(runner: TorchLlamaRun
     one = request("a", tuple(range(100)))
     cold = run(engine, [one])["a"].token_ids
     rounds = 0
-    while engine.idle():
+    while engine.idle(lambda: False):
         rounds += 1
         assert rounds < 100
     assert rounds > 10
@@ -346,6 +386,30 @@ def test_measuring_again_while_idle_touches_nobodys_blocks(runner: TorchLlamaRun
     again = run(engine, [one])["a"]
     assert again.cached_tokens > 0
     assert again.token_ids == cold
+    engine.close()
+
+
+def test_a_request_comes_between_two_passes_of_what_is_measured_while_idle(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Row counts, which are compared with each other, are measured from the first on after it."""
+    runner = torch_runner(folder)
+    engine = make_engine(runner, [PromptLookupDrafter()])
+    rows: list[int] = []
+    forward = runner.forward
+
+    def counted(batch: RaggedBatch) -> torch.Tensor:
+        rows.append(batch.num_tokens)
+        return forward(batch)
+
+    monkeypatch.setattr(runner, "forward", counted)
+    while rows[-1:] != [2]:  # the second of the first turn
+        assert engine.idle(lambda: rows[-1:] == [2])
+    rows.clear()
+    engine.add(request("a", (1, 2, 3)))
+    engine.abort("a")
+    assert engine.idle(lambda: False)
+    assert rows == [1, 2, 3, 5, 9, 17, 33]
     engine.close()
 
 

@@ -17,12 +17,22 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from actors.drafting.interface import DraftQuery, DraftSampling, SessionDraft, SessionOpen, SessionUpdate
+from actors.costs import CostModel
+from actors.drafting.early_stop import EarlyStop
+from actors.drafting.interface import DraftQuery, SessionDraft, SessionOpen, SessionUpdate
+from actors.drafting.local_source import LocalDraftSource
 from actors.drafting.selector import DrafterPool
+from actors.engine.controller import Candidate, Controller
+from actors.engine.messages import EngineRequest
+from actors.engine.sequence import Sequence as EngineSequence
+from actors.engine.speculator import DraftTimeouts, Speculator
 from actors.sampling.noise import DRAFT, GUMBEL, derive_key, gumbel, philox4x32, to_gumbel, uniform
+from actors.sampling.params import DraftSampling, GrammarSpec, SamplingParams, SpeculationParams
+from actors.sampling.pipeline import SequenceSampler
 from actors.sampling.truncation import keep_at_least, survival_threshold
 from actors.verification.registry import get_rule
 from actors.verification.rule import DraftDistribution, VerificationRule
+from tests.exactness.harness import AnyText
 
 SAMPLES = 50_000
 P_MIN = 1e-4
@@ -267,3 +277,110 @@ def test_a_pool_of_drafters_keeps_the_law(first: str) -> None:
         pool.close(sid)
     assert p_value(counts, p) >= P_MIN
     assert drawn > 10_000
+
+
+class _DrawingOn(_Drawing):
+    """Draws one token after the other from q, until the budget is spent or the draft ends early."""
+
+    def __init__(self, q: tuple[float, ...], early_stop: EarlyStop) -> None:
+        super().__init__(q)
+        self._early_stop = early_stop
+
+    def _draft(self, query: DraftQuery) -> SessionDraft:
+        tokens: list[int] = []
+        survival = 1.0
+        while len(tokens) < query.budget and not self._early_stop.ends(survival):
+            u, token = uniform(derive_key(query.session_id, 0), POSITION + len(tokens), DRAFT), 0
+            while u >= self.q[token]:
+                u, token = u - self.q[token], token + 1
+            tokens.append(token)
+            survival *= self.q[token]
+        return SessionDraft(
+            query.session_id, query.epoch, tuple(tokens), drafter=self.name, exit_depth=1,
+            confidence=tuple(self.q[token] for token in tokens),
+            q=((tuple(range(len(self.q))), self.q),) * len(tokens),
+        )  # fmt: skip
+
+
+class _AsksForAll(Controller):
+    """Chooses what to verify, not what to ask for."""
+
+    def plan(self, candidates: Sequence[Candidate], *_: object, **__: object) -> list[int]:
+        return [candidate.limit for candidate in candidates]
+
+
+class _Without(AnyText):
+    """A grammar that forbids one token wherever it comes."""
+
+    def __init__(self, vocab_size: int, token: int) -> None:
+        super().__init__(vocab_size)
+        self._token = token
+
+    def admissible(self, drafts: Sequence[int]) -> int:
+        return [*drafts, self._token].index(self._token)
+
+    def mask(self) -> Tensor:
+        return super().mask().index_fill(0, torch.tensor([self._token]), False)
+
+
+@pytest.mark.parametrize(
+    ("stop_ids", "early_stop", "forbidden"),
+    [((0,), EarlyStop(), None), ((), EarlyStop(threshold=0.75), None), ((), EarlyStop(), 2)],
+    ids=["stop id", "early stop", "grammar"],
+)
+def test_a_length_that_the_controller_chooses_keeps_the_law(
+    stop_ids: tuple[int, ...], early_stop: EarlyStop, forbidden: int | None
+) -> None:
+    """A draft of one token does not pay here and longer ones do. Were the length chosen by how far the draft
+    goes, a first token that ends it would never be judged, and come out too seldom."""
+    p, q = np.array([0.5, 0.3, 0.2]), (0.5, 0.2, 0.3)
+    law = p.copy()
+    if forbidden is not None:
+        law[forbidden] = 0.0
+        law /= law.sum()
+    costs = CostModel()
+    for rows, milliseconds in ((1, 7.4), (2, 12.0), (4, 12.0), (5, 30.0), (16, 30.0)):
+        costs.observe(rows, milliseconds / 1e3)
+    source = LocalDraftSource(DrafterPool([_DrawingOn(q, early_stop)]))
+    speculator = Speculator(
+        source, _AsksForAll(costs), DraftTimeouts(1.0, 1.0), 1000, len(p), clock=lambda: 0.0
+    )
+    rule, prompt = get_rule("leviathan"), (1,) * POSITION
+    counts, judged = np.zeros((len(p), len(p)), dtype=np.int64), np.zeros(9, dtype=np.int64)
+    for seed in range(8_000):
+        sampling = SamplingParams(
+            seed=seed, temperature=1.0, max_tokens=100, eos_token_ids=stop_ids,
+            grammar=None if forbidden is None else GrammarSpec("regex", "[^2]*"),
+        )  # fmt: skip
+        request = EngineRequest(f"r{seed}", prompt, sampling, SpeculationParams())
+        grammar = None if forbidden is None else _Without(len(p), forbidden)
+        sampler = SequenceSampler(request, len(p), grammar)
+        seq = EngineSequence(request, sampler, rule, sampler.key, 8, session_id=seed)
+        seq.num_computed = POSITION - 1
+        speculator.open(seq)
+        speculator.submit([seq], 0)
+        drafts: tuple[int, ...] = ()
+        drawn_from: Sequence[DraftDistribution] = ()
+        if (found := speculator.collect([seq], 0).get(seq)) is not None:
+            draft, length = found
+            drafts, drawn_from = draft.token_ids[:length], draft.q[:length]
+        logits = torch.tensor(np.log(p)).float().repeat(len(drafts) + 1, 1)
+        scores = sampler.scores(logits, drafts, drawn=bool(drawn_from))
+        verdict = rule.verify(
+            scores, drafts, drawn_from, key=sampler.key, first_position=POSITION, greedy=False
+        )
+        emitted = [*drafts[: verdict.accepted], verdict.next_token]
+        if len(emitted) == 1:
+            plain = sampler.scores(logits[:1], ())
+            plain_verdict = rule.verify(
+                plain, (), (), key=sampler.key, first_position=POSITION + 1, greedy=False
+            )
+            emitted.append(plain_verdict.next_token)
+        counts[emitted[0], emitted[1]] += 1
+        judged[len(drafts)] += 1
+        speculator.release(seq)
+    assert p_value(counts.sum(1), law) >= P_MIN
+    assert p_value(counts.ravel(), np.outer(law, law).ravel()) >= P_MIN
+    assert judged[1] > 1000, "also where no more was drafted"
+    assert judged[3] > 1000, "so many pay"
+    assert judged[7:].sum() == 0, "twice as many now and then"

@@ -160,6 +160,7 @@ SAMPLINGS: list[dict[str, object]] = [
     {"temperature": 0.8, "seed": 5},
     {"temperature": 1.3, "seed": -2, "top_p": 0.9, "top_k": 60},
     {"temperature": 1.0, "seed": 8, "min_p": 0.02, "logit_bias": {3: 4.0}},
+    {"temperature": 0.9, "seed": 4, "allowed_token_ids": tuple(range(0, VOCAB, 3)), "bad_sequences": ((6,),)},
     {"temperature": 0.0, "min_tokens": 20, "stop_token_ids": tuple(range(0, VOCAB, 16))},
 ]
 
@@ -226,6 +227,7 @@ def test_all_drafters_joined_change_nothing(
     ("change", "why"),
     [
         ({"presence_penalty": 0.5}, "penalties"),
+        ({"bad_sequences": ((1, 2),)}, "bad words"),
         ({}, "leviathan"),
     ],
 )
@@ -255,6 +257,8 @@ def test_requests_that_cannot_take_trees_are_given_chains(runner: LayeredRunner)
     [
         ({}, None, True),
         ({"presence_penalty": 0.2}, None, False),
+        ({"bad_sequences": ((7,), (8,))}, None, True),
+        ({"bad_sequences": ((7,), (8, 9))}, None, False),
         ({"repetition_penalty": 1.1, "temperature": 0.7, "seed": 1}, None, False),
         ({"grammar": GrammarSpec("json_object")}, None, False),
         ({"grammar": GrammarSpec("json_object"), "temperature": 1.0, "seed": 4}, None, False),

@@ -21,7 +21,7 @@ from cluster.bench.engines.s2d_server import S2DServer
 from cluster.bench.running import running
 from cluster.bench.session import server_config
 from cluster.bench.turns import Turns
-from cluster.cli.local_cluster import descendants
+from cluster.processes import descendants
 from tests.fake_bench_engine import FakeEngine
 from tests.integration.ray_node import MARK, ROOT, marked_processes, wait_until
 

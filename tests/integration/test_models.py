@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,8 @@ ENGINE = {"threads": 1, "kv_blocks": 256, "max_num_seqs": 4, "max_queued": 4}
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("toys")
-    return {name: str(toy_base(root / name, seed=seed)) for seed, name in enumerate(("steady", "guest"))}
+    quick = {name: str(toy_base(root / name, seed=seed)) for seed, name in enumerate(("steady", "guest"))}
+    return quick | {"slow": str(toy_base(root / "slow", layers=96))}
 
 
 @contextmanager
@@ -111,6 +114,11 @@ def unload(server: Server, name: str) -> None:
     with server.client(20.0) as client:
         assert client.delete(f"/admin/models/{name}").status_code == 202
     assert ask(server, name).status_code == 404
+
+
+def engine(server: Server, name: str) -> dict[str, int]:
+    found = next(m for m in server.state()["models"] if m["name"] == name)
+    return dict(found["replicas"][0]["engine"])
 
 
 class Streaming:
@@ -189,6 +197,67 @@ def test_what_cannot_be_loaded_says_why(server: Server) -> None:
     assert int(answer.headers["retry-after"]) >= 1
     assert ask(server, "steady").status_code == 200
     unload(server, "broken")
+
+
+def whole(answer: httpx.Response) -> dict[str, Any]:
+    assert answer.status_code == 200, answer.text
+    return dict(answer.json()["choices"][0])
+
+
+@contextmanager
+def slow_model(server: Server, folders: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """Loaded; a request whose answer takes it seconds."""
+    assert load(server, model("slow", folders["slow"])).status_code == 202
+    wait_until(lambda: state(server, "slow") == "ready", 60.0, "the model is ready", interval_s=0.5)
+    yield {"model": "slow", "prompt": PROMPT, "max_tokens": 400, "temperature": 0, "ignore_eos": True}
+    unload(server, "slow")
+
+
+async def test_a_full_queue_says_when_to_come_back(server: Server, folders: dict[str, str]) -> None:
+    """Twelve at once where four run and four wait: four are refused. Over gRPC another."""
+    with slow_model(server, folders) as body:
+        await twelve_at_once(server, body)
+
+
+async def twelve_at_once(server: Server, body: dict[str, Any]) -> None:
+    places = ENGINE["max_num_seqs"] + ENGINE["max_queued"]
+    async with httpx.AsyncClient(base_url=server.url, timeout=300.0) as client:
+        asked = [asyncio.create_task(client.post("/v1/completions", json=body)) for _ in range(places + 4)]
+        done: set[asyncio.Task[httpx.Response]] = set()
+        admitted = set(asked)
+        while len(done) < 4:
+            finished, admitted = await asyncio.wait(admitted, return_when=asyncio.FIRST_COMPLETED)
+            done |= finished
+        for task in done:
+            answer = task.result()
+            assert (answer.status_code, answer.json()["error"]["code"]) == (429, "overloaded"), answer.text
+            assert int(answer.headers["retry-after"]) >= 1
+        assert len(admitted) == places
+        async with S2DClient(server.grpc_address, retry=RetryPolicy(attempts=1)) as grpc_client:
+            with pytest.raises(S2DError) as refused:
+                async for _ in grpc_client.generate("slow", PROMPT, max_tokens=1):
+                    pass
+        assert refused.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert refused.value.retry_after_s is not None
+        assert refused.value.retry_after_s >= 1
+        assert len({whole(answer)["text"] for answer in await asyncio.gather(*admitted)}) == 1
+    assert whole(ask(server, "slow"))["finish_reason"] == "length"
+
+
+@pytest.mark.slow
+def test_unloading_waits_for_prompts_that_have_not_begun(server: Server, folders: dict[str, str]) -> None:
+    """More than a worker takes at once: those that wait for a place come after the model was unloaded."""
+    prompts = {"prompt": [PROMPT] * 24, "max_tokens": 100}
+    with ThreadPoolExecutor(1) as pool, server.client(300.0) as client:
+        with slow_model(server, folders) as body:
+            running = pool.submit(client.post, "/v1/completions", json=body | prompts)
+            wait_until(lambda: engine(server, "slow")["running"] == 4, 30.0, "the list runs")
+        assert load(server, model("slow", folders["slow"])).status_code == 409
+        answer = running.result(300.0)
+        assert whole(answer)["finish_reason"] == "length"
+        assert len(answer.json()["choices"]) == 24
+    wait_until(lambda: load(server, model("slow", folders["slow"])).status_code == 202, 30.0, "it is gone")
+    unload(server, "slow")
 
 
 @pytest.mark.slow

@@ -10,7 +10,6 @@ from typing import Any
 
 from actors.engine.messages import ResetScope
 from actors.target_worker.messages import (
-    ChatMessage,
     GenerationChunk,
     GenerationRequest,
     PositionLogprobs,
@@ -21,9 +20,10 @@ from actors.target_worker.messages import (
     TextLogprob,
     Usage,
 )
+from actors.text.messages import ChatMessage
 from cluster.config import GatewayConfig
 from cluster.gateway.errors import not_ready
-from cluster.gateway.generation import InFlight
+from cluster.gateway.in_flight import InFlight
 from cluster.gateway.models import ModelDirectory
 from cluster.gateway.routes import Gateway
 
@@ -100,6 +100,7 @@ class FakeTarget:
                         else None,
                         finish_reason="length" if last else None,
                         usage=Usage(0 if choice else 5, wanted, 0 if choice else 2) if last else None,
+                        prompt_usage=None if i else Usage(0 if choice else 5, 0, 0 if choice else 2),
                         speculation=SPECULATION if last else None,
                         seed=sampling.seed if i == 0 else None,
                         prompt_token_ids=(80, 82) if request.echo and i == 0 else None,
@@ -150,6 +151,7 @@ class FakeTarget:
             "running": self.running,
             "waiting": 0,
             "odd": math.nan,
+            "drafted_rounds": 3,
             "drafters": drafters,
         }
         return [TargetState(info(self.name), "replica-1", engine), TargetState(info(self.name), "replica-2")]

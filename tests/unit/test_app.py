@@ -112,6 +112,16 @@ def test_unloading_a_model_waits_for_what_runs_on_it() -> None:
     assert built._deployment_config.graceful_shutdown_timeout_s == 70
 
 
+def test_a_change_cuts_no_request_short() -> None:
+    """Old workers and the old gateway are left the time that a request may take, the gateway also that in
+    which it wakes a model; the new gateway is there before the old one refuses anything."""
+    data = {"gateway": {"cold_start_timeout_s": 50, "request_timeout_s": 70}}
+    gateway, targets, _ = parts(build_app(ClusterConfig.default().model_dump() | data))
+    assert [t._deployment_config.graceful_shutdown_timeout_s for t in targets.values()] == [70]
+    assert gateway._deployment_config.graceful_shutdown_timeout_s == 120
+    assert (gateway.num_replicas, gateway._deployment_config.max_surge_percent) == (1, 100)
+
+
 def test_leases_expire_unless_renewed() -> None:
     now = 0.0
     table = LeaseTable(ttl_s=3.0, clock=lambda: now)

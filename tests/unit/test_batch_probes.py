@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from actors.costs import CostModel
 from actors.drafting.interface import SessionDraft
 from actors.engine.controller import Candidate, Controller, ControlState
-from actors.engine.costs import CostModel
 
 DRAFT = SessionDraft(1, 1, (1, 2, 3, 4), drafter="d")
 

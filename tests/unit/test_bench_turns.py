@@ -16,7 +16,7 @@ import pytest
 from cluster.bench import guardian as guardian_module
 from cluster.bench.guardian import Guardian
 from cluster.bench.turns import Turns
-from cluster.cli.local_cluster import descendants
+from cluster.processes import descendants
 from tests.fake_bench_engine import FakeEngine
 from tests.processes import eventually, state
 

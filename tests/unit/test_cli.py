@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import yaml
 from rich.progress import Progress
 from typer.testing import CliRunner
 
+from actors.target_worker.messages import GenerationChunk, GenerationRequest
 from cluster.cli.common import err, fail
 from cluster.cli.generate import accepted_marks, colored, summary
 from cluster.cli.local_cluster import (
@@ -30,18 +32,16 @@ from cluster.cli.local_cluster import (
     StopSignal,
     check_gpus,
     cpus_needed,
-    descendants,
-    end_processes,
     gpus_needed,
-    names_of,
     port_problem,
 )
 from cluster.cli.main import app
 from cluster.cli.serve import banner, phase, read_config, urls
 from cluster.cli.status import tables
 from cluster.config import ClusterConfig, GatewayConfig
+from cluster.processes import descendants, end_processes, names_of
 from protos.s2d.v1 import generation_pb2 as pb
-from tests.unit.fake_target import MODEL, FakeTarget, gateway
+from tests.unit.fake_target import MODEL, FakeTarget, gateway, refuse
 
 runner = CliRunner()
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,6 +66,11 @@ def free_port() -> int:
 def test_help_lists_the_commands() -> None:
     text = runner.invoke(app, ["--help"]).output
     assert all(name in text for name in ("serve", "generate", "chat", "status", "models"))
+
+
+def test_version() -> None:
+    result = runner.invoke(app, ["--version"])
+    assert (result.exit_code, result.output) == (0, f"s2d-serve {version('s2d-serve')}\n")
 
 
 @pytest.mark.parametrize(
@@ -218,6 +223,32 @@ def test_colouring_marks_accepted_tokens() -> None:
     assert colored(pb.GenerateChunk(text="x", token_ids=[1])).plain == "x"
 
 
+def of_tokens(text: str, *tokens: str) -> pb.GenerateChunk:
+    """A chunk of one round whose tokens, each decoded alone, are `tokens`; the last is no accepted draft."""
+    logprobs = [pb.PositionLogprobs(chosen=pb.TokenLogprob(token=token)) for token in tokens]
+    return pb.GenerateChunk(
+        text=text, token_ids=range(len(tokens)), logprobs=logprobs,
+        tokens_per_round=[len(tokens)], accepted_per_round=[len(tokens) - 1],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("chunk", "styled"),
+    [
+        (of_tokens("Hi", "Hi", "<|im_end|>"), ["Hi"]),
+        (of_tokens("a😀!b", "a", "\ufffd", "\ufffd", "!", "b"), ["a", "!", "b"]),
+        (of_tokens("one", "one", " stop"), ["one"]),  # the stop string is not part of the text
+        (of_tokens(" STOx", "x"), ["x"]),  # what was held back belongs to tokens of an earlier chunk
+        (of_tokens("", "�"), []),
+        (of_tokens("", "", "<|im_end|>"), []),
+    ],
+)
+def test_colouring_changes_no_text(chunk: pb.GenerateChunk, styled: list[str]) -> None:
+    text = colored(chunk)
+    assert text.plain == chunk.text
+    assert [text.plain[s.start : s.end] for s in text.spans] == styled
+
+
 def test_summary() -> None:
     last = pb.GenerateChunk(finish_reason="stop")
     last.usage.completion_tokens = 10
@@ -295,6 +326,33 @@ def test_chat_keeps_the_conversation(grpc_server: tuple[str, FakeTarget]) -> Non
     assert result.exit_code == 0, result.output
     conversations = [[m.content for m in r.messages or ()] for r in target.requests]
     assert conversations == [["one"], ["one", "abcd", "two"], ["three"]]
+
+
+def test_a_failed_answer_does_not_end_the_chat(grpc_server: tuple[str, FakeTarget]) -> None:
+    address, target = grpc_server
+
+    def script(request: GenerationRequest) -> list[GenerationChunk]:
+        target.script = None
+        begun = [GenerationChunk(text="half", token_ids=(1,), seed=1)] if len(target.requests) == 3 else []
+        answer = begun + refuse("overloaded", "full [/b]")(request) if len(target.requests) > 1 else None
+        chunks = target.chunks(request) if answer is None else answer
+        target.script = script
+        return chunks
+
+    target.script = script
+    result = runner.invoke(app, ["chat", "-a", address], input="one\ntwo\nthree\n")
+    assert result.exit_code == 0, result.output
+    assert result.output.count("error: full [/b]\n") == 2
+    assert "half\nerror:" in result.output
+    conversations = [[m.content for m in r.messages or ()] for r in target.requests]
+    assert conversations == [["one"], ["one", "abcd", "two"], ["one", "abcd", "three"]]
+
+
+def test_a_chat_ends_where_no_server_answers() -> None:
+    address = f"127.0.0.1:{free_port()}"
+    result = runner.invoke(app, ["chat", "-a", address, "-m", "m"], input="one\ntwo\n")
+    assert result.exit_code == 1
+    assert result.output.replace("\n", "").count("no server at") == 1
 
 
 class Screen:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from cluster.config import ClusterConfig, GatewayConfig, ModelConfig
+from cluster.config import ClusterConfig, DraftPoolConfig, GatewayConfig, ModelConfig
 
 
 def test_default_serves_the_embedded_model() -> None:
@@ -42,6 +42,51 @@ def test_yaml_file(tmp_path: Path) -> None:
         ClusterConfig.from_yaml(path)
 
 
+def test_relative_paths_are_found_beside_the_file(tmp_path: Path) -> None:
+    folder = tmp_path / "conf"
+    (folder / "weights").mkdir(parents=True)
+    for name in ("model.gguf", "draft.safetensors", "cert.pem", "key.pem"):
+        (folder / name).touch()
+    (folder / "link.gguf").symlink_to(folder / "model.gguf")
+    file = folder / "s2d.yaml"
+    file.write_text(
+        """
+        models:
+        - {name: a, source: weights, adapter: weights}
+        - {name: b, source: link.gguf, adapter: org/adapter}
+        - {name: c, source: org/model}
+        - {name: d, source: "package:model.gguf"}
+        - {name: e, source: /whole/path}
+        draft_pool:
+          drafters: [nested]
+          nested: {source: model.gguf, artifact: draft.safetensors}
+          tls: {cert: cert.pem, key: key.pem, ca: /etc/ca.pem}
+        """,
+        encoding="utf-8",
+    )
+    config = ClusterConfig.from_yaml(file)
+    assert [m.source for m in config.models] == [
+        str(folder / "weights"),
+        str(folder / "link.gguf"),  # not what it leads to, which may have another suffix
+        "org/model",
+        "package:model.gguf",
+        "/whole/path",
+    ]
+    assert [m.adapter for m in config.models[:2]] == [str(folder / "weights"), "org/adapter"]
+    nested, tls = config.draft_pool.nested, config.draft_pool.tls
+    assert nested is not None
+    assert tls is not None
+    assert (nested.source, nested.artifact) == (str(folder / "model.gguf"), str(folder / "draft.safetensors"))
+    assert (tls.cert, tls.key, tls.ca) == (folder / "cert.pem", folder / "key.pem", Path("/etc/ca.pem"))
+
+
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parents[2] / "examples").glob("*.yaml")), ids=lambda f: f.name
+)
+def test_examples_are_valid(file: Path) -> None:
+    assert ClusterConfig.from_yaml(file).models
+
+
 MODEL = {"name": "m", "source": "x"}
 
 
@@ -69,6 +114,24 @@ MODEL = {"name": "m", "source": "x"}
 def test_errors_name_the_key(data: dict[str, object], key: str) -> None:
     with pytest.raises(ValidationError, match=key):
         ClusterConfig.model_validate(data)
+
+
+@pytest.mark.parametrize(("section", "name"), [("gateway", "api_key"), ("draft_pool", "token")])
+def test_secrets_are_what_can_be_sent(section: str, name: str) -> None:
+    def configured(secret: str | None) -> object:
+        config = ClusterConfig.model_validate({"models": [MODEL], section: {name: secret}})
+        return getattr(getattr(config, section), name)
+
+    assert configured(None) is None
+    assert configured(" secret word\n") == "secret word", "as read from a file"
+    for nobody_can_send in ("", " \n", "a\nb", "a\x00", "a\x7f"):
+        with pytest.raises(ValidationError, match=rf"{section}\.{name}"):
+            configured(nobody_can_send)
+
+
+def test_a_token_fits_into_grpcs_metadata() -> None:
+    with pytest.raises(ValidationError, match="ASCII"):
+        DraftPoolConfig(token="käse")
 
 
 @pytest.mark.parametrize("model", [ModelConfig, GatewayConfig])

@@ -7,10 +7,10 @@ from unittest import mock
 
 import pytest
 
+from actors.costs import CostModel
 from actors.drafting.interface import SessionDraft
 from actors.engine.account import LIMIT_ROUNDS, SHARE, DraftAccount
 from actors.engine.controller import Candidate, Controller, ControlState
-from actors.engine.costs import CostModel
 from actors.engine.waits import DraftWaits, RoundOverhead
 
 DRAFT = SessionDraft(1, 1, (1, 2, 3, 4), drafter="d")
@@ -335,6 +335,19 @@ def test_prompts_do_not_wait_for_drafts_of_which_nothing_is_known() -> None:
     assert sum(n > 0 for n in controller.plan(both)) == 1
 
 
+def test_who_never_drafts_waits_for_the_drafts_of_others_too() -> None:
+    """A wait of half a round for one token more: a gain for one request, a loss for nine."""
+
+    def asked(plain: int) -> list[int]:
+        controller, state = _controller(first_row=10.0, per_row=0.1, wait=5.0), ControlState()
+        _teach(controller, state, accepted=2)
+        controller.trim([(Candidate(state, 4, ("d",)), DRAFT, 4)] * 4, 1, 1)
+        return controller.plan([Candidate(state, 4, ("d",))], plain=[100] * plain)
+
+    assert asked(plain=0) == [4]
+    assert asked(plain=8) == [0]
+
+
 def test_plain_decoding_looks_only_now_and_then() -> None:
     controller, state = _controller(first_row=0.1, per_row=10.0), ControlState()
     _teach(controller, state, accepted=4)
@@ -386,3 +399,47 @@ def test_rounds_that_seem_too_dear_are_tried_all_the_same() -> None:
         lengths.append(length)
     assert max(lengths[:20]) < 4
     assert lengths[-20:].count(4) >= 19
+
+
+def _length_chosen(
+    drawn: int, rounds: int, probing: bool, further: bool, by_q: bool = True
+) -> tuple[list[int], list[int]]:
+    """Lengths that are verified, round by round, of a draft of which `drawn` tokens may be verified and of
+    another request's. All rounds that verify anything cost the same, and more than a token or two bring."""
+    costs = CostModel()
+    for rows, milliseconds in ((2, 7.4), (3, 13.4), (16, 13.4), (32, 40.0)):
+        costs.observe(rows, milliseconds / 1e3)
+    controller = Controller(costs)
+    tokens = (1,) * max(1, drawn)
+    q = (((1, 2), (0.5, 0.5)),) * len(tokens) if by_q else ()
+    own = SessionDraft(1, 1, tokens, drafter="d", q=q)
+    first, second = ControlState(probing=probing), ControlState()
+    if probing:
+        _teach(controller, first, accepted=0)
+    verified: tuple[list[int], list[int]] = [], []
+    for _ in range(rounds):
+        drafts = [(Candidate(first, 8, ("d",)), own, drawn), (Candidate(second, 4, ("e",)), DRAFT, 4)]
+        first.probing = probing
+        if further:
+            controller._drafting_rounds = 31
+        for lengths, length in zip(verified, controller.trim(drafts, 2, 2), strict=True):
+            lengths.append(length)
+    return verified
+
+
+@pytest.mark.parametrize("probing", [False, True])
+@pytest.mark.parametrize("further", [False, True])
+def test_what_was_drawn_does_not_decide_whether_it_is_judged(probing: bool, further: bool) -> None:
+    """How far a draft goes that was drawn from a q says what was drawn: the rule is exact only where each
+    place is judged or not whatever was drawn there (arXiv 2211.17192, appendix A.1)."""
+    whole, others = _length_chosen(8, 8, probing, further)
+    assert any(whole)
+    for drawn in range(8):
+        own, beside = _length_chosen(drawn, 8, probing, further)
+        assert own == [min(length, drawn) for length in whole]
+        assert beside == others
+
+
+def test_a_draft_that_was_not_drawn_is_weighed_as_it_came() -> None:
+    assert any(_length_chosen(8, 1, False, False, by_q=False)[0])
+    assert not any(_length_chosen(1, 1, False, False, by_q=False)[0])

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from actors.engine.costs import CostModel
+from actors.costs import CostModel
 
 
 def test_cost_model_interpolates_extrapolates_and_never_falls() -> None:

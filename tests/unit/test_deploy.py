@@ -225,6 +225,19 @@ def test_pods_have_time_to_stop(manifest: Json) -> None:
         assert sum(waits) < spec["terminationGracePeriodSeconds"]
 
 
+def test_worker_pods_come_and_go(manifest: Json) -> None:
+    """Without the autoscaler `maxReplicas` means nothing. Its second version replaces pods itself: KubeRay
+    refuses other restart policies than Never beside it."""
+    cluster = manifest["spec"]["rayClusterConfig"]
+    (group,) = cluster["workerGroupSpecs"]
+    assert group["minReplicas"] <= group["replicas"] < group["maxReplicas"]
+    assert cluster["enableInTreeAutoscaling"] is True
+    assert cluster["autoscalerOptions"]["version"] == "v2"
+    for spec in pod_specs(manifest):
+        assert spec.get("restartPolicy", "Never") == "Never"
+        assert spec["containers"][0]["securityContext"] == cluster["autoscalerOptions"]["securityContext"]
+
+
 def test_pods_run_as_the_user_of_the_image(manifest: Json) -> None:
     user = [rest for instruction, rest in dockerfile() if instruction == "USER"][-1]
     for spec in pod_specs(manifest):
@@ -297,6 +310,19 @@ def test_dockerfile_installs_with_the_constraints() -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda p: p.name)
 def test_examples_are_valid(path: Path) -> None:
     assert ClusterConfig.from_yaml(path).models
+
+
+def test_extras_hold_what_the_examples_serve() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+        "optional-dependencies"
+    ]
+    held = {Requirement(r).name for extra in ("smollm2", "examples") for r in extras[extra]}
+    models = [m for path in (ROOT / "examples").glob("*.yaml") for m in ClusterConfig.from_yaml(path).models]
+    packages = {m.source.removeprefix("package:") for m in models if m.source.startswith("package:")}
+    assert len(packages) > 1
+    assert packages <= held
+    assert any(m.adapter for m in models)
+    assert {Requirement(r).name for r in extras["adapters"]} <= held
 
 
 @pytest.mark.parametrize(

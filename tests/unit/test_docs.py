@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
+from ray.serve.schema import ServeDeploySchema, TracingConfig
 
 from actors.sampling.noise import NOISE_VERSION
 from cluster.config import ClusterConfig
 from cluster.gateway.errors import REFUSED_FIELDS
+from cluster.gateway.failures import FailureReason
 from cluster.gateway.openai_schema import ChatBody, CompletionBody, SpeculationBody
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,6 +85,12 @@ def test_every_metric_is_documented() -> None:
     assert names == documented
 
 
+def test_reasons_of_failures_are_documented() -> None:
+    (row,) = re.findall(r"^\| `s2d_requests_failed` \|(.*)$", text("docs/operations.md"), re.MULTILINE)
+    for reason in get_args(FailureReason):
+        assert f"`{reason}`" in row
+
+
 def test_defaults_in_the_text_are_those_of_the_code() -> None:
     config = ClusterConfig.default()
     speculation = config.models[0].speculation
@@ -92,6 +101,13 @@ def test_defaults_in_the_text_are_those_of_the_code() -> None:
     assert f"| {first}-{last} |" in operations
     assert f"the model's setting ({speculation.max_draft_tokens})" in text("README.md")
     assert f"Version {NOISE_VERSION} " in text("docs/exactness.md")
+
+
+def test_the_tracing_configuration_is_serves() -> None:
+    (block,) = re.findall(r"```yaml\n(tracing_config:.*?)```", text("docs/operations.md"), re.DOTALL)
+    config = yaml.safe_load(block)
+    assert config.keys() <= ServeDeploySchema.model_fields.keys()
+    assert TracingConfig.model_validate(config["tracing_config"]).enabled
 
 
 def test_the_configuration_in_the_readme_is_valid() -> None:

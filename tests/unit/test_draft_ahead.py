@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from actors.draft_worker.service import AheadPolicy
 from actors.drafting.draft_ahead import AheadCounts, AheadDrafter
 from actors.drafting.guess_tree import SESSIONS_A_STEP, GuessTree
-from actors.drafting.interface import DraftQuery, DraftSampling, SessionDraft, SessionOpen
+from actors.drafting.interface import DraftQuery, SessionDraft, SessionOpen
 from actors.drafting.nested import NestedDrafter
 from actors.drafting.tree import best_chain
 from actors.models.cores import Cores, cores_of
+from actors.sampling.params import DraftSampling
 from protos.s2d.v1 import drafting_pb2 as pb
 from tests.unit.test_nested_deferred_kv import EXITS, GREEDY, VOCAB, CheckedDrafter, runner
 

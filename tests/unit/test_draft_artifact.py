@@ -15,12 +15,13 @@ from torch import Tensor
 from actors.draft_worker.server import build_pool
 from actors.drafting.draft_load import LoadedDraft, load_draft
 from actors.drafting.draw import CutVocabulary, draw_tokens
-from actors.drafting.interface import DraftQuery, DraftSampling, SessionOpen
+from actors.drafting.interface import DraftQuery, SessionOpen
 from actors.drafting.nested import NestedDrafter
 from actors.models.draft_artifact import DraftWeights, load_artifact, read_card, resolve_artifact
 from actors.models.draft_card import ArtifactError, DraftCard
 from actors.models.runner import RaggedBatch
 from actors.models.torch_llama import TorchLlamaRunner
+from actors.sampling.params import DraftSampling
 from cluster.config import DraftPoolConfig, NestedDrafterConfig
 from tests.toy_draft import TOY_VOCAB, base_weights, toy_base, toy_draft
 

@@ -14,11 +14,12 @@ import torch
 from actors.drafting.deferred_kv import DeferredKv
 from actors.drafting.draft_load import load_draft
 from actors.drafting.early_stop import EarlyStop
-from actors.drafting.interface import DraftQuery, DraftSampling, SessionDraft, SessionOpen
+from actors.drafting.interface import DraftQuery, SessionDraft, SessionOpen
 from actors.drafting.nested import NestedDrafter
 from actors.models.load import DTypeName
 from actors.models.runner import BLOCK_SIZE, ChainStart, ChainWish, DraftingRunner, RaggedBatch, state_rows
 from actors.native import library
+from actors.sampling.params import DraftSampling
 from tests.toy_draft import STATE_WIDTH, TOY_VOCAB, toy_base, toy_draft
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="the native core is not here")

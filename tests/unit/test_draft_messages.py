@@ -24,7 +24,7 @@ def test_messages_survive_the_wire() -> None:
     assert codec.open_from_proto(_again(codec.open_to_proto(opened))) == opened
     many = replace(opened, sampling=replace(opened.sampling, top_k=2**40))
     assert codec.open_from_proto(_again(codec.open_to_proto(many))).sampling.top_k == 2**32 - 1
-    update = SessionUpdate(4, 7, (1, 2), 5, 3, 2, ((8, (9, 10)), (11, ())), "nested", 12, chain=True)
+    update = SessionUpdate(4, 7, (1, 2), 5, 3, ((8, (9, 10)), (11, ())), "nested", 12, chain=True)
     assert codec.update_from_proto(_again(codec.update_to_proto(update))) == update
     assert codec.update_from_proto(codec.update_to_proto(wish(0, 1))) == wish(0, 1)
     assigned = wish(0, 1, nested=NestedWish(4, 0, 8, 2))
@@ -86,6 +86,18 @@ def test_ledger_opens_lazily_and_accumulates() -> None:
     assert closing is not None
     assert list(closing.closes) == [5]
     assert ledger.flush() is None
+
+
+def test_ledger_tells_the_verdict_on_what_the_worker_proposed() -> None:
+    """Not that of drafts which others made meanwhile."""
+    ledger = SessionLedger()
+    ledger.open(session(5, [1]))
+    told = []
+    # (verified, wanted of the worker): it proposes, somebody else does twice, then it does again.
+    for epoch, (drafted, budget) in enumerate(((9, 2), (1, 0), (4, 0), (3, 2), (2, 2)), start=1):
+        message = ledger.round([wish(5, epoch, [epoch], budget, drafted=drafted)], 0.0)
+        told += [update.drafted for update in message.updates] if message is not None else []
+    assert told == [0, 1, 2], "what was verified before it knew the session was not its own"
 
 
 def test_ledger_holds_the_last_candidates(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,12 +9,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 
 from actors.draft_worker.server import build_draft_server
-from actors.drafting.interface import (
-    DraftSampling,
-    SessionDraft,
-    SessionOpen,
-)
+from actors.drafting.interface import SessionDraft, SessionOpen
 from actors.models.cores import Cores, cores_of
+from actors.sampling.params import DraftSampling
 from actors.text.token_table import TokenTable
 from actors.text.tokenizer import TextTokenizer
 from actors.text.tokenizer_file import pack

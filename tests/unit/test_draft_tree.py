@@ -11,20 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.drafting.acceptance_model import AcceptanceModel, RequestAcceptance
-from actors.drafting.interface import (
-    NESTED,
-    TREE,
-    DraftQuery,
-    DraftSampling,
-    SessionDraft,
-    SessionOpen,
-    SessionUpdate,
-)
+from actors.drafting.interface import NESTED, TREE, DraftQuery, SessionDraft, SessionOpen, SessionUpdate
 from actors.drafting.selector import DrafterPool
 from actors.drafting.token_recycling import TokenRecyclingDrafter
 from actors.drafting.tree import best_chain, depths, grow, parents_of, reach
 from actors.drafting.tree_acceptance import TreeRecord
-from actors.sampling.params import MAX_DRAFT_TOKENS
+from actors.sampling.params import MAX_DRAFT_TOKENS, DraftSampling
 from actors.verification.coupled import accept_path
 
 
@@ -249,6 +241,27 @@ def test_a_drafter_is_asked_for_what_it_adds(first: int, slow_s: float, often: b
     assert cheap.asked == 300
     assert (dear.asked > 250) is often, dear.asked
     assert dear.asked >= 4, "tried again now and then"
+
+
+class SlowExit(Slow):
+    """Has an exit that requests may pin."""
+
+    exits = (2,)
+
+
+@pytest.mark.parametrize("trees", [False, True])
+def test_who_pins_an_exit_gets_its_drafts_whatever_they_are_worth(trees: bool) -> None:
+    clock = [0.0]
+    nested = SlowExit("nested", 8, clock, 0.02)  # always wrong, and two rounds' worth of time
+    pool = DrafterPool([Slow("cheap", 7, clock, 0.0), nested], clock=lambda: clock[0])
+    pool.open(SessionOpen(1, (1,), 1, DraftSampling(key=0), trees=trees))
+    for epoch in range(1, 101):
+        clock[0] += 0.01
+        update = SessionUpdate(1, epoch, (7,), 4, exit_depth=2)
+        pool.apply(update)
+        (draft,) = pool.propose([update])
+        assert draft.token_ids == (8,)
+    assert nested.asked == 100
 
 
 def test_sessions_of_targets_without_trees_get_chains() -> None:

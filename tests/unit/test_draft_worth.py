@@ -7,17 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from actors.drafting.interface import (
-    SCOPE_SHIFT,
-    DraftQuery,
-    DraftSampling,
-    SessionDraft,
-    SessionOpen,
-    SessionUpdate,
-)
+from actors.drafting.interface import SCOPE_SHIFT, DraftQuery, SessionDraft, SessionOpen, SessionUpdate
 from actors.drafting.local_source import LocalDraftSource
 from actors.drafting.selector import DrafterPool
 from actors.drafting.worth import MAX_TARGETS, DraftWorth
+from actors.sampling.params import DraftSampling
 
 SLOW, FAST = 1 << SCOPE_SHIFT, 2 << SCOPE_SHIFT
 """Sessions of two targets of a draft worker."""

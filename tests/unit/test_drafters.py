@@ -14,19 +14,13 @@ from hypothesis import strategies as st
 
 from actors.drafting.acceptance import RunningAcceptance, confirmed_prefix
 from actors.drafting.errors import DrafterError
-from actors.drafting.interface import (
-    DraftQuery,
-    DraftSampling,
-    SessionDraft,
-    SessionOpen,
-    SessionUpdate,
-)
+from actors.drafting.interface import DraftQuery, SessionDraft, SessionOpen, SessionUpdate
 from actors.drafting.local_source import LocalDraftSource
 from actors.drafting.placed_source import PlacedDraftSource
 from actors.drafting.prompt_lookup import PromptLookupDrafter
 from actors.drafting.selector import DrafterPool
 from actors.drafting.token_recycling import MAX_VOCAB, MAX_VOCABULARIES, TokenRecyclingDrafter
-from actors.sampling.params import MAX_DRAFT_TOKENS
+from actors.sampling.params import MAX_DRAFT_TOKENS, DraftSampling
 
 SAMPLING = DraftSampling(key=1)
 
@@ -314,6 +308,33 @@ def test_a_failing_drafter_costs_its_sessions_only(caplog: pytest.LogCaptureFixt
     assert bad.sessions == good.sessions == set()
 
 
+class Full(Fixed):
+    """Has no room for any session."""
+
+    def propose(self, queries: Sequence[DraftQuery]) -> list[SessionDraft]:
+        return [SessionDraft(q.session_id, q.epoch, drafter=self.name, error="capacity") for q in queries]
+
+
+@pytest.mark.parametrize("trees", [False, True])
+def test_a_drafter_without_room_does_not_speak_for_the_others(trees: bool) -> None:
+    """After an error a session is not asked for again for a while (`RETRY_S`), by anybody."""
+    cheap, full = Fixed("cheap", None), Full("full", 2, exits=(2,))
+    pool = DrafterPool([cheap, full])
+    pool.open(replace(session(0, [1]), trees=trees))
+    (draft,) = ask(pool, wish(0))
+    assert (draft.error, draft.token_ids) == (None, ()), "no guess, this time"
+    cheap.token = 7
+    assert ask(pool, wish(0, 2))[0].token_ids == (7, 7)
+    for epoch, pin in ((3, {"drafter": "full"}), (4, {"exit_depth": 2})):
+        assert ask(pool, wish(0, epoch, **pin))[0].error == "capacity"
+    cheap.broken = {0}
+    assert ask(pool, wish(0, 5))[0].error == "internal", "nobody is left"
+    assert ask(pool, wish(0, 6))[0].error == "capacity"
+    alone = DrafterPool([Full("full", 2)])
+    alone.open(replace(session(0, [1]), trees=trees))
+    assert ask(alone, wish(0))[0].error == "capacity"
+
+
 def test_pool_does_background_work_until_there_is_none() -> None:
     drafter = Fixed("a", 1)
     drafter.work_left = 2
@@ -353,6 +374,10 @@ class Away:
 
     def open(self, session: SessionOpen) -> None: ...
     def submit(self, updates: Sequence[SessionUpdate], timeout_s: float = 0.0) -> None: ...
+
+    def refuses(self, session_id: int) -> bool:
+        return False
+
     def close_session(self, session_id: int) -> None: ...
     def reset(self, scope: str = "all") -> None: ...
     def close(self) -> None: ...

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 from actors.drafting.draft_load import load_draft
 from actors.drafting.early_stop import EarlyStop, interpolate
-from actors.drafting.interface import DraftQuery, DraftSampling, SessionOpen
+from actors.drafting.interface import DraftQuery, SessionOpen
 from actors.drafting.nested import NestedDrafter
 from actors.isotonic import isotonic
 from actors.models.draft_artifact import load_artifact
 from actors.models.draft_card import CalibrationCurve, ExitCalibration
+from actors.sampling.params import DraftSampling
 from actors.training.batches import TeacherBatch
 from actors.training.calibrate import _soft_labels, fit_curve
 from tests.toy_draft import toy_base, toy_draft

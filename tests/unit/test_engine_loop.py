@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import pytest
 
@@ -92,6 +92,29 @@ async def test_an_idle_engine_sleeps(rig: Rig) -> None:
     await asyncio.sleep(0.3)
     assert rig.fake.steps == 3
     assert rig.fake.asked - asked <= 2
+
+
+async def test_idle_work_ends_when_a_message_comes(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, ended = 0, 0
+
+    def idle(waiting: Callable[[], bool]) -> bool:
+        nonlocal begun, ended
+        begun += 1
+        deadline = time.monotonic() + 10.0
+        while not waiting():
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        ended += 1
+        return True
+
+    monkeypatch.setattr("actors.engine.loop.IDLE_WORK_EVERY_S", 0.01)
+    monkeypatch.setattr(rig.fake, "idle", idle)
+    await rig.engine.stats()
+    for _ in range(2):
+        await until(lambda: begun > ended)
+        before = begun
+        assert await rig.ids(request("a")) == [10, 11, 12]
+        assert ended >= before
 
 
 async def test_cancelling_the_consumer_aborts_at_once(rig: Rig) -> None:

@@ -14,7 +14,8 @@ import pytest
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
 from actors.sampling.params import GrammarSpec, SamplingParams, SpeculationParams
-from actors.target_worker.messages import ChatMessage, GenerationChunk, GenerationRequest, RequestError
+from actors.target_worker.messages import GenerationChunk, GenerationRequest, RequestError
+from actors.text.messages import ChatMessage
 from cluster.client import RetryPolicy, S2DClient, S2DError
 from cluster.gateway import grpc_health
 from cluster.gateway.grpc_service import GenerationServicer
@@ -40,6 +41,9 @@ class Adapter(generation_pb2_grpc.GenerationServiceServicer):
 
     async def Tokenize(self, request: Any, context: Any) -> Any:
         return await self._servicer.tokenize(request, context)
+
+    async def Detokenize(self, request: Any, context: Any) -> Any:
+        return await self._servicer.detokenize(request, context)
 
     async def ListModels(self, request: Any, context: Any) -> Any:
         return await self._servicer.list_models(context)
@@ -72,6 +76,7 @@ def every_call(client: S2DClient, text: str) -> list[Coroutine[Any, Any, object]
         whole(client.generate(MODEL, text)),
         whole(client.chat(MODEL, [("user", text)])),
         client.tokenize(MODEL, text),
+        client.detokenize(MODEL, [1] * len(text)),
         client.model_info(text),
     ]
 
@@ -122,29 +127,39 @@ SAMPLING: dict[str, Any] = {
     "repetition_penalty": 1.5,
     "logprobs": 2,
     "grammar": {"kind": "lark", "text": 'start: "a"'},
-    "prompt_logprobs": 1,
+    "prompt_logprobs": 2,
+    "include_stop_str_in_output": True,
+    "bad_words": ["b"],
+    "allowed_token_ids": [6, 7],
 }
+OF_THE_REQUEST = {"n", "stop", "include_stop_str_in_output", "bad_words"}
+"""Fields that are not the sampler's."""
 
 
 async def test_every_field_arrives() -> None:
     """A field that is new in the messages belongs into the dictionaries, with a value that is no default."""
     assert SAMPLING.keys() == {field.name for field in pb.SamplingParams.DESCRIPTOR.fields}
     assert SPECULATION_FIELDS.keys() == {field.name for field in pb.SpeculationParams.DESCRIPTOR.fields}
-    given = SAMPLING | {"stop_token_ids": (3, 4), "grammar": GrammarSpec("lark", 'start: "a"')}
-    sampling = SamplingParams(**{name: value for name, value in given.items() if name not in ("n", "stop")})
+    ids = {"stop_token_ids": (3, 4), "allowed_token_ids": (6, 7)}
+    given = SAMPLING | ids | {"grammar": GrammarSpec("lark", 'start: "a"')}
+    sampling = SamplingParams(**{name: given[name] for name in given.keys() - OF_THE_REQUEST})
     speculation = SpeculationParams(**SPECULATION_FIELDS)
     assert all(
-        getattr(sampling, name) != getattr(SamplingParams(), name) for name in SAMPLING.keys() - {"n", "stop"}
+        getattr(sampling, name) != getattr(SamplingParams(), name)
+        for name in SAMPLING.keys() - OF_THE_REQUEST
     )
     assert all(value != getattr(SpeculationParams(), name) for name, value in SPECULATION_FIELDS.items())
     target = FakeTarget()
     async with serving(gateway(target)) as client:
         for stream in (
-            client.generate(MODEL, "p", speculation=SPECULATION_FIELDS, **SAMPLING),
+            client.generate(MODEL, "p", echo=True, speculation=SPECULATION_FIELDS, **SAMPLING),
             client.chat(MODEL, [("user", "p")], speculation=SPECULATION_FIELDS, **SAMPLING),
         ):
             assert [chunk async for chunk in stream]
-    prompts: list[dict[str, Any]] = [{"prompt_text": "p"}, {"messages": (ChatMessage("user", "p"),)}]
+    prompts: list[dict[str, Any]] = [
+        {"prompt_text": "p", "echo": True},
+        {"messages": (ChatMessage("user", "p"),)},
+    ]
     assert target.requests == [
         GenerationRequest(
             request.request_id,
@@ -152,6 +167,8 @@ async def test_every_field_arrives() -> None:
             max_tokens=9,
             n=2,
             stop=("x", "y"),
+            include_stop=True,
+            bad_words=("b",),
             speculation=speculation,
             **prompt,
         )
@@ -172,6 +189,19 @@ async def test_chat_defaults_and_speculation() -> None:
     assert (grammar.kind, grammar.text) == ("regex", "a")
 
 
+async def test_a_choice_of_texts() -> None:
+    target = FakeTarget()
+    async with serving(gateway(target)) as client:
+        await whole(client.generate(MODEL, "x", grammar={"kind": "choice", "choices": ["a.", "b"]}))
+    assert target.requests[0].sampling.grammar == GrammarSpec("regex", "(a\\.|b)")
+
+
+async def test_echo() -> None:
+    async with serving(gateway(FakeTarget())) as client:
+        assert await whole(client.generate(MODEL, "x", echo=True, max_tokens=0)) == "PROMPT"
+        assert await whole(client.generate(MODEL, "x", echo=True, max_tokens=1)) == "PROMPTa"
+
+
 async def test_ids_prompt_and_default_limit() -> None:
     target = FakeTarget()
     async with serving(gateway(target)) as client:
@@ -188,6 +218,9 @@ async def test_ids_prompt_and_default_limit() -> None:
         ({"logprobs": 99}, "logprobs"),
         ({"prompt_logprobs": 99}, "prompt_logprobs"),
         ({"n": 0}, "n"),
+        ({"bad_words": [" "]}, "bad_words"),
+        ({"allowed_token_ids": [5000]}, "allowed_token_ids"),
+        ({"grammar": {"kind": "choice"}}, "structured_outputs.choice"),
         ({"logit_bias": {5000: 1.0}}, "logit_bias"),
         ({"stop": [""]}, "stop"),
         ({"grammar": {"kind": "yaml"}}, "grammar.kind"),
@@ -258,9 +291,30 @@ async def test_models_and_tokenize() -> None:
     async with serving(served) as client:
         assert await client.tokenize(MODEL, "ab") == (1, 97, 98)
         assert await client.tokenize(MODEL, "ab", add_special_tokens=False) == (97, 98)
+        assert bytes(await client.tokenize_chat(MODEL, [("user", "hi")])) == b"<user>hi<assistant>"
+        assert bytes(await client.tokenize_chat(MODEL, [("user", "hi")], False)) == b"<user>hi"
+        assert await client.detokenize(MODEL, [97, 98]) == "ab"
         one = await client.model_info(MODEL)
+        assert (one.backend, one.state) == ("fake", "ready")
         assert (one.id, one.max_model_len, one.dtype, one.ready) == (MODEL, 128, "float32", True)
         assert await client.list_models() == [one]
+
+
+async def test_what_cannot_be_tokenized_names_the_field() -> None:
+    async with serving(gateway(FakeTarget())) as client:
+        stub: Any = client._stub
+        both = pb.TokenizeRequest(text="x", messages=[pb.ChatMessage(role="user", content="x")])
+        robot = pb.TokenizeRequest(messages=[pb.ChatMessage(role="robot", content="x")])
+        unknown = pb.DetokenizeRequest(token_ids=[5000])
+        for call, said in (
+            (stub.Tokenize(both), "exactly one of prompt and messages"),
+            (stub.Tokenize(robot), "messages.0.role"),
+            (stub.Detokenize(unknown), "token_ids: token ids must be below"),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert said in (caught.value.details() or "")
 
 
 async def test_leaving_a_stream_cancels_the_request() -> None:
@@ -276,6 +330,47 @@ async def test_leaving_a_stream_cancels_the_request() -> None:
                 break
             await asyncio.sleep(0.02)
     assert (target.running, target.cancelled, served.in_flight.count) == (0, 1, 0)
+
+
+async def test_each_failure_is_counted_once() -> None:
+    target = FakeTarget()
+    served = gateway(target, max_body_bytes=4096, api_key="k")
+    failures: list[tuple[str, str]] = []
+    failed = asyncio.Event()
+
+    def note(model: str, reason: str) -> None:
+        failures.append((model, reason))
+        failed.set()
+
+    served.on_failure = note
+    async with serving(served) as client:
+        with pytest.raises(S2DError):
+            await whole(client.generate(MODEL, "x"))
+    assert failures == []  # a call without the key
+    async with serving(served, api_key="k") as client:
+        assert await whole(client.generate(MODEL, "x")) == "abcd"
+        assert failures == []
+        for model, prompt, expected in (
+            ("other", "x", ("", "not_found")),
+            ("", "x", ("", "invalid")),
+            (MODEL, "x" * 4100, (MODEL, "invalid")),
+        ):
+            with pytest.raises(S2DError):
+                await whole(client.generate(model, prompt))
+            assert failures == [expected]
+            failures.clear()
+        target.script = refuse("overloaded")
+        with pytest.raises(S2DError):
+            await whole(client.chat(MODEL, [("user", "x")]))
+        assert failures == [(MODEL, "overloaded")]
+        failures.clear()
+        target.script, target.length, target.hold = None, 500, asyncio.Event()
+        failed.clear()
+        stream = client.generate(MODEL, "x", max_tokens=100)
+        await anext(stream)
+        await stream.aclose()
+        await asyncio.wait_for(failed.wait(), 5.0)
+        assert failures == [(MODEL, "cancelled")]
 
 
 async def test_client_retries_before_the_first_chunk_only() -> None:
@@ -333,6 +428,14 @@ async def test_a_request_larger_than_an_http_body_may_be() -> None:
         assert target.requests == []
         size = pb.GenerateRequest(model=MODEL, text="x" * 4000, sampling=pb.SamplingParams()).ByteSize()
         assert await whole(client.generate(MODEL, "x" * (4000 + 4096 - size))) == "abcd"
+
+
+async def test_a_chunk_larger_than_grpc_takes_by_itself() -> None:
+    target = FakeTarget()
+    target.script = lambda request: [GenerationChunk(text="x" * 5 * 2**20, finish_reason="length")]
+    async with serving(gateway(target), retry=RetryPolicy(attempts=3)) as client:
+        assert len(await whole(client.generate(MODEL, "x"))) == 5 * 2**20
+    assert len(target.requests) == 1
 
 
 async def test_health_is_what_ready_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 import httpx
@@ -17,15 +18,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.sampling.params import GrammarSpec, SamplingParams, SpeculationParams
-from actors.target_worker.messages import ChatMessage, GenerationChunk, GenerationRequest, RequestError
+from actors.target_worker.messages import GenerationChunk, GenerationRequest, RequestError, Usage
+from actors.text.messages import ChatMessage
 from cluster.config import EngineConfig
 from cluster.gateway.admin import MetricsReader
 from cluster.gateway.errors import not_ready
 from cluster.gateway.http_app import build_http_app
-from cluster.gateway.openai_schema import MAX_CHOICES, ChatBody, SpeculationBody
+from cluster.gateway.openai_params import completion_job
+from cluster.gateway.openai_schema import MAX_CHOICES, ChatBody, CompletionBody, SpeculationBody
 from cluster.gateway.routes import TOKENIZED_AT_ONCE, Gateway
 from cluster.telemetry import collect
-from tests.unit.fake_target import MODEL, SPECULATION_FIELDS, FakeTarget, gateway, refuse
+from tests.unit.fake_target import MODEL, SPECULATION_FIELDS, FakeTarget, gateway, info, logprob, refuse
 
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
 TEXT = {"model": MODEL, "prompt": "hi"}
@@ -145,6 +148,65 @@ async def test_stream_without_usage_has_none(client: httpx.AsyncClient) -> None:
     chunks = events((await post(client, "/v1/chat/completions", {**CHAT, "stream": True})).text)
     assert all("usage" not in c for c in chunks)
     assert all(c["choices"] for c in chunks)
+
+
+@pytest.mark.parametrize("include", [True, False])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+async def test_usage_so_far_in_every_chunk(client: httpx.AsyncClient, path: str, include: bool) -> None:
+    options = {"continuous_usage_stats": True, "include_usage": include, "include_obfuscation": False}
+    base = CHAT if "chat" in path else TEXT
+    chunks = events((await post(client, path, {**base, "stream": True, "stream_options": options})).text)
+    assert [c["choices"] == [] for c in chunks] == [False] * (len(chunks) - include) + [True] * include
+    emitted = 0
+    for chunk in chunks:
+        for choice in chunk["choices"]:
+            emitted += bool(choice.get("text") or choice.get("delta", {}).get("content"))
+        # The first event of a chat answer has no text yet, though its chunk has.
+        empty = chunk["choices"] and chunk["choices"][0].get("delta") == {"role": "assistant", "content": ""}
+        usage = chunk["usage"]
+        assert (usage["prompt_tokens"], usage["completion_tokens"]) == (5, emitted + bool(empty))
+        assert usage["total_tokens"] == 5 + usage["completion_tokens"]
+        assert usage["prompt_tokens_details"] == {"cached_tokens": 2}
+    assert emitted == 4
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_prompt_logprobs(client: httpx.AsyncClient, stream: bool) -> None:
+    expected = [None, {"82": {"logprob": -9999.0, "rank": None, "decoded_token": "R"}}]
+    body = {"prompt_logprobs": 0, "logprobs": 0, "n": 2, "stream": stream}
+    answer = (await post(client, "/v1/completions", {**TEXT, **body})).text
+    events_of = events(answer) if stream else [json.loads(answer)]
+    choices = [choice for event in events_of for choice in event["choices"]]
+    found = [c["prompt_logprobs"] for c in choices if "prompt_logprobs" in c]
+    assert found == [expected, expected]
+    assert choices[0]["logprobs"]["tokens"][0] == "a"  # they are not among those of the answer
+    answer = (
+        await post(client, "/v1/chat/completions", {**CHAT, "prompt_logprobs": 0, "stream": stream})
+    ).text
+    first, *rest = events(answer) if stream else [json.loads(answer)]
+    assert first["prompt_logprobs"] == expected
+    assert not any("prompt_logprobs" in event for event in rest)
+    without = (await post(client, "/v1/completions", {**TEXT, "echo": True, "logprobs": 1})).json()
+    assert "prompt_logprobs" not in without["choices"][0]
+
+
+async def test_alternatives_of_the_prompt_are_ranked(client: httpx.AsyncClient, target: FakeTarget) -> None:
+    position = logprob(66, -1.5, count=3)  # the second of its alternatives
+    target.script = lambda request: [
+        GenerationChunk(prompt_logprobs=(None, position), finish_reason="length", usage=Usage(2, 0))
+    ]
+    choice = (await post(client, "/v1/completions", {**TEXT, "prompt_logprobs": 3})).json()["choices"][0]
+    assert {i: e["rank"] for i, e in choice["prompt_logprobs"][1].items()} == {"65": 1, "66": 2, "67": 3}
+
+
+async def test_prompt_logprobs_are_those_of_echo(client: httpx.AsyncClient, target: FakeTarget) -> None:
+    body = {**TEXT, "echo": True, "logprobs": 1}
+    await refused(client, "/v1/completions", {**body, "prompt_logprobs": 2}, "prompt_logprobs")
+    choice = (await post(client, "/v1/completions", {**body, "prompt_logprobs": 1})).json()["choices"][0]
+    assert len(choice["prompt_logprobs"]) == 2
+    assert choice["logprobs"]["token_logprobs"][:2] == [None, -9999.0]
+    await post(client, "/v1/completions", {**TEXT, "echo": True, "prompt_logprobs": 2})
+    assert target.requests[-1].sampling.prompt_logprobs == 2
 
 
 async def test_metrics_on_last_chunk(client: httpx.AsyncClient) -> None:
@@ -315,6 +377,10 @@ async def test_all_parameters_arrive(client: httpx.AsyncClient, target: FakeTarg
         "top_logprobs": 3,
         "stop": ["x", "y"],
         "stop_token_ids": [3],
+        "include_stop_str_in_output": True,
+        "bad_words": ["b c"],
+        "allowed_token_ids": [6, 7],
+        "prompt_logprobs": 2,
         "ignore_eos": True,
         "logit_bias": {"5": -1},
         "presence_penalty": 1,
@@ -324,6 +390,9 @@ async def test_all_parameters_arrive(client: httpx.AsyncClient, target: FakeTarg
         "return_token_ids": True,
         "speculation": SPECULATION_FIELDS,
         "user": "me",
+        "safety_identifier": "a hash",
+        "prompt_cache_key": "a key",
+        "prompt_cache_retention": "24h",
         "metadata": {"a": "b"},
         "store": False,
         "service_tier": "auto",
@@ -339,11 +408,13 @@ async def test_all_parameters_arrive(client: httpx.AsyncClient, target: FakeTarg
         max_tokens=9, min_tokens=2, temperature=0.0, top_p=0.5, top_k=7, min_p=0.1, seed=-(2**63),
         logit_bias={5: -1.0}, presence_penalty=1.0, frequency_penalty=-1.0, repetition_penalty=1.5,
         stop_token_ids=(3,), ignore_eos=True, logprobs=3, grammar=GrammarSpec("regex", "[ab]"),
+        allowed_token_ids=(6, 7), prompt_logprobs=2,
     )  # fmt: skip
     assert target.requests == [
         GenerationRequest(
             target.requests[0].request_id, sampling, messages=(ChatMessage("user", "hi"),), max_tokens=9, n=2,
-            stop=("x", "y"), speculation=SpeculationParams(**SPECULATION_FIELDS),
+            stop=("x", "y"), include_stop=True, bad_words=("b c",),
+            speculation=SpeculationParams(**SPECULATION_FIELDS),
         )
     ]  # fmt: skip
 
@@ -404,6 +475,17 @@ BAD = [
     ({"stop": [""]}, "stop"),
     ({"stop_token_ids": [-1]}, "stop_token_ids.0"),
     ({"stop_token_ids": [10**6]}, "stop_token_ids"),
+    ({"bad_words": "x"}, "bad_words"),
+    ({"bad_words": ["x", " "]}, "bad_words"),
+    ({"bad_words": ["x"] * 129}, "bad_words"),
+    ({"bad_words": ["\ud800"]}, "bad_words"),
+    ({"allowed_token_ids": []}, "allowed_token_ids"),
+    ({"allowed_token_ids": [1000]}, "allowed_token_ids"),
+    ({"include_stop_str_in_output": 1}, "include_stop_str_in_output"),
+    ({"prompt_logprobs": -1}, "prompt_logprobs"),
+    ({"prompt_logprobs": 21}, "prompt_logprobs"),
+    ({"prompt_cache_key": 5}, "prompt_cache_key"),
+    ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
     ({"logit_bias": {"x": 1}}, "logit_bias"),
     ({"logit_bias": {"5": 101}}, "logit_bias"),
     ({"logit_bias": {"5": 10**400}}, "logit_bias"),
@@ -661,6 +743,92 @@ async def test_client_that_leaves_cancels_its_request(path: str, stream: bool) -
     assert served.in_flight.count == 0
 
 
+Failures = list[tuple[str, str]]
+
+
+def counted(served: Gateway) -> Failures:
+    """(model, reason) of each failure that `served` reports from now on."""
+    failures: Failures = []
+    served.on_failure = lambda model, reason: failures.append((model, reason))
+    return failures
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+async def test_each_failure_is_counted_once(path: str) -> None:
+    target = FakeTarget()
+    served = gateway(target, max_body_bytes=4096, max_resumes=0)
+    failures, body = counted(served), CHAT if "chat" in path else TEXT
+    async with client_of(served) as http:
+        for content in (body, {**body, "stream": True}):  # what succeeds is none
+            assert (await post(http, path, content)).status_code == 200
+        assert failures == []
+        for status, content, expected in (
+            (400, [], ("", "invalid")),
+            (400, {**body, "tempratur": 1}, ("", "invalid")),
+            (413, {**body, "user": "x" * 4100}, ("", "invalid")),
+            (404, {**body, "model": "other"}, ("", "not_found")),
+            (400, {**body, "speculation": {"drafter": "none such"}}, (MODEL, "invalid")),
+        ):
+            assert (await post(http, path, content)).status_code == status
+            assert failures == [expected]
+            failures.clear()
+        for kind, expected_reason in (
+            ("invalid", "invalid"),
+            ("overloaded", "overloaded"),
+            ("unavailable", "unavailable"),
+            ("internal", "internal"),
+        ):
+            for stream in (False, True):
+                target.script = refuse(kind)
+                assert (await post(http, path, {**body, "stream": stream})).status_code >= 400
+                assert failures == [(MODEL, expected_reason)]
+                failures.clear()
+        target.script = lambda request: [
+            GenerationChunk(text="a", token_ids=(97,)),
+            GenerationChunk(error=RequestError("internal", "gone")),
+        ]
+        assert events((await post(http, path, {**body, "stream": True})).text)[-1]["error"]
+        assert failures == [(MODEL, "internal")]
+        failures.clear()
+        served.in_flight.draining = True
+        assert (await post(http, path, body)).status_code == 503
+        assert failures == [(MODEL, "unavailable")]
+
+
+async def test_timeouts_are_counted_and_calls_without_a_key_are_not() -> None:
+    served = gateway(FakeTarget(hold=asyncio.Event()), request_timeout_s=0.05, api_key="k")
+    failures = counted(served)
+    async with client_of(served) as http:
+        assert (await post(http, "/v1/completions", TEXT)).status_code == 401
+        assert failures == []
+        key = {"Authorization": "Bearer k"}
+        assert (await post(http, "/v1/completions", TEXT, headers=key)).status_code == 504
+    assert failures == [(MODEL, "timeout")]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_clients_that_leave_are_counted(stream: bool) -> None:
+    served = gateway(FakeTarget(length=500, hold=asyncio.Event()))
+    failures = counted(served)
+    await call_app(
+        served,
+        "/v1/completions",
+        {**TEXT, "stream": stream, "max_tokens": 100},
+        leave_after=1 if stream else 0,
+    )
+    assert failures == [(MODEL, "cancelled")]
+
+
+async def test_a_client_that_leaves_with_the_whole_answer_is_not_counted() -> None:
+    served = gateway(FakeTarget(length=2))
+    failures = counted(served)
+    job = completion_job(CompletionBody(model=MODEL, prompt="hi"), info(), "id")
+    run = served.run(job, served.directory.find(MODEL), None)
+    assert [(await anext(run))[1].finish_reason for _ in range(2)] == [None, "length"]
+    await run.aclose()
+    assert failures == []
+
+
 @pytest.mark.parametrize("moment", [0.0, 0.02])
 async def test_server_cancelling_the_call_cancels_the_request(moment: float) -> None:
     target = FakeTarget(length=500, hold=asyncio.Event())
@@ -702,10 +870,12 @@ async def test_state_metrics_reset(client: httpx.AsyncClient, target: FakeTarget
         "running": 0,
         "waiting": 0,
         "odd": None,
+        "drafted_rounds": 3,
         "drafters": {"toy": {"rounds": 3}},
     }
     assert state["draft_workers"][0]["sessions"] == 0
     assert state["gateway"] == {"in_flight": 0, "draining": False}
+    assert state["version"] == version("s2d-serve")
     metrics = await client.get("/metrics")
     assert "s2d_x 1\n" in metrics.text
     counter = f'vllm:spec_decode_num_drafts_total{{model_name="{MODEL}",engine="replica-1"}} 3'

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llguidance import LLMatcher
 
 from actors.sampling.grammar import GrammarCompiler, GrammarError, GrammarMatcher
 from actors.sampling.params import GrammarSpec, ParameterError
@@ -160,6 +164,11 @@ def test_json_object_refuses_other_values(compiler: GrammarCompiler) -> None:
         (GrammarSpec("json_schema", '{"type": "object", "dependentSchemas": {}}'), "dependentSchemas"),
         (GrammarSpec("regex", "(a"), "unclosed group"),
         (GrammarSpec("lark", "start: missing"), "missing"),
+        (GrammarSpec("json_schema", "[" * 100_000), "nested too deeply"),
+        (GrammarSpec("json_schema", '{"not":' * 3000 + "{}" + "}" * 3000), "nested too deeply"),
+        (GrammarSpec("json_schema", '{"const": "\ud800"}'), "Unicode"),
+        (GrammarSpec("regex", "(a|\ud800)"), "Unicode"),
+        (GrammarSpec("lark", 'start: "\udc00"'), "Unicode"),
     ],
 )
 def test_invalid_grammars_are_named(compiler: GrammarCompiler, spec: GrammarSpec, needle: str) -> None:
@@ -206,6 +215,87 @@ def test_matchers_of_one_grammar_are_independent_and_the_cache_is_bounded() -> N
     for text in ("x", "y", "z"):
         compiler.compile(GrammarSpec("regex", text))
     assert len(compiler._cache) == 2
+
+
+class HeldCompiler(GrammarCompiler):
+    """A build whose text is not "free" waits until it is let through."""
+
+    def __init__(self, cache_size: int = 64) -> None:
+        super().__init__(TOKENIZER, VOCAB, EOS, cache_size)
+        self.building = threading.Semaphore(0)
+        """Builds that have begun."""
+        self.let_through = threading.Event()
+        self.built: list[str] = []
+
+    def _build(self, spec: GrammarSpec) -> LLMatcher:
+        self.built.append(spec.text)
+        if spec.text != "free":
+            self.building.release()
+            assert self.let_through.wait(20.0)
+        return super()._build(spec)
+
+
+@pytest.fixture
+def threads() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(4) as threads:
+        yield threads
+
+
+@pytest.mark.timeout(60)
+def test_a_grammar_that_is_known_waits_for_no_build(threads: ThreadPoolExecutor) -> None:
+    compiler, free, held = HeldCompiler(), GrammarSpec("regex", "free"), GrammarSpec("regex", "held")
+    assert not compiler.ready(free)
+    compiler.compile(free)
+    slow = threads.submit(compiler.compile, held)
+    try:
+        assert compiler.building.acquire(timeout=20.0)
+        assert compiler.ready(free)
+        assert not compiler.ready(held)
+        assert threads.submit(compiler.compile, free).result(20.0).admissible(ids("free")) == len(ids("free"))
+        assert not slow.done()
+    finally:
+        compiler.let_through.set()
+    assert slow.result(20.0).admissible(ids("held")) == len(ids("held"))
+    assert compiler.ready(held)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("text", ["held", "(held"])
+def test_what_several_ask_for_is_built_once(threads: ThreadPoolExecutor, text: str) -> None:
+    """And a refusal is told to all, but not kept."""
+    compiler, spec = HeldCompiler(), GrammarSpec("regex", text)
+    asked = [threads.submit(compiler.compile, spec)]
+    try:
+        assert compiler.building.acquire(timeout=20.0)
+        waiting = threading.Semaphore(0)
+
+        def ask() -> GrammarMatcher:
+            waiting.release()
+            return compiler.compile(spec)
+
+        asked += [threads.submit(ask) for _ in range(3)]
+        assert all(waiting.acquire(timeout=20.0) for _ in range(3))
+        assert not compiler.building.acquire(timeout=0.1)
+    finally:
+        compiler.let_through.set()
+    failed = [isinstance(future.exception(20.0), ParameterError) for future in asked]
+    if text == "held":
+        assert compiler.built == ["held"]
+        assert not any(failed)
+        first, second = asked[0].result(), asked[1].result()
+        first.advance(ids("h")[0])
+        assert second.admissible(ids("held")) == len(ids("held")), "matchers are independent"
+    else:
+        assert all(failed)
+        assert not compiler._cache
+
+
+def test_refused_grammars_push_none_out_of_the_cache() -> None:
+    compiler = GrammarCompiler(TOKENIZER, VOCAB, EOS, cache_size=1)
+    compiler.compile(GrammarSpec("regex", "ab"))
+    with pytest.raises(ParameterError):
+        compiler.compile(GrammarSpec("regex", "(ab"))
+    assert compiler.ready(GrammarSpec("regex", "ab"))
 
 
 def test_a_model_without_end_ids_is_refused() -> None:

@@ -16,7 +16,7 @@ from actors.target_worker.messages import GenerationChunk, RequestError, Usage
 from cluster.router.reports import Assignment
 from cluster.router.service import Decision
 from cluster.telemetry import metrics, router_metrics
-from cluster.telemetry.metrics import DraftMetrics, TargetMetrics
+from cluster.telemetry.metrics import DraftMetrics, GatewayMetrics, TargetMetrics
 from cluster.telemetry.router_metrics import RouterMetrics
 from cluster.telemetry.vllm_names import spec_decode_text
 
@@ -64,16 +64,25 @@ def engine(rounds: int, drafted: int, accepted: tuple[int, ...], **more: Any) ->
 
 def test_speculation_counters_grow_by_differences(recorded: Values) -> None:
     target = TargetMetrics("m")
-    for stats in (engine(1, 3, (1,)), engine(1, 3, (1,)), engine(4, 9, (3, 2))):
+    for stats in (engine(1, 3, (1,)), engine(1, 3, (1,)), engine(4, 9, (3, 2), preemptions=2)):
         target.record_engine(stats)
-    assert total(recorded, "s2d_spec_decode_num_drafts") == 8
-    assert total(recorded, "s2d_spec_decode_num_draft_tokens") == 18
-    assert total(recorded, "s2d_spec_decode_num_accepted_tokens") == 10
-    assert total(recorded, "s2d_spec_decode_num_accepted_tokens_per_pos", position="0") == 6
-    assert total(recorded, "s2d_spec_decode_num_accepted_tokens_per_pos", position="1") == 4
+    late = {"rounds": 1, "drafted": 2, "accepted": 0, "accepted_per_position": (0, 0)}
+    more = engine(4, 9, (3, 2), preemptions=5)
+    target.record_engine({**more, "drafters": {**more["drafters"], "z": late}})
+    for drafter in "xy":
+        assert total(recorded, "s2d_spec_decode_num_drafts", drafter=drafter) == 4
+        assert total(recorded, "s2d_spec_decode_num_draft_tokens", drafter=drafter) == 9
+        assert total(recorded, "s2d_spec_decode_num_accepted_tokens", drafter=drafter) == 5
+        for position, accepted in enumerate((3, 2)):
+            tags = {"drafter": drafter, "position": str(position)}
+            assert total(recorded, "s2d_spec_decode_num_accepted_tokens_per_pos", **tags) == accepted
+    assert total(recorded, "s2d_spec_decode_num_drafts", drafter="z") == 1
+    assert total(recorded, "s2d_spec_decode_num_draft_tokens", drafter="z") == 2
+    assert sum(v for v, _ in recorded["s2d_spec_decode_num_drafts"]) == 9
+    assert total(recorded, "s2d_num_preemptions") == 5
     assert recorded["s2d_kv_cache_usage_ratio"][-1][0] == 0.25
     target.record_engine(engine(0, 0, ()))  # an engine that counts from zero again
-    assert total(recorded, "s2d_spec_decode_num_drafts") == 8
+    assert sum(v for v, _ in recorded["s2d_spec_decode_num_drafts"]) == 9
 
 
 def test_a_draft_workers_counters_grow_by_differences(recorded: Values) -> None:
@@ -93,7 +102,7 @@ async def test_requests_are_timed(recorded: Values) -> None:
     async def chunks() -> AsyncIterator[GenerationChunk]:
         yield GenerationChunk(index=0, token_ids=(1,), queue_s=0.5)
         yield GenerationChunk(index=1, token_ids=(1, 2), finish_reason="stop", usage=Usage(0, 2))
-        yield GenerationChunk(index=0, token_ids=(2, 3), finish_reason="length", usage=Usage(7, 3))
+        yield GenerationChunk(index=0, token_ids=(2, 3), finish_reason="length", usage=Usage(7, 3, 4))
 
     assert len([c async for c in TargetMetrics("m").observe(chunks())]) == 3
     assert len(recorded["s2d_time_to_first_token_seconds"]) == 2
@@ -101,6 +110,7 @@ async def test_requests_are_timed(recorded: Values) -> None:
     assert len(recorded["s2d_e2e_request_latency_seconds"]) == 2
     assert recorded["s2d_request_queue_seconds"] == [(0.5, ())]
     assert (total(recorded, "s2d_prompt_tokens"), total(recorded, "s2d_generation_tokens")) == (7, 5)
+    assert total(recorded, "s2d_cached_prompt_tokens") == 4
     assert total(recorded, "s2d_request_success", finish_reason="stop") == 1
     assert total(recorded, "s2d_request_success", finish_reason="length") == 1
 
@@ -123,9 +133,18 @@ async def test_errors_and_closing(recorded: Values) -> None:
     assert recorded["s2d_request_success"] == []
 
 
+def test_failures_by_model_and_reason(recorded: Values) -> None:
+    gateway = GatewayMetrics()
+    for model, reason in (("m", "timeout"), ("m", "timeout"), ("", "invalid")):
+        gateway.failed(model, reason)
+    assert total(recorded, "s2d_requests_failed", model_name="m", reason="timeout") == 2
+    assert total(recorded, "s2d_requests_failed", model_name="", reason="invalid") == 1
+
+
 def test_speculation_under_vllms_names() -> None:
     replicas = [
-        {"replica_id": "r1", "engine": engine(4, 9, (3, 2))},
+        # Two drafters with four rounds each, three of them in one tree.
+        {"replica_id": "r1", "engine": engine(4, 9, (3, 2), drafted_rounds=5)},
         {"replica_id": "r2", "engine": {"drafters": {}}},
         {"replica_id": "does not answer", "engine": {}},
     ]
@@ -137,7 +156,7 @@ def test_speculation_under_vllms_names() -> None:
         for sample in family.samples
     }
     base, model = "vllm:spec_decode_num_", ("model_name", 'a "b"')
-    for replica, drafts, drafted, accepted in (("r1", 8, 18, 10), ("r2", 0, 0, 0)):
+    for replica, drafts, drafted, accepted in (("r1", 5, 18, 10), ("r2", 0, 0, 0)):
         labels = (("engine", replica), model)
         assert found.pop((f"{base}drafts_total", *labels)) == drafts
         assert found.pop((f"{base}draft_tokens_total", *labels)) == drafted

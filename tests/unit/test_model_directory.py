@@ -12,17 +12,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from ray import serve as ray_serve
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve._private.common import DeploymentStatus, DeploymentStatusTrigger, ReplicaState
 from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 
-from actors.target_worker.messages import TargetInfo
+from actors.sampling.params import SamplingParams
+from actors.target_worker.messages import GenerationRequest, TargetInfo
+from cluster.cli.admin import CHANGE_TIMEOUT_S
 from cluster.config import ClusterConfig, ModelConfig
 from cluster.gateway.errors import ApiError, not_ready
-from cluster.gateway.generation import InFlight
+from cluster.gateway.generation import OPEN_CHOICES, run_job
 from cluster.gateway.http_app import build_http_app
-from cluster.gateway.model_applications import _in_thread, _presence
-from cluster.gateway.models import ModelClient, ModelDirectory, Presence
+from cluster.gateway.in_flight import InFlight
+from cluster.gateway.model_applications import SERVE_CALL_S, ModelApplications, _in_thread, _presence
+from cluster.gateway.models import PROBE_TIMEOUT_S, ModelClient, ModelDirectory, Presence, ServedModel
+from cluster.gateway.openai_params import Job
 from cluster.gateway.routes import Gateway
 from cluster.model_apps import ModelAppConfig, application_name, build_model_app, model_of
 from tests.unit.fake_target import FakeDraftPool, FakeTarget
@@ -50,6 +55,9 @@ class FakeServe:
         self.sleepers: dict[str, Sleeper] = {}
         self.away = False
         self.late: asyncio.Event | None = None
+        self.leftovers: set[str] = set()
+        self.loads: list[str] = []
+        self.unloads: list[str] = []
 
     async def presences(self) -> Mapping[str, Presence]:
         if self.away:
@@ -63,10 +71,18 @@ class FakeServe:
         return self.sleepers.setdefault(name, Sleeper(name))
 
     async def load(self, model: ModelConfig) -> None:
+        self.loads.append(model.name)
+        await asyncio.sleep(0.01)
         self.found[model.name] = Presence("starting")
 
-    async def unload(self, name: str) -> None:
-        del self.found[name]
+    async def unload(self, name: str) -> bool:
+        if self.away:
+            raise not_ready("Ray Serve does not answer")
+        self.unloads.append(name)
+        if name in self.leftovers:
+            self.leftovers.remove(name)
+            return True
+        return self.found.pop(name, None) is not None
 
 
 def directory(serve: FakeServe, wake_timeout_s: float = 0.2) -> ModelDirectory:
@@ -126,8 +142,12 @@ async def test_models_stay_while_serve_is_away() -> None:
     assert models.find("guest").ready
 
 
-async def test_loading_and_unloading_over_http() -> None:
-    serve = FakeServe()
+async def no_metrics() -> str:
+    return ""
+
+
+def operated(serve: FakeServe) -> httpx.AsyncClient:
+    """Of a gateway whose models come and go."""
     gateway = Gateway(
         config=ClusterConfig.default().gateway.model_copy(update={"admin_endpoints": True}),
         directory=directory(serve),
@@ -135,12 +155,12 @@ async def test_loading_and_unloading_over_http() -> None:
         in_flight=InFlight(),
         loader=serve,
     )
-
-    async def no_metrics() -> str:
-        return ""
-
     transport = httpx.ASGITransport(app=build_http_app(gateway, no_metrics))
-    async with httpx.AsyncClient(transport=transport, base_url="http://s2d") as client:
+    return httpx.AsyncClient(transport=transport, base_url="http://s2d")
+
+
+async def test_loading_and_unloading_over_http() -> None:
+    async with operated(FakeServe()) as client:
         guest = {"name": "org/guest", "source": "x"}
         answer = await client.post("/admin/models", json=guest)
         assert (answer.status_code, answer.json()) == (202, {"id": "org/guest", "state": "starting"})
@@ -160,6 +180,107 @@ async def test_loading_and_unloading_over_http() -> None:
         assert (await client.delete("/admin/models/org/guest")).status_code == 404
         refused = await client.delete("/admin/models/steady")
         assert (refused.status_code, refused.json()["error"]["code"]) == (409, "model_configured")
+
+
+async def test_a_model_is_unloaded_after_what_runs_on_it() -> None:
+    """Prompts of a long list that have not begun included: Serve answers none that waits for a worker."""
+    serve = FakeServe()
+    serve.found["guest"] = Presence("ready")
+    guest = serve.sleepers["guest"] = Sleeper("guest")
+    guest.awake.set()
+    guest.hold = asyncio.Event()
+    body = {"model": "guest", "prompt": ["x"] * (OPEN_CHOICES + 3), "max_tokens": 2}
+    async with operated(serve) as client:
+        running = asyncio.create_task(client.post("/v1/completions", json=body))
+        await until(lambda: guest.running == OPEN_CHOICES)
+        assert (await client.delete("/admin/models/guest")).json() == {"id": "guest", "state": "unloading"}
+        assert (await client.post("/v1/completions", json=body)).status_code == 404
+        assert "guest" not in {m["id"] for m in (await client.get("/v1/models")).json()["data"]}
+        again = await client.post("/admin/models", json={"name": "guest", "source": "x"})
+        assert (again.status_code, again.json()["error"]["code"]) == (409, "model_exists")
+        assert (serve.unloads, len(guest.requests)) == ([], OPEN_CHOICES)
+        guest.hold.set()
+        answer = await running
+        assert answer.status_code == 200
+        assert [choice["text"] for choice in answer.json()["choices"]] == ["ab"] * (OPEN_CHOICES + 3)
+        await until(lambda: serve.unloads == ["guest"])
+        assert (await client.post("/admin/models", json={"name": "guest", "source": "x"})).status_code == 202
+
+
+async def test_a_request_that_comes_while_its_model_is_retired_is_refused() -> None:
+    """One that found the model a moment before: it would wait for a worker of what is being deleted."""
+    target = FakeTarget("guest")
+    model = ServedModel("guest", target)
+    assert await model.in_flight.drain(1.0) == 0
+    job = Job("j", "guest", 1, (GenerationRequest("r", SamplingParams(), "hi"),))
+    with pytest.raises(ApiError) as refused:
+        await anext(run_job(job, model, InFlight(), timeout_s=1.0, max_resumes=0))
+    assert (refused.value.status, refused.value.code, target.requests) == (404, "model_not_found", [])
+
+
+async def test_a_model_that_cannot_be_unloaded_stays() -> None:
+    serve = FakeServe()
+    serve.found["guest"] = Presence("ready")
+    async with operated(serve) as client:
+        assert (await client.get("/ready")).status_code == 200  # looks at Serve for the first time
+        serve.away = True
+        assert (await client.delete("/admin/models/guest")).status_code == 503
+        serve.away = False
+        assert (await client.delete("/admin/models/guest")).status_code == 202
+    assert serve.unloads == ["guest"]
+
+
+async def test_of_two_loads_of_one_name_one_is_refused() -> None:
+    serve = FakeServe()
+    guest = {"name": "guest", "source": "x"}
+    async with operated(serve) as client:
+        answers = await asyncio.gather(*(client.post("/admin/models", json=guest) for _ in range(2)))
+    assert sorted(answer.status_code for answer in answers) == [202, 409]
+    assert serve.loads == ["guest"]
+
+
+async def test_what_was_loaded_before_the_configuration_had_its_name_can_be_unloaded() -> None:
+    serve = FakeServe()
+    serve.leftovers.add("steady")
+    async with operated(serve) as client:
+        answer = await client.delete("/admin/models/steady")
+        assert (answer.status_code, answer.json()["id"]) == (202, "steady")
+        assert answer.json()["state"] != "unloading", "the configured one stays"
+        assert "steady" in {m["id"] for m in (await client.get("/v1/models")).json()["data"]}
+        assert (await client.delete("/admin/models/steady")).status_code == 409
+
+
+async def test_an_application_that_the_configuration_hides(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is no model, its log says so once, and unloading its name removes it."""
+    name = ClusterConfig.default().models[0].name
+    running = SimpleNamespace(
+        status=ApplicationStatus.RUNNING, message="", deployments={}, last_deployed_time_s=1.0
+    )
+    there = {"s2d": running, application_name(name): running, application_name("guest"): running}
+    deleted: list[str] = []
+
+    def delete(application: str, _blocking: bool) -> None:
+        assert not _blocking
+        deleted.append(application)
+        there[application] = SimpleNamespace(status=ApplicationStatus.DELETING)
+
+    monkeypatch.setattr(ray_serve, "status", lambda: SimpleNamespace(applications=there))
+    monkeypatch.setattr(ray_serve, "delete", delete)
+    applications = ModelApplications(ClusterConfig.default())
+    for _ in range(2):
+        assert list(await applications.presences()) == ["guest"]
+    assert [application_name(name) in record.getMessage() for record in caplog.records] == [True]
+    assert await applications.unload(name)
+    assert not await applications.unload(name)
+    assert not await applications.unload("nobody")
+    assert deleted == [application_name(name)]
+
+
+def test_the_command_line_outwaits_what_a_change_may_take() -> None:
+    """Two looks at Serve and two calls of it."""
+    assert CHANGE_TIMEOUT_S > 2 * PROBE_TIMEOUT_S + 2 * SERVE_CALL_S
 
 
 @given(st.text(min_size=1, max_size=40))
@@ -232,13 +353,15 @@ def test_presence_as_serve_tells_it(
         replica_states={ReplicaState(name): count for name, count in counts.items()},
         message="one\nlast line",
     )
-    found = _presence(
-        SimpleNamespace(
-            status=ApplicationStatus(application), message="", deployments={"target-m": deployment}
-        ),
-        "target-m",
+    served = SimpleNamespace(
+        status=ApplicationStatus(application),
+        message="",
+        deployments={"target-m": deployment},
+        last_deployed_time_s=5.0,
     )
+    found = _presence(served, "target-m")
     assert found.state == state
+    assert found.deployed_at == (5.0 if application == "RUNNING" else None), "until all workers are new"
     assert found.message == ("last line" if state == "failed" else "")
 
 
@@ -246,7 +369,9 @@ def test_presence_as_serve_tells_it(
     ("status", "state"), [("RUNNING", "asleep"), ("DEPLOYING", "starting"), ("DEPLOY_FAILED", "failed")]
 )
 def test_presence_of_what_is_not_deployed_yet_is_its_applications(status: str, state: str) -> None:
-    application = SimpleNamespace(status=ApplicationStatus(status), message="no such module", deployments={})
+    application = SimpleNamespace(
+        status=ApplicationStatus(status), message="no such module", deployments={}, last_deployed_time_s=5.0
+    )
     found = _presence(application, "target-m")
     assert (found.state, found.message) == (state, "no such module" if state == "failed" else "")
 
@@ -413,6 +538,28 @@ async def test_a_redeployed_model_is_not_described_as_it_was() -> None:
     serve.found["guest"] = Presence("starting")
     await models.refresh()
     assert models.find("guest").last_info is None
+
+
+async def test_a_model_that_was_changed_in_place_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With two workers one is always there: the model never starts."""
+    monkeypatch.setattr("cluster.gateway.models.PROBE_INTERVAL_S", 0.01)
+    monkeypatch.setattr("cluster.gateway.models.DISCOVERY_INTERVAL_S", 0.0)
+    serve = FakeServe()
+    serve.found["guest"] = Presence("ready", deployed_at=1.0)
+    models = directory(serve)
+    worker = serve.sleepers["guest"] = Sleeper("guest")
+    worker.awake.set()
+    models.start()
+    await until(lambda: "guest" in models.names() and models.find("guest").last_info is not None)
+    serve.found["guest"] = Presence("ready")  # some of its workers are new
+    await asyncio.sleep(0.05)
+    assert worker.calls == 1
+    serve.found["guest"] = Presence("ready", deployed_at=2.0)
+    await until(lambda: worker.calls == 2)
+    await asyncio.sleep(0.05)
+    assert worker.calls == 2, "calls keep a model awake"
+    assert models.find("guest").last_info is not None
+    await models.close()
 
 
 async def test_a_model_that_was_woken_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:

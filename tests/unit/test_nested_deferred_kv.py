@@ -13,12 +13,13 @@ from torch import Tensor
 from actors.drafting.deferred_kv import DeferredKv
 from actors.drafting.draw import MAX_Q, draw_tokens
 from actors.drafting.errors import DrafterError
-from actors.drafting.interface import SCOPE_SHIFT, DraftQuery, DraftSampling, SessionDraft, SessionOpen
+from actors.drafting.interface import MAX_HELD_STATES, SCOPE_SHIFT, DraftQuery, SessionDraft, SessionOpen
 from actors.drafting.nested import ABSORB_FROM, SELDOM, NestedDrafter
 from actors.models.llama_weights import LlamaLayerWeights, LlamaWeights
 from actors.models.runner import BLOCK_SIZE, ModelInfo, RaggedBatch, state_rows
 from actors.models.torch_llama import TorchLlamaRunner
 from actors.sampling.noise import gumbel
+from actors.sampling.params import DraftSampling
 
 VOCAB, HIDDEN, LAYERS, HEADS, KV_HEADS, DIM, MAX_LEN = 48, 32, 6, 4, 2, 8, 256
 EXITS = (1, 3, LAYERS)
@@ -316,6 +317,26 @@ def test_a_bounded_context_drafts_as_if_the_session_began_there(depth: int) -> N
         assert token == int(fresh_logits(tail, depth).argmax())
         tail.append(token)
     assert drafter.kv_blocks_used <= 3
+
+
+@pytest.mark.parametrize("depth", EXITS)
+def test_states_of_more_tokens_than_the_draft_sees(depth: int) -> None:
+    """A source keeps states of up to `MAX_HELD_STATES` tokens, a draft may see fewer."""
+    drafter = NestedDrafter(runner(8), EXITS, context=BLOCK_SIZE, state_in=STATE_IN, catch_up=MAX_LEN)
+    open_session(drafter, 0, [1, 2, 3])
+    propose(drafter, 0, 2, depth)
+    new = [(11 * i + i * i) % VOCAB for i in range(3 * BLOCK_SIZE)]
+    drafter.commit(0, new)
+    states = torch.randn(MAX_HELD_STATES, STATES, generator=torch.Generator().manual_seed(9))
+    drafter.note_states(0, state_rows(states))
+    whole = [1, 2, 3, *new]
+    first = (len(whole) - BLOCK_SIZE) // BLOCK_SIZE * BLOCK_SIZE
+    assert len(whole) - MAX_HELD_STATES < first
+    tail, seen = whole[first:], states[first - len(whole) :]
+    for token in propose(drafter, 0, 4, depth).token_ids:
+        assert token == int(fresh_logits(tail, depth, dict(enumerate(seen))).argmax())
+        tail.append(token)
+    assert len(tail) == len(whole) - first + 4
 
 
 def test_states_of_forgotten_tokens_are_forgotten() -> None:

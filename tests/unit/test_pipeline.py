@@ -61,9 +61,14 @@ def reference(
 ) -> list[float]:
     """Scores as a loop over tokens in float64; the ranks of equal scores are not told apart."""
     z = [float(value) for value in row]
+    allowed = set(range(len(z)))
+    bad = {s[-1] for s in sampling.bad_sequences if list(s[:-1]) == list(output)[len(output) - len(s) + 1 :]}
+    for narrower in (set(sampling.allowed_token_ids) or allowed, allowed - bad):
+        allowed = allowed & narrower or allowed
+    z = [value if token in allowed else -math.inf for token, value in enumerate(z)]
     for token, bias in sampling.logit_bias.items():
         z[token] += bias
-    if len(output) < sampling.min_tokens:
+    if len(output) < sampling.min_tokens and allowed - sampling.stop_ids:
         for token in sampling.stop_ids:
             z[token] = -math.inf
     for token in range(len(z)):
@@ -116,6 +121,8 @@ PARAMS = st.fixed_dictionaries(
         "logit_bias": st.dictionaries(
             st.integers(0, 15), st.sampled_from([-100.0, -1.5, 2.0, 100.0]), max_size=3
         ),
+        "allowed_token_ids": st.sampled_from([(), (2, 9), (1, 2, 5, 7, 9, 11)]),
+        "bad_sequences": st.sampled_from([(), ((5,),), ((2,), (9,)), ((7, 5), (5, 5, 2), (11,))]),
         "presence_penalty": st.sampled_from([0.0, 0.7, -1.0]),
         "frequency_penalty": st.sampled_from([0.0, 0.4, -0.3]),
         "repetition_penalty": st.sampled_from([1.0, 1.3, 0.8]),
@@ -291,6 +298,8 @@ PLAIN_GREEDY: dict[str, tuple[object, bool]] = {
     "min_p": (0.5, True),
     "seed": (5, True),
     "logit_bias": ({3: 1.0}, False),
+    "allowed_token_ids": ((3,), False),
+    "bad_sequences": (((3,),), False),
     "presence_penalty": (0.1, False),
     "frequency_penalty": (-0.1, False),
     "repetition_penalty": (1.1, False),
@@ -311,11 +320,44 @@ def test_argmax_decides_unless_a_parameter_says_otherwise(name: str) -> None:
     assert SamplingParams(**{"temperature": 0.0, name: value}).plain_greedy == plain
 
 
+class TestMasks:
+    def masked(self, subject: SequenceSampler, drafts: Sequence[int] = ()) -> list[set[int]]:
+        scores = subject.scores(torch.zeros(len(drafts) + 1, 16), drafts)
+        return [set(torch.isinf(row).nonzero().flatten().tolist()) for row in scores]
+
+    def test_a_bad_sequence_is_forbidden_at_its_last_token(self) -> None:
+        params: dict[str, Any] = {"bad_sequences": ((7,), (3, 5, 6), (5, 9))}
+        assert self.masked(sampler(**params), [3, 5, 6]) == [{7}, {7}, {7, 6, 9}, {7}]
+        resumed = sampler(so_far=(3, 5), **params)
+        assert self.masked(resumed) == [{7, 6, 9}]
+        resumed.commit([5])
+        assert self.masked(resumed) == [{7, 9}]
+
+    def test_the_prompt_begins_no_bad_sequence(self) -> None:
+        assert self.masked(sampler(bad_sequences=((PROMPT[-1], 6),))) == [set()]
+
+    def test_only_sequences_remember(self) -> None:
+        assert not sampler(bad_sequences=((7,), (9,)), allowed_token_ids=(1, 7)).remembers
+        assert sampler(bad_sequences=((7,), (3, 5))).remembers
+        scores = sampler(bad_sequences=((7,),)).tree_scores(torch.zeros(3, 16), [1, 1])
+        assert torch.isinf(scores).nonzero().tolist() == [[0, 7], [1, 7], [2, 7]]
+
+    def test_no_mask_leaves_nothing(self) -> None:
+        rest = set(range(16)) - {4, 5}
+        subject = sampler(
+            allowed_token_ids=(4, 5), bad_sequences=((4,), (6, 5)), stop_token_ids=(4, 5), min_tokens=9
+        )
+        assert self.masked(subject, [6]) == [rest | {4}, rest]
+
+
 def test_unknown_ids_are_refused_by_name() -> None:
     for params, name in (
         ({"logit_bias": {16: 1.0}}, "logit_bias"),
         ({"logit_bias": {-1: 1.0}}, "logit_bias"),
         ({"stop_token_ids": (99,)}, "stop_token_ids"),
+        ({"allowed_token_ids": (16,)}, "allowed_token_ids"),
+        ({"bad_sequences": ((1, 16),)}, "bad_words"),
+        ({"bad_sequences": ((),)}, "bad_words"),
     ):
         with pytest.raises(ParameterError) as caught:
             sampler(**params)

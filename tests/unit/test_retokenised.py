@@ -13,8 +13,9 @@ from tokenizers import Tokenizer, decoders, models
 
 from actors.drafting.errors import DrafterError
 from actors.drafting.foreign import ForeignTarget, foreign_target
-from actors.drafting.interface import DraftQuery, DraftSampling, SessionDraft, SessionOpen
+from actors.drafting.interface import SCOPE_SHIFT, DraftQuery, SessionDraft, SessionOpen
 from actors.drafting.retokenised import CATCH_UP, CHUNK, RetokenisedDrafter
+from actors.sampling.params import DraftSampling
 from actors.text.alignment import Alignment
 from actors.text.piecewise_encoder import HARD_CHARS, SOFT_CHARS, piece_end
 from actors.text.token_table import TokenTable
@@ -241,6 +242,23 @@ def test_a_pair_without_common_tokens_is_refused_with_both_sizes(tables) -> None
         VocabularyPair(Vocabulary(copy(tables["bytes"]), 264), Vocabulary(TokenTable(backend), 7))
 
 
+def test_the_drafts_end_alone_stands_for_the_targets_end(tables) -> None:  # type: ignore[no-untyped-def]
+    """Also where the draft has a token that is spelled like the target's, and ends its texts with another."""
+    backend = copy(tables["pieces"]).backend
+    backend.add_special_tokens(["<end>"])
+    end = backend.token_to_id("<end>")
+    target = TokenTable(backend, eos_token_ids=(end,))
+    draft = copy(tables["toy"])
+    alike, ours = draft.backend.token_to_id("<end>"), draft.eos_token_ids[0]
+    pair = VocabularyPair(Vocabulary(draft, draft.vocab_size), Vocabulary(target, target.vocab_size))
+    assert pair.target_of[ours] == end
+    assert alike not in pair.target_of
+    assert len(set(pair.target_of.values())) == len(pair.target_of)
+    assert pair.special_of[end] == alike, "a text that the target has ended is read as it is spelled"
+    shared = foreign_target(pair).shared
+    assert len(shared.target_ids.unique()) == len(shared.target_ids)
+
+
 def test_ids_past_the_logits_are_never_proposed(tables) -> None:  # type: ignore[no-untyped-def]
     draft, target = tables["bytes"], tables["toy"]
     size = 200
@@ -435,6 +453,30 @@ def test_a_long_prompt_is_absorbed_in_the_background(rig, tables) -> None:  # ty
     made.oracle.text = text + "ok then"
     assert made.ask().token_ids != ()
     assert made.pair.draft_encoder.chars - before <= HARD_CHARS + 60
+
+
+def test_prompts_of_several_targets_are_absorbed_in_turns(rig, tables) -> None:  # type: ignore[no-untyped-def]
+    """Three long prompts of one target, of which another with a shorter one does not wait for more than as
+    many pieces as it has itself."""
+    made, target = rig("toy", "pieces"), tables["pieces"]
+    long = target.encode(TEXTS[0] * 80, add_special_tokens=False)
+    short = target.encode(TEXTS[0] * 30, add_special_tokens=False)
+    assert len(long) > len(short) > 2 * CHUNK
+    pieces = -(-len(short) // CHUNK)
+    many, few = ([(stream << SCOPE_SHIFT) + n for n in range(3)] for stream in (1, 2))
+    for sid in (*many, few[0]):
+        made.open(long if sid in many else short, sid=sid)
+        made.ask(sid=sid)
+    steps = 0
+    while few[0] not in made.oracle.tokens:
+        assert made.drafter.work()
+        steps += 1
+    assert steps == 2 * pieces
+    assert not made.oracle.tokens.keys() & set(many), "nothing of the others is done yet"
+    while made.drafter.work():
+        steps += 1
+    assert steps == pieces + 3 * -(-len(long) // CHUNK), "one after the other in the end, and no piece twice"
+    assert list(made.oracle.tokens) == [few[0], *many]
 
 
 def test_sessions_without_room_say_so_and_are_opened_later(rig, tables) -> None:  # type: ignore[no-untyped-def]

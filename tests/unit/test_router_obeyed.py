@@ -15,7 +15,6 @@ from actors.draft_worker.server import DraftServer
 from actors.drafting.assignment import UNRESTRICTED, DraftAssignment, Shadow
 from actors.drafting.interface import (
     DraftQuery,
-    DraftSampling,
     NestedWish,
     SessionDraft,
     SessionOpen,
@@ -31,7 +30,7 @@ from actors.drafting.remote_source import RemoteDraftSource
 from actors.drafting.selector import DrafterPool
 from actors.engine.messages import EngineRequest
 from actors.engine.torch_engine import TorchEngine
-from actors.sampling.params import MAX_DRAFT_TOKENS, SamplingParams, SpeculationParams
+from actors.sampling.params import MAX_DRAFT_TOKENS, DraftSampling, SamplingParams, SpeculationParams
 from cluster.deployments.routing import engine_assignment
 from cluster.router.reports import Assignment, ShadowScoring
 from tests.draft_rig import SlowDrafter, session, wish
@@ -152,6 +151,9 @@ def test_sessions_the_nested_drafter_passes_over_may_be_drafted_here() -> None:
         connected = True
         drafters = ("nested", "prompt_lookup")
 
+        def refuses(self, session_id: int) -> bool:
+            return False
+
     local = LocalDraftSource(DrafterPool([PromptLookupDrafter()]))
     placed = PlacedDraftSource(Remote(DrafterPool([PromptLookupDrafter()])), local)
     assert not placed._served_by_both(update())
@@ -189,8 +191,8 @@ class DraftWorkers:
         self.servers: dict[str, DraftServer] = {}
         self.addresses: dict[str, str] = {}
 
-    def start(self, name: str, pool: DrafterPool) -> None:
-        server = DraftServer(pool, name, port_range=(0, 0))
+    def start(self, name: str, pool: DrafterPool, token: str | None = None) -> None:
+        server = DraftServer(pool, name, port_range=(0, 0), token=token)
         self.addresses[name] = asyncio.run_coroutine_threadsafe(server.start(), self._loop).result(WAIT_S)
         self.servers[name] = server
 
@@ -218,9 +220,12 @@ def workers() -> Iterator[DraftWorkers]:
     made.close()
 
 
-def connect(workers: DraftWorkers) -> RemoteDraftSource:
-    options = LinkOptions(backoff_s=0.05, max_backoff_s=0.2, lease_poll_s=0.05, avoid_s=1.0)
-    return RemoteDraftSource(workers.leases, TargetIdentity("t", "m", 320), options)
+def connect(workers: DraftWorkers, **options: float) -> RemoteDraftSource:
+    made = replace(
+        LinkOptions(backoff_s=0.05, max_backoff_s=0.2, lease_poll_s=0.05, avoid_s=1.0),
+        **options,  # type: ignore[arg-type]
+    )
+    return RemoteDraftSource(workers.leases, TargetIdentity("t", "m", 320), made)
 
 
 def test_the_assigned_worker_drafts_and_another_while_it_is_away(workers: DraftWorkers) -> None:
@@ -243,6 +248,49 @@ def test_the_assigned_worker_drafts_and_another_while_it_is_away(workers: DraftW
         source.assign("c")  # it has a lease and cannot be reached
         until(lambda: source.stats()["worker_id"] == "a")
         del workers.servers["c"]
+    finally:
+        source.close()
+
+
+@pytest.mark.parametrize("assigned", [None, "a"])
+@pytest.mark.parametrize("fault", ["unreachable", "refuses", "hangs"])
+def test_a_worker_that_cannot_be_used_keeps_nobody_from_a_healthy_one(
+    workers: DraftWorkers, fault: str, assigned: str | None
+) -> None:
+    """Nobody drafts with it, so it has the lowest load of all."""
+    drafter = SlowDrafter()
+    workers.start("a", DrafterPool([drafter]), token="secret" if fault == "refuses" else None)
+    workers.start("b", DrafterPool([PromptLookupDrafter()]))
+    if fault == "unreachable":
+        workers.addresses["a"] = "127.0.0.1:1"
+    source = connect(workers, stuck_s=0.3, avoid_s=60.0)
+    try:
+        source.assign(assigned)
+        if fault == "hangs":
+            until(lambda: source.stats()["worker_id"] == "a")
+            drafter.gate.clear()
+            source.open(session(1, [5]))
+            source.submit([wish(1, 1)])
+        until(lambda: source.stats()["worker_id"] == "b")
+        source.assign("nobody")  # another word of the router mends nothing
+        source.assign("a")
+        time.sleep(0.3)
+        assert source.stats()["worker_id"] == "b"
+    finally:
+        drafter.gate.set()
+        source.close()
+
+
+def test_workers_that_all_failed_are_tried_in_turns(workers: DraftWorkers) -> None:
+    for name in ("a", "b"):
+        workers.start(name, DrafterPool([PromptLookupDrafter()]))
+    addresses = dict(workers.addresses)
+    workers.addresses |= dict.fromkeys(addresses, "127.0.0.1:1")
+    source = connect(workers, avoid_s=60.0)
+    try:
+        until(lambda: len(source._link._avoided_until) == 2)
+        workers.addresses["b"] = addresses["b"]
+        until(lambda: source.stats()["worker_id"] == "b")
     finally:
         source.close()
 

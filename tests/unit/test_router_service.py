@@ -422,6 +422,26 @@ async def test_bad_pins_name_the_field(
     assert (answer.status_code, answer.json()["error"]["param"]) == (404, "target")
 
 
+async def test_models_say_who_drafts_for_them(router: InProcess) -> None:
+    def served(router: InProcess | None) -> httpx.AsyncClient:
+        both = gateway(FakeTarget("org/m"), FakeTarget("org/n"))
+        both.router = router
+        return http(both)
+
+    async with served(router) as client:
+        (row,) = (await client.get("/admin/router")).json()["targets"]
+        models = {m["id"]: m["draft"] for m in (await client.get("/v1/models")).json()["data"]}
+        short = {name: row[name] for name in ("target", "worker", "exits", "cap")}
+        assert models == {"org/m": [short | {"alive": True}], "org/n": []}
+        assert (await client.get("/v1/models/org/m")).json()["draft"] == models["org/m"]
+        router.service.forget_draft(row["worker"])
+        assert (await client.get("/v1/models/org/m")).json()["draft"] == [short | {"alive": False}]
+        router.away = True
+        assert (await client.get("/v1/models/org/m")).json()["draft"] is None
+    async with served(None) as client:
+        assert (await client.get("/v1/models/org/m")).json()["draft"] is None
+
+
 async def test_pins_are_guarded_and_a_router_may_be_away_or_off(router: InProcess) -> None:
     async with http(serving(router)) as made:
         assert (await made.get("/admin/router")).status_code == 200

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import torch
+
 from actors.drafting.interface import SessionDraft
+from actors.engine.batch import build_batch
 from actors.engine.messages import EngineRequest
 from actors.engine.scheduler import Scheduler, SchedulerLimits
 from actors.engine.sequence import Sequence
@@ -11,10 +14,11 @@ from actors.sampling.params import SamplingParams
 from actors.verification.registry import get_rule
 
 
-def _seq(name: str, prompt_len: int, max_tokens: int = 64, first: int = 0) -> Sequence:
-    request = EngineRequest(
-        name, tuple(range(first, first + prompt_len)), SamplingParams(max_tokens=max_tokens, temperature=0)
-    )
+def _seq(
+    name: str, prompt_len: int, max_tokens: int = 64, first: int = 0, prompt_logprobs: int | None = None
+) -> Sequence:
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=0, prompt_logprobs=prompt_logprobs)
+    request = EngineRequest(name, tuple(range(first, first + prompt_len)), sampling)
     return Sequence(request, None, get_rule("coupled"), 0, 4)
 
 
@@ -86,6 +90,54 @@ def test_equal_prompts_share_blocks_but_compute_their_last_token() -> None:
     assert ("b", 32) in _run(scheduler)
     assert scheduler.running["b"].cached_tokens == 32
     assert scheduler.running["a"].blocks[0] == scheduler.running["b"].blocks[0]
+
+
+def test_what_a_preempted_prompt_finds_of_its_own_work_was_not_cached() -> None:
+    scheduler = _scheduler(blocks=4)
+    scheduler.add(_seq("a", 31))
+    _run(scheduler)
+    late = _seq("late", 70, first=1000)
+    scheduler.add(late)
+    while not scheduler.num_preemptions:
+        _run(scheduler)
+    assert not late.num_outputs
+    scheduler.remove(scheduler.running["a"])
+    scheduler.schedule({})
+    assert late.num_computed > 0, "what is left of its blocks is used"
+    assert late.cached_tokens == 0
+
+
+def test_what_the_cache_had_at_first_is_told_though_it_is_lost_by_a_preemption() -> None:
+    scheduler = _scheduler(blocks=4)
+    first = _seq("first", 64)
+    scheduler.add(first)
+    _run(scheduler)
+    scheduler.remove(first)
+    again = _seq("again", 64)
+    scheduler.add(again)
+    scheduler.schedule({})
+    assert again.cached_tokens == 32
+    assert scheduler._preempt_youngest() is again
+    scheduler.pool.reset_cache()
+    scheduler.schedule({})
+    assert (again.num_computed, again.cached_tokens) == (0, 32)
+
+
+def test_a_prompt_whose_scores_were_reported_is_not_scored_again() -> None:
+    """Until then no row may come from the cache, and each row's logits are asked for."""
+    scheduler = _scheduler()
+    seq = _seq("a", 70, prompt_logprobs=0)
+    scheduler.add(seq)
+    for reported, rows, logits in ((False, 70, 70), (True, 7, 1)):
+        seq.reported_first = reported
+        works = scheduler.schedule({})
+        assert [work.num_rows for work in works] == [rows]
+        batch, spans = build_batch(works, torch.device("cpu"))
+        assert len(batch.logit_rows) == logits
+        assert (spans[0].last - spans[0].first, spans[0].decisions) == (logits, 1)
+        seq.token_ids.append(7)
+        scheduler.commit(seq, len(seq.token_ids) - 1)
+        assert scheduler._preempt_youngest() is seq
 
 
 def test_admission_waits_for_slots_and_blocks() -> None:

@@ -17,8 +17,8 @@ from actors.sampling.params import ParameterError, SamplingParams
 from actors.target_worker.messages import GenerationRequest
 from cluster.config import GatewayConfig
 from cluster.gateway.errors import ApiError, overloaded
-from cluster.gateway.generation import InFlight
 from cluster.gateway.http_app import build_http_app
+from cluster.gateway.in_flight import InFlight
 from cluster.gateway.models import ModelDirectory
 from cluster.gateway.routes import Gateway
 from cluster.gateway.serve_clients import ServeModelClient

@@ -339,7 +339,7 @@ def test_an_own_profile_is_checked_and_used(tmp_path: Path) -> None:
 
 def test_the_shipped_profile_has_the_figures_of_the_documentation() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md").read_text(encoding="utf-8")
-    # Other machines have tables alike in sections of their own.
+    # Rows of other machines come after those of the one that the profile was measured on.
     (shown,) = re.findall(r"^## Step of the engine\n(.*?)^## ", page, re.MULTILINE | re.DOTALL)
     for dtype, table in CostProfile.from_file(DEFAULT_PROFILE).step_ms.items():
         row = next(line for line in shown.splitlines() if line.startswith(f"| {dtype} | ") and "[" in line)

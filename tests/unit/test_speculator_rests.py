@@ -9,21 +9,21 @@ from collections.abc import Sequence as Seq
 import pytest
 import torch
 
+from actors.costs import CostModel
 from actors.drafting import local_source
 from actors.drafting.assignment import DraftAssignment
-from actors.drafting.interface import DraftSampling, SessionDraft, SessionOpen, SessionUpdate
+from actors.drafting.interface import SessionDraft, SessionOpen, SessionUpdate
 from actors.drafting.local_source import LocalDraftSource
 from actors.drafting.prompt_lookup import PromptLookupDrafter
 from actors.drafting.selector import DrafterPool
 from actors.drafting.token_recycling import TokenRecyclingDrafter
 from actors.engine import speculator as speculator_module
-from actors.engine.controller import Controller
-from actors.engine.costs import CostModel
+from actors.engine.controller import Candidate, Controller
 from actors.engine.messages import EngineRequest
 from actors.engine.sequence import Sequence, Work
 from actors.engine.speculator import DraftTimeouts, Speculator
 from actors.models.runner import StateRow
-from actors.sampling.params import SamplingParams, SpeculationParams
+from actors.sampling.params import DraftSampling, SamplingParams, SpeculationParams
 from actors.verification.registry import get_rule
 
 _ids = itertools.count()
@@ -102,6 +102,26 @@ def test_a_forced_request_that_joins_a_resting_batch_drafts_at_once() -> None:
     assert forced.asked
 
 
+def test_lengths_are_chosen_among_those_that_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    speculator, seq = _speculator(), _sequence()
+    _starts(speculator, seq)
+    seq.token_ids += [1, 2, 3, 1, 2]
+    speculator.committed(seq, [1, 2, 3, 1, 2], None, 0, ())
+    seq.num_computed = len(seq.token_ids) - 1
+    monkeypatch.setattr(speculator.controller, "plan", lambda *_: [2])
+    seen: list[tuple[int, int]] = []
+
+    def trim(drafts: Seq[tuple[Candidate, SessionDraft, int]], *rows: int) -> list[int]:
+        seen.extend((candidate.limit, drafted) for candidate, _, drafted in drafts)
+        return [0] * len(drafts)
+
+    monkeypatch.setattr(speculator.controller, "trim", trim)
+    speculator.submit([seq], 0)
+    speculator.collect([seq], 0)
+    assert seen == [(2, 2)]
+    assert not seq.asked
+
+
 def test_a_rest_that_is_cut_short_counts_what_passed() -> None:
     speculator, batch = _speculator(), [_sequence(), _sequence(), _sequence()]
     for seq in batch:
@@ -172,6 +192,26 @@ def test_a_session_that_is_not_asked_for_holds_the_last_of_what_it_was_told(
     assert told.new_tokens == (1, 2, 3, 4)
     assert [token for token, _ in told.candidates] == [3, 4]
     assert [row for _, row in told.states] == [3, 4]
+
+
+def test_a_draft_is_scored_by_its_own_verdict_however_late_the_drafters_hear_of_it() -> None:
+    """Verdicts on what others drafted in between say nothing of it: of a draft that was drawn, what was not
+    verified must not be scored."""
+    seen: list[tuple[tuple[int, ...], int]] = []
+
+    class Watching(DrafterPool):
+        def apply(self, update: SessionUpdate) -> None:
+            seen.append((update.new_tokens, update.drafted))
+            super().apply(update)
+
+    source = LocalDraftSource(Watching([PromptLookupDrafter()]))
+    source.open(SessionOpen(0, (1, 2), 2, DraftSampling(1)))
+    asked = {1, 4, 5, 6}
+    for epoch, drafted in enumerate((9, 1, 4, 3, 2, 0), start=1):
+        source.submit([SessionUpdate(0, epoch, (epoch,), 2, drafted)])
+        if epoch in asked:
+            source.collect({0: epoch}, 0.0)
+    assert seen == [((1,), 9), ((2, 3, 4), 1), ((5,), 2), ((6,), 0)]
 
 
 def test_who_wants_no_draft_tells_its_source_of_its_tokens_now_and_then(

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from actors.engine.messages import EngineRequest, RequestOutput, TokenLogprobs
+from actors.engine.messages import EngineRequest, RequestOutput
 from actors.sampling.params import SamplingParams
+from actors.sampling.results import TokenLogprobs
 from actors.target_worker.messages import (
     GenerationRequest,
     Usage,

@@ -49,6 +49,12 @@ async def test_plain_text_usage_and_finish(folder: Path, tokenizer: TextTokenize
     assert (whole.finish_reason, whole.stop_reason, whole.seed) == ("length", None, 7)
     assert chunks[0].seed == 7
     assert all(c.seed is None and c.usage is None for c in chunks[1:-1])
+    assert [c.prompt_usage for c in chunks] == [
+        Usage(len(tokenizer.encode("the end")), 0),
+        None,
+        None,
+        *[None] * (len(chunks) - 3),
+    ]
 
 
 @pytest.mark.parametrize("sizes", [[], [2, 3], [5, 5, 5], [40]])
@@ -116,6 +122,25 @@ async def test_stop_token_ids_name_themselves(folder: Path, tokenizer: TextToken
         whole = await rig.choice(ask(sampling=SamplingParams(stop_token_ids=(b,))))
     assert (whole.text, whole.token_ids) == ("a", (a, b))
     assert (whole.finish_reason, whole.stop_reason) == ("stop", b)
+
+
+@pytest.mark.parametrize("sizes", [[], [2, 3], [40]])
+async def test_what_stops_may_stay_in_the_text(
+    folder: Path, tokenizer: TextTokenizer, sizes: list[int]
+) -> None:
+    ids = tokenizer.encode("ok <stop> more")
+    async with Rig(folder, scripted(blocks_of(ids, sizes), finish=None)) as rig:
+        whole = await rig.choice(ask(stop=("<stop>",), include_stop=True))
+    assert (whole.text, whole.finish_reason, whole.stop_reason) == ("ok <stop>", "stop", "<stop>")
+    ids = tokenizer.encode("ok <sto!")
+    (mark,) = tokenizer.encode("!")
+    for stop, said in ((mark, "ok <sto!"), (EOS, "ok <sto")):
+        sampling = SamplingParams(seed=7, stop_token_ids=(mark,))
+        script = scripted(blocks_of([*ids[:-1], stop, *ids], sizes), finish=None)
+        async with Rig(folder, script) as rig:  # "<sto" is held back until then
+            whole = await rig.choice(ask(stop=("<stop>",), include_stop=True, sampling=sampling))
+        assert (whole.text, whole.finish_reason) == (said, "stop")
+        assert whole.token_ids[-1] == stop
 
 
 async def test_stop_strings_wait_for_min_tokens(folder: Path, tokenizer: TextTokenizer) -> None:

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import re
+import threading
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from llguidance import LLMatcher
 
 from actors.drafting.interface import TargetIdentity
-from actors.sampling.params import ParameterError, SamplingParams, SpeculationParams
-from actors.target_worker.messages import (
-    ChatMessage,
-    GenerationRequest,
+from actors.sampling.grammar import GrammarCompiler
+from actors.sampling.params import (
+    GrammarKind,
+    GrammarSpec,
+    ParameterError,
+    SamplingParams,
+    SpeculationParams,
 )
-from actors.text.tokenizer import TextTokenizer
+from actors.target_worker.messages import GenerationRequest
+from actors.text.messages import ChatMessage
+from actors.text.tokenizer import INLINE_CHARS, TextTokenizer
 from tests.scripted_engine import rounds, until
 from tests.toy_tokenizers import EOS, byte_level_folder
 from tests.worker_rig import CONTEXT, Rig, ask, scripted
@@ -36,6 +44,10 @@ def tokenizer(folder: Path) -> TextTokenizer:
 # -- refusals -----------------------------------------------------------------------------------------------
 
 
+def ask_under(text: str, kind: GrammarKind = "regex") -> GenerationRequest:
+    return ask(sampling=SamplingParams(grammar=GrammarSpec(kind, text)))
+
+
 BAD: list[tuple[Callable[[], GenerationRequest], str, str]] = [
     (lambda: ask("x" * CONTEXT), "prompt", f"{CONTEXT} tokens.*{CONTEXT} tokens"),
     (lambda: ask("x" * (CONTEXT + 9)), "prompt", f"{CONTEXT + 9} tokens.*{CONTEXT} tokens"),
@@ -48,6 +60,9 @@ BAD: list[tuple[Callable[[], GenerationRequest], str, str]] = [
     (lambda: ask(max_tokens=2, sampling=SamplingParams(min_tokens=3)), "min_tokens", "max_tokens"),
     (lambda: ask(sampling=SamplingParams(logit_bias={9999: 1.0})), "logit_bias", "9999"),
     (lambda: ask(sampling=SamplingParams(stop_token_ids=(-1,))), "stop_token_ids", "-1"),
+    (lambda: ask(sampling=SamplingParams(allowed_token_ids=(9999,))), "allowed_token_ids", "9999"),
+    (lambda: ask(bad_words=("x", " ")), "bad_words", "blank"),
+    (lambda: ask(bad_words=("\ud800",)), "bad_words", "Unicode"),
     (lambda: ask(output_ids_so_far=(9999,)), "output_ids_so_far", "9999"),
     (lambda: ask(output_ids_so_far=(5,), n=2), "n", "resumed"),
     (lambda: ask(speculation=SpeculationParams(drafter="eagle")), "speculation.drafter", "eagle"),
@@ -57,6 +72,8 @@ BAD: list[tuple[Callable[[], GenerationRequest], str, str]] = [
         "speculation.exit_depth",
         "no exits",
     ),
+    (lambda: ask_under("\ud800"), "response_format", "Unicode"),
+    (lambda: ask_under("[" * 100_000, "json_schema"), "response_format", "nested too deeply"),
     (lambda: GenerationRequest("r", SamplingParams(), prompt_ids=(1, 9999)), "prompt", "9999"),
     (lambda: GenerationRequest("r", SamplingParams(), prompt_ids=()), "prompt", "at least one"),
     (lambda: GenerationRequest("r", SamplingParams(), messages=()), "messages", "empty"),
@@ -106,6 +123,18 @@ async def test_the_engine_gets_the_models_end_ids(folder: Path) -> None:
         await rig.choice(ask(speculation=SpeculationParams(drafter="nested", exit_depth=4)))
         assert rig.fake.added[0].sampling.eos_token_ids == (EOS,)
         assert rig.fake.added[0].speculation.exit_depth == 4
+
+
+async def test_the_engine_gets_the_ids_of_bad_words(folder: Path, tokenizer: TextTokenizer) -> None:
+    def ids(*texts: str) -> set[tuple[int, ...]]:
+        return {tuple(tokenizer.encode(text)) for text in texts}
+
+    async with Rig(folder, scripted([[60]])) as rig:
+        await rig.choice(ask(bad_words=("end", " two", "en!", "two")))
+        sampling = rig.fake.added[0].sampling
+    # " end" is a space and "end"; " two" begins with the token " t".
+    assert set(sampling.bad_sequences) == ids("end", "two", " two", "en!")
+    assert len(sampling.bad_sequences) == 4
 
 
 async def test_what_the_engine_rejects_is_invalid(folder: Path) -> None:
@@ -249,3 +278,32 @@ async def test_never_more_than_max_tokens(folder: Path, max_tokens: int) -> None
         whole = await rig.choice(ask(max_tokens=max_tokens))
     assert len(whole.token_ids) == max_tokens
     assert whole.finish_reason == "length"
+
+
+# -- grammars -----------------------------------------------------------------------------------------------
+
+
+async def test_a_burst_of_new_grammars_holds_up_neither_known_ones_nor_long_prompts(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build, let_through, building = GrammarCompiler._build, threading.Event(), threading.Event()
+
+    def held(self: GrammarCompiler, spec: GrammarSpec) -> LLMatcher:
+        if spec.text != "known":
+            building.set()
+            assert let_through.wait(20.0)
+        return build(self, spec)
+
+    monkeypatch.setattr(GrammarCompiler, "_build", held)
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+    async with Rig(folder, scripted([[5]])) as rig:
+        assert (await rig.choice(ask_under("known"))).error is None
+        burst = [asyncio.create_task(rig.choice(ask_under(f"new{i}"))) for i in range(4)]
+        try:
+            await until(building.is_set)
+            assert (await rig.choice(ask_under("known"))).error is None
+            assert len(await rig.worker.tokenize("x" * (INLINE_CHARS + 1))) > 0
+            assert not any(task.done() for task in burst)
+        finally:
+            let_through.set()
+        assert [chunk.error for chunk in await asyncio.gather(*burst)] == [None] * 4

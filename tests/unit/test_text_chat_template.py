@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from actors.sampling.params import ParameterError
-from actors.target_worker.messages import ChatMessage
 from actors.text.chat_template import render, render_async, render_text
+from actors.text.messages import ChatMessage
 from actors.text.tokenizer import INLINE_CHARS, TextTokenizer
 from tests.toy_tokenizers import BOS, byte_level_folder
 

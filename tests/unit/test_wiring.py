@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from actors.drafting.interface import DraftSampling, SessionOpen, SessionUpdate, TargetIdentity
+from actors.drafting.interface import SessionOpen, SessionUpdate, TargetIdentity
 from actors.drafting.local_source import LocalDraftSource
 from actors.drafting.placed_source import PlacedDraftSource
+from actors.sampling.params import DraftSampling
 from actors.text.tokenizer import TextTokenizer
 from cluster.config import DraftPoolConfig, NestedDrafterConfig
 from cluster.deployments.wiring import draft_source

@@ -23,8 +23,9 @@ from cluster.bench.load import Block, run_load
 from cluster.bench.paired import Comparison, compare
 from cluster.bench.rendering import PromptRenderer
 from cluster.bench.running import BenchError
-from cluster.bench.tables import Table, comparison_text
+from cluster.bench.tables import comparison_text
 from cluster.config import ClusterConfig
+from cluster.reporting.table import Table
 from cluster.simulator.choice_report import FORMAT_VERSION
 from cluster.simulator.replay import Fixed
 

@@ -10,14 +10,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from actors.drafting.interface import DraftQuery, DraftSampling, SessionOpen
+from actors.costs import CostModel
+from actors.drafting.interface import DraftQuery, SessionOpen
 from actors.drafting.nested import NestedDrafter
 from actors.drafting.nested_load import load_nested
 from actors.drafting.selector import CANDIDATES_WANTED
-from actors.engine.costs import CostModel
 from actors.models.draft_artifact import resolve_artifact
 from actors.models.load import LoadedModel, load_runner
 from actors.models.runner import BLOCK_SIZE, RaggedBatch
+from actors.sampling.params import DraftSampling
 from actors.text.tokenizer import TextTokenizer
 from cluster.bench.choice.settings import TraceSettings
 from cluster.bench.datasets import DatasetError, Question, builtin, read_spec_bench, sample

@@ -21,8 +21,8 @@ import yaml
 
 from cluster.bench.engines.interface import EngineUnavailableError
 from cluster.bench.guardian import Guardian
-from cluster.cli.local_cluster import descendants, end_processes
 from cluster.config import ClusterConfig
+from cluster.processes import descendants, end_processes
 
 SERVE = (sys.executable, "-m", "cluster.cli.main", "serve")
 READY_TIMEOUT_S = 600.0

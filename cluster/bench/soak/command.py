@@ -24,8 +24,8 @@ from cluster.bench.session import own_server_config, progress_bar, saving
 from cluster.bench.soak.memory import Growth, MemorySample, growth, read_memory, worst_total
 from cluster.bench.soak.report import SoakResults, plot_soak, soak_tables
 from cluster.bench.soak.traffic import SoakRequest, count_kinds, requests, send
-from cluster.bench.tables import Table
 from cluster.gateway.sse import to_jsonable
+from cluster.reporting.table import Table
 
 MAX_FAILED_SHARE = 0.2
 """A server that fails more than this is not soaked any longer."""

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cluster.bench.plot import COLORS, pyplot_module, save
 from cluster.bench.soak.memory import MEASURES, MIB, ROLES, TOTAL, Growth, MemorySample
-from cluster.bench.tables import Table
+from cluster.reporting.plot import COLORS, pyplot_module, save
+from cluster.reporting.table import Table
 
 
 @dataclass(slots=True)

@@ -14,15 +14,15 @@ from rich.console import Console
 from cluster.bench.config import StartSettings
 from cluster.bench.engines.s2d_server import S2DServer
 from cluster.bench.environment import environment
+from cluster.bench.prompts import PROMPTS
 from cluster.bench.report import document_of, publish
 from cluster.bench.running import START_TIMEOUT_S, BenchError
 from cluster.bench.session import own_server_config, progress_bar, saving
 from cluster.bench.start.phases import READY, Timeline, split_start
 from cluster.bench.start.report import Start, plot_starts, start_tables
-from cluster.bench.tables import Table
-from cluster.cli.serve import EXAMPLE_PROMPT
 from cluster.config import ClusterConfig
 from cluster.gateway.sse import to_jsonable
+from cluster.reporting.table import Table
 
 POLL_S = 0.05
 """How exactly a phase is seen to end."""
@@ -97,7 +97,7 @@ async def _first_token(server: S2DServer) -> float:
     """When the first chunk with text arrived. Raises httpx.HTTPError, and BenchError without such a chunk."""
     body = {
         "model": server.model,
-        "messages": [{"role": "user", "content": EXAMPLE_PROMPT}],
+        "messages": [{"role": "user", "content": PROMPTS[0].text}],
         "max_tokens": 16,
         "temperature": 0.0,
         "stream": True,

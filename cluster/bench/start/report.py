@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.bench.plot import COLORS, pyplot_module, save
 from cluster.bench.start.phases import PHASES
-from cluster.bench.tables import Table
+from cluster.reporting.plot import COLORS, pyplot_module, save
+from cluster.reporting.table import Table
 
 
 @dataclass(frozen=True, slots=True)

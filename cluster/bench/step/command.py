@@ -18,8 +18,8 @@ from cluster.bench.step.agreement import measure_agreement
 from cluster.bench.step.products import measure_products
 from cluster.bench.step.report import StepResults, fits, plot_steps, step_tables
 from cluster.bench.step.times import StepTimes, measure_steps
-from cluster.bench.tables import Table
 from cluster.gateway.sse import to_jsonable
+from cluster.reporting.table import Table
 
 _FLOATS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 

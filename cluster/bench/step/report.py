@@ -10,11 +10,12 @@ from typing import Any
 
 from cluster.bench.fit import GrowthFit, fit_growth
 from cluster.bench.paired import compare_ratios
-from cluster.bench.plot import COLORS, pyplot_module, save
 from cluster.bench.step.agreement import Agreement
 from cluster.bench.step.products import ProductTimes
 from cluster.bench.step.times import StepTimes
-from cluster.bench.tables import Table, comparison_text
+from cluster.bench.tables import comparison_text
+from cluster.reporting.plot import COLORS, pyplot_module, save
+from cluster.reporting.table import Table
 
 VERIFY_ROWS = 8
 LIMITS = {"int8": 1.2}

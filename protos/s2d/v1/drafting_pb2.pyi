@@ -124,12 +124,11 @@ class NestedWish(_message.Message):
     def __init__(self, exit: _Optional[int] = ..., cap: _Optional[int] = ..., shadow_exit: _Optional[int] = ..., shadow_length: _Optional[int] = ...) -> None: ...
 
 class SessionUpdate(_message.Message):
-    __slots__ = ("session_id", "epoch", "new_token_ids", "drafted", "accepted", "candidates", "budget", "drafter", "exit_depth", "nested", "chain")
+    __slots__ = ("session_id", "epoch", "new_token_ids", "drafted", "candidates", "budget", "drafter", "exit_depth", "nested", "chain")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     NEW_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     DRAFTED_FIELD_NUMBER: _ClassVar[int]
-    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     CANDIDATES_FIELD_NUMBER: _ClassVar[int]
     BUDGET_FIELD_NUMBER: _ClassVar[int]
     DRAFTER_FIELD_NUMBER: _ClassVar[int]
@@ -140,14 +139,13 @@ class SessionUpdate(_message.Message):
     epoch: int
     new_token_ids: _containers.RepeatedScalarFieldContainer[int]
     drafted: int
-    accepted: int
     candidates: _containers.RepeatedCompositeFieldContainer[Candidates]
     budget: int
     drafter: str
     exit_depth: int
     nested: NestedWish
     chain: bool
-    def __init__(self, session_id: _Optional[int] = ..., epoch: _Optional[int] = ..., new_token_ids: _Optional[_Iterable[int]] = ..., drafted: _Optional[int] = ..., accepted: _Optional[int] = ..., candidates: _Optional[_Iterable[_Union[Candidates, _Mapping]]] = ..., budget: _Optional[int] = ..., drafter: _Optional[str] = ..., exit_depth: _Optional[int] = ..., nested: _Optional[_Union[NestedWish, _Mapping]] = ..., chain: _Optional[bool] = ...) -> None: ...
+    def __init__(self, session_id: _Optional[int] = ..., epoch: _Optional[int] = ..., new_token_ids: _Optional[_Iterable[int]] = ..., drafted: _Optional[int] = ..., candidates: _Optional[_Iterable[_Union[Candidates, _Mapping]]] = ..., budget: _Optional[int] = ..., drafter: _Optional[str] = ..., exit_depth: _Optional[int] = ..., nested: _Optional[_Union[NestedWish, _Mapping]] = ..., chain: _Optional[bool] = ...) -> None: ...
 
 class DraftRound(_message.Message):
     __slots__ = ("round_id", "hello", "opens", "closes", "updates", "deadline_us", "reset_shared_state")

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import empty_pb2 as google_dot_protobuf_dot_empty__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eprotos/s2d/v1/generation.proto\x12\x06s2d.v1\x1a\x1bgoogle/protobuf/empty.proto\"\x1b\n\x08TokenIds\x12\x0f\n\x03ids\x18\x01 \x03(\rB\x02\x10\x01\")\n\x0bGrammarSpec\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\"\x84\x06\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x12\n\x05top_k\x18\x05 \x01(\rH\x04\x88\x01\x01\x12\x12\n\x05min_p\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x11\n\x04seed\x18\x07 \x01(\x12H\x06\x88\x01\x01\x12\x0e\n\x01n\x18\x08 \x01(\rH\x07\x88\x01\x01\x12\x0c\n\x04stop\x18\t \x03(\t\x12\x1a\n\x0estop_token_ids\x18\n \x03(\rB\x02\x10\x01\x12\x17\n\nignore_eos\x18\x0b \x01(\x08H\x08\x88\x01\x01\x12\x39\n\nlogit_bias\x18\x0c \x03(\x0b\x32%.s2d.v1.SamplingParams.LogitBiasEntry\x12\x1d\n\x10presence_penalty\x18\r \x01(\x01H\t\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0e \x01(\x01H\n\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x0f \x01(\x01H\x0b\x88\x01\x01\x12\x15\n\x08logprobs\x18\x10 \x01(\rH\x0c\x88\x01\x01\x12)\n\x07grammar\x18\x11 \x01(\x0b\x32\x13.s2d.v1.GrammarSpecH\r\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x12 \x01(\rH\x0e\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\x04\n\x02_nB\r\n\x0b_ignore_eosB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x0b\n\t_logprobsB\n\n\x08_grammarB\x12\n\x10_prompt_logprobs\"\x99\x02\n\x11SpeculationParams\x12\x14\n\x07\x65nabled\x18\x01 \x01(\x08H\x00\x88\x01\x01\x12\x1d\n\x10max_draft_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05\x66orce\x18\x03 \x01(\x08H\x02\x88\x01\x01\x12\x14\n\x07\x64rafter\x18\x04 \x01(\tH\x03\x88\x01\x01\x12\x17\n\nexit_depth\x18\x05 \x01(\rH\x04\x88\x01\x01\x12\x19\n\x0cverification\x18\x06 \x01(\tH\x05\x88\x01\x01\x12\x11\n\x04tree\x18\x07 \x01(\x08H\x06\x88\x01\x01\x42\n\n\x08_enabledB\x13\n\x11_max_draft_tokensB\x08\n\x06_forceB\n\n\x08_drafterB\r\n\x0b_exit_depthB\x0f\n\r_verificationB\x07\n\x05_tree\"\xcf\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12%\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x10.s2d.v1.TokenIdsH\x00\x12(\n\x08sampling\x18\x04 \x01(\x0b\x32\x16.s2d.v1.SamplingParams\x12.\n\x0bspeculation\x18\x05 \x01(\x0b\x32\x19.s2d.v1.SpeculationParams\x12\x12\n\nrequest_id\x18\x06 \x01(\tB\x08\n\x06prompt\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xb1\x01\n\x0b\x43hatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12%\n\x08messages\x18\x02 \x03(\x0b\x32\x13.s2d.v1.ChatMessage\x12(\n\x08sampling\x18\x03 \x01(\x0b\x32\x16.s2d.v1.SamplingParams\x12.\n\x0bspeculation\x18\x04 \x01(\x0b\x32\x19.s2d.v1.SpeculationParams\x12\x12\n\nrequest_id\x18\x05 \x01(\t\"@\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12\r\n\x05token\x18\x03 \x01(\t\"[\n\x10PositionLogprobs\x12$\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x14.s2d.v1.TokenLogprob\x12!\n\x03top\x18\x02 \x03(\x0b\x32\x14.s2d.v1.TokenLogprob\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\xc8\x01\n\x10SpeculationStats\x12\x16\n\x0enum_spec_steps\x18\x01 \x01(\r\x12\x18\n\x10num_draft_tokens\x18\x02 \x01(\r\x12!\n\x19num_accepted_draft_tokens\x18\x03 \x01(\r\x12 \n\x14\x61\x63\x63\x65ptance_histogram\x18\x04 \x03(\rB\x02\x10\x01\x12\x1e\n\x16mean_acceptance_length\x18\x05 \x01(\x01\x12\x1d\n\x15\x64raft_acceptance_rate\x18\x06 \x01(\x01\"\xf4\x02\n\rGenerateChunk\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x15\n\ttoken_ids\x18\x03 \x03(\rB\x02\x10\x01\x12\x1e\n\x12\x61\x63\x63\x65pted_per_round\x18\x04 \x03(\rB\x02\x10\x01\x12*\n\x08logprobs\x18\x05 \x03(\x0b\x32\x18.s2d.v1.PositionLogprobs\x12\x15\n\rfinish_reason\x18\x06 \x01(\t\x12\x1c\n\x05usage\x18\x07 \x01(\x0b\x32\r.s2d.v1.Usage\x12-\n\x0bspeculation\x18\x08 \x01(\x0b\x32\x18.s2d.v1.SpeculationStats\x12\x11\n\x04seed\x18\t \x01(\x12H\x00\x88\x01\x01\x12\x12\n\nrequest_id\x18\n \x01(\t\x12\x31\n\x0fprompt_logprobs\x18\x0b \x03(\x0b\x32\x18.s2d.v1.PositionLogprobs\x12\x1c\n\x10tokens_per_round\x18\x0c \x03(\rB\x02\x10\x01\x42\x07\n\x05_seed\"f\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x03 \x01(\x08H\x00\x88\x01\x01\x42\x15\n\x13_add_special_tokens\"O\n\x10TokenizeResponse\x12\x15\n\ttoken_ids\x18\x01 \x03(\rB\x02\x10\x01\x12\r\n\x05\x63ount\x18\x02 \x01(\r\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\"$\n\x13GetModelInfoRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\x88\x01\n\tModelInfo\x12\n\n\x02id\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x04 \x01(\t\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\r\n\x05ready\x18\x06 \x01(\x08\x12\x10\n\x08\x64rafters\x18\x07 \x03(\t\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.s2d.v1.ModelInfo2\xc8\x02\n\x11GenerationService\x12<\n\x08Generate\x12\x17.s2d.v1.GenerateRequest\x1a\x15.s2d.v1.GenerateChunk0\x01\x12\x34\n\x04\x43hat\x12\x13.s2d.v1.ChatRequest\x1a\x15.s2d.v1.GenerateChunk0\x01\x12=\n\x08Tokenize\x12\x17.s2d.v1.TokenizeRequest\x1a\x18.s2d.v1.TokenizeResponse\x12@\n\nListModels\x12\x16.google.protobuf.Empty\x1a\x1a.s2d.v1.ListModelsResponse\x12>\n\x0cGetModelInfo\x12\x1b.s2d.v1.GetModelInfoRequest\x1a\x11.s2d.v1.ModelInfob\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eprotos/s2d/v1/generation.proto\x12\x06s2d.v1\x1a\x1bgoogle/protobuf/empty.proto\"\x1b\n\x08TokenIds\x12\x0f\n\x03ids\x18\x01 \x03(\rB\x02\x10\x01\":\n\x0bGrammarSpec\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07\x63hoices\x18\x03 \x03(\t\"\xfe\x06\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x18\n\x0btemperature\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x12\n\x05top_k\x18\x05 \x01(\rH\x04\x88\x01\x01\x12\x12\n\x05min_p\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x11\n\x04seed\x18\x07 \x01(\x12H\x06\x88\x01\x01\x12\x0e\n\x01n\x18\x08 \x01(\rH\x07\x88\x01\x01\x12\x0c\n\x04stop\x18\t \x03(\t\x12\x1a\n\x0estop_token_ids\x18\n \x03(\rB\x02\x10\x01\x12\x17\n\nignore_eos\x18\x0b \x01(\x08H\x08\x88\x01\x01\x12\x39\n\nlogit_bias\x18\x0c \x03(\x0b\x32%.s2d.v1.SamplingParams.LogitBiasEntry\x12\x1d\n\x10presence_penalty\x18\r \x01(\x01H\t\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0e \x01(\x01H\n\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x0f \x01(\x01H\x0b\x88\x01\x01\x12\x15\n\x08logprobs\x18\x10 \x01(\rH\x0c\x88\x01\x01\x12)\n\x07grammar\x18\x11 \x01(\x0b\x32\x13.s2d.v1.GrammarSpecH\r\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x12 \x01(\rH\x0e\x88\x01\x01\x12\'\n\x1ainclude_stop_str_in_output\x18\x13 \x01(\x08H\x0f\x88\x01\x01\x12\x11\n\tbad_words\x18\x14 \x03(\t\x12\x1d\n\x11\x61llowed_token_ids\x18\x15 \x03(\rB\x02\x10\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\x04\n\x02_nB\r\n\x0b_ignore_eosB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x0b\n\t_logprobsB\n\n\x08_grammarB\x12\n\x10_prompt_logprobsB\x1d\n\x1b_include_stop_str_in_output\"\x99\x02\n\x11SpeculationParams\x12\x14\n\x07\x65nabled\x18\x01 \x01(\x08H\x00\x88\x01\x01\x12\x1d\n\x10max_draft_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05\x66orce\x18\x03 \x01(\x08H\x02\x88\x01\x01\x12\x14\n\x07\x64rafter\x18\x04 \x01(\tH\x03\x88\x01\x01\x12\x17\n\nexit_depth\x18\x05 \x01(\rH\x04\x88\x01\x01\x12\x19\n\x0cverification\x18\x06 \x01(\tH\x05\x88\x01\x01\x12\x11\n\x04tree\x18\x07 \x01(\x08H\x06\x88\x01\x01\x42\n\n\x08_enabledB\x13\n\x11_max_draft_tokensB\x08\n\x06_forceB\n\n\x08_drafterB\r\n\x0b_exit_depthB\x0f\n\r_verificationB\x07\n\x05_tree\"\xeb\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12%\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x10.s2d.v1.TokenIdsH\x00\x12(\n\x08sampling\x18\x04 \x01(\x0b\x32\x16.s2d.v1.SamplingParams\x12.\n\x0bspeculation\x18\x05 \x01(\x0b\x32\x19.s2d.v1.SpeculationParams\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x11\n\x04\x65\x63ho\x18\x07 \x01(\x08H\x01\x88\x01\x01\x42\x08\n\x06promptB\x07\n\x05_echo\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xb1\x01\n\x0b\x43hatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12%\n\x08messages\x18\x02 \x03(\x0b\x32\x13.s2d.v1.ChatMessage\x12(\n\x08sampling\x18\x03 \x01(\x0b\x32\x16.s2d.v1.SamplingParams\x12.\n\x0bspeculation\x18\x04 \x01(\x0b\x32\x19.s2d.v1.SpeculationParams\x12\x12\n\nrequest_id\x18\x05 \x01(\t\"@\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12\r\n\x05token\x18\x03 \x01(\t\"[\n\x10PositionLogprobs\x12$\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x14.s2d.v1.TokenLogprob\x12!\n\x03top\x18\x02 \x03(\x0b\x32\x14.s2d.v1.TokenLogprob\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"\xc8\x01\n\x10SpeculationStats\x12\x16\n\x0enum_spec_steps\x18\x01 \x01(\r\x12\x18\n\x10num_draft_tokens\x18\x02 \x01(\r\x12!\n\x19num_accepted_draft_tokens\x18\x03 \x01(\r\x12 \n\x14\x61\x63\x63\x65ptance_histogram\x18\x04 \x03(\rB\x02\x10\x01\x12\x1e\n\x16mean_acceptance_length\x18\x05 \x01(\x01\x12\x1d\n\x15\x64raft_acceptance_rate\x18\x06 \x01(\x01\"\xf4\x02\n\rGenerateChunk\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x15\n\ttoken_ids\x18\x03 \x03(\rB\x02\x10\x01\x12\x1e\n\x12\x61\x63\x63\x65pted_per_round\x18\x04 \x03(\rB\x02\x10\x01\x12*\n\x08logprobs\x18\x05 \x03(\x0b\x32\x18.s2d.v1.PositionLogprobs\x12\x15\n\rfinish_reason\x18\x06 \x01(\t\x12\x1c\n\x05usage\x18\x07 \x01(\x0b\x32\r.s2d.v1.Usage\x12-\n\x0bspeculation\x18\x08 \x01(\x0b\x32\x18.s2d.v1.SpeculationStats\x12\x11\n\x04seed\x18\t \x01(\x12H\x00\x88\x01\x01\x12\x12\n\nrequest_id\x18\n \x01(\t\x12\x31\n\x0fprompt_logprobs\x18\x0b \x03(\x0b\x32\x18.s2d.v1.PositionLogprobs\x12\x1c\n\x10tokens_per_round\x18\x0c \x03(\rB\x02\x10\x01\x42\x07\n\x05_seed\"\xcb\x01\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x03 \x01(\x08H\x00\x88\x01\x01\x12%\n\x08messages\x18\x04 \x03(\x0b\x32\x13.s2d.v1.ChatMessage\x12\"\n\x15\x61\x64\x64_generation_prompt\x18\x05 \x01(\x08H\x01\x88\x01\x01\x42\x15\n\x13_add_special_tokensB\x18\n\x16_add_generation_prompt\"O\n\x10TokenizeResponse\x12\x15\n\ttoken_ids\x18\x01 \x03(\rB\x02\x10\x01\x12\r\n\x05\x63ount\x18\x02 \x01(\r\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\"9\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\ttoken_ids\x18\x02 \x03(\rB\x02\x10\x01\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"$\n\x13GetModelInfoRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\xa8\x01\n\tModelInfo\x12\n\n\x02id\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x04 \x01(\t\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\r\n\x05ready\x18\x06 \x01(\x08\x12\x10\n\x08\x64rafters\x18\x07 \x03(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x08 \x01(\t\x12\r\n\x05state\x18\t \x01(\t\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.s2d.v1.ModelInfo2\x8d\x03\n\x11GenerationService\x12<\n\x08Generate\x12\x17.s2d.v1.GenerateRequest\x1a\x15.s2d.v1.GenerateChunk0\x01\x12\x34\n\x04\x43hat\x12\x13.s2d.v1.ChatRequest\x1a\x15.s2d.v1.GenerateChunk0\x01\x12=\n\x08Tokenize\x12\x17.s2d.v1.TokenizeRequest\x1a\x18.s2d.v1.TokenizeResponse\x12\x43\n\nDetokenize\x12\x19.s2d.v1.DetokenizeRequest\x1a\x1a.s2d.v1.DetokenizeResponse\x12@\n\nListModels\x12\x16.google.protobuf.Empty\x1a\x1a.s2d.v1.ListModelsResponse\x12>\n\x0cGetModelInfo\x12\x1b.s2d.v1.GetModelInfoRequest\x1a\x11.s2d.v1.ModelInfob\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,6 +38,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
   _globals['_SAMPLINGPARAMS'].fields_by_name['stop_token_ids']._loaded_options = None
   _globals['_SAMPLINGPARAMS'].fields_by_name['stop_token_ids']._serialized_options = b'\020\001'
+  _globals['_SAMPLINGPARAMS'].fields_by_name['allowed_token_ids']._loaded_options = None
+  _globals['_SAMPLINGPARAMS'].fields_by_name['allowed_token_ids']._serialized_options = b'\020\001'
   _globals['_SPECULATIONSTATS'].fields_by_name['acceptance_histogram']._loaded_options = None
   _globals['_SPECULATIONSTATS'].fields_by_name['acceptance_histogram']._serialized_options = b'\020\001'
   _globals['_GENERATECHUNK'].fields_by_name['token_ids']._loaded_options = None
@@ -48,42 +50,48 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATECHUNK'].fields_by_name['tokens_per_round']._serialized_options = b'\020\001'
   _globals['_TOKENIZERESPONSE'].fields_by_name['token_ids']._loaded_options = None
   _globals['_TOKENIZERESPONSE'].fields_by_name['token_ids']._serialized_options = b'\020\001'
+  _globals['_DETOKENIZEREQUEST'].fields_by_name['token_ids']._loaded_options = None
+  _globals['_DETOKENIZEREQUEST'].fields_by_name['token_ids']._serialized_options = b'\020\001'
   _globals['_TOKENIDS']._serialized_start=71
   _globals['_TOKENIDS']._serialized_end=98
   _globals['_GRAMMARSPEC']._serialized_start=100
-  _globals['_GRAMMARSPEC']._serialized_end=141
-  _globals['_SAMPLINGPARAMS']._serialized_start=144
-  _globals['_SAMPLINGPARAMS']._serialized_end=916
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=651
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=699
-  _globals['_SPECULATIONPARAMS']._serialized_start=919
-  _globals['_SPECULATIONPARAMS']._serialized_end=1200
-  _globals['_GENERATEREQUEST']._serialized_start=1203
-  _globals['_GENERATEREQUEST']._serialized_end=1410
-  _globals['_CHATMESSAGE']._serialized_start=1412
-  _globals['_CHATMESSAGE']._serialized_end=1456
-  _globals['_CHATREQUEST']._serialized_start=1459
-  _globals['_CHATREQUEST']._serialized_end=1636
-  _globals['_TOKENLOGPROB']._serialized_start=1638
-  _globals['_TOKENLOGPROB']._serialized_end=1702
-  _globals['_POSITIONLOGPROBS']._serialized_start=1704
-  _globals['_POSITIONLOGPROBS']._serialized_end=1795
-  _globals['_USAGE']._serialized_start=1797
-  _globals['_USAGE']._serialized_end=1877
-  _globals['_SPECULATIONSTATS']._serialized_start=1880
-  _globals['_SPECULATIONSTATS']._serialized_end=2080
-  _globals['_GENERATECHUNK']._serialized_start=2083
-  _globals['_GENERATECHUNK']._serialized_end=2455
-  _globals['_TOKENIZEREQUEST']._serialized_start=2457
-  _globals['_TOKENIZEREQUEST']._serialized_end=2559
-  _globals['_TOKENIZERESPONSE']._serialized_start=2561
-  _globals['_TOKENIZERESPONSE']._serialized_end=2640
-  _globals['_GETMODELINFOREQUEST']._serialized_start=2642
-  _globals['_GETMODELINFOREQUEST']._serialized_end=2678
-  _globals['_MODELINFO']._serialized_start=2681
-  _globals['_MODELINFO']._serialized_end=2817
-  _globals['_LISTMODELSRESPONSE']._serialized_start=2819
-  _globals['_LISTMODELSRESPONSE']._serialized_end=2874
-  _globals['_GENERATIONSERVICE']._serialized_start=2877
-  _globals['_GENERATIONSERVICE']._serialized_end=3205
+  _globals['_GRAMMARSPEC']._serialized_end=158
+  _globals['_SAMPLINGPARAMS']._serialized_start=161
+  _globals['_SAMPLINGPARAMS']._serialized_end=1055
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=759
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=807
+  _globals['_SPECULATIONPARAMS']._serialized_start=1058
+  _globals['_SPECULATIONPARAMS']._serialized_end=1339
+  _globals['_GENERATEREQUEST']._serialized_start=1342
+  _globals['_GENERATEREQUEST']._serialized_end=1577
+  _globals['_CHATMESSAGE']._serialized_start=1579
+  _globals['_CHATMESSAGE']._serialized_end=1623
+  _globals['_CHATREQUEST']._serialized_start=1626
+  _globals['_CHATREQUEST']._serialized_end=1803
+  _globals['_TOKENLOGPROB']._serialized_start=1805
+  _globals['_TOKENLOGPROB']._serialized_end=1869
+  _globals['_POSITIONLOGPROBS']._serialized_start=1871
+  _globals['_POSITIONLOGPROBS']._serialized_end=1962
+  _globals['_USAGE']._serialized_start=1964
+  _globals['_USAGE']._serialized_end=2044
+  _globals['_SPECULATIONSTATS']._serialized_start=2047
+  _globals['_SPECULATIONSTATS']._serialized_end=2247
+  _globals['_GENERATECHUNK']._serialized_start=2250
+  _globals['_GENERATECHUNK']._serialized_end=2622
+  _globals['_TOKENIZEREQUEST']._serialized_start=2625
+  _globals['_TOKENIZEREQUEST']._serialized_end=2828
+  _globals['_TOKENIZERESPONSE']._serialized_start=2830
+  _globals['_TOKENIZERESPONSE']._serialized_end=2909
+  _globals['_DETOKENIZEREQUEST']._serialized_start=2911
+  _globals['_DETOKENIZEREQUEST']._serialized_end=2968
+  _globals['_DETOKENIZERESPONSE']._serialized_start=2970
+  _globals['_DETOKENIZERESPONSE']._serialized_end=3004
+  _globals['_GETMODELINFOREQUEST']._serialized_start=3006
+  _globals['_GETMODELINFOREQUEST']._serialized_end=3042
+  _globals['_MODELINFO']._serialized_start=3045
+  _globals['_MODELINFO']._serialized_end=3213
+  _globals['_LISTMODELSRESPONSE']._serialized_start=3215
+  _globals['_LISTMODELSRESPONSE']._serialized_end=3270
+  _globals['_GENERATIONSERVICE']._serialized_start=3273
+  _globals['_GENERATIONSERVICE']._serialized_end=3670
 # @@protoc_insertion_point(module_scope)

@@ -50,6 +50,11 @@ class GenerationServiceStub:
                 request_serializer=protos_dot_s2d_dot_v1_dot_generation__pb2.TokenizeRequest.SerializeToString,
                 response_deserializer=protos_dot_s2d_dot_v1_dot_generation__pb2.TokenizeResponse.FromString,
                 _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/s2d.v1.GenerationService/Detokenize',
+                request_serializer=protos_dot_s2d_dot_v1_dot_generation__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=protos_dot_s2d_dot_v1_dot_generation__pb2.DetokenizeResponse.FromString,
+                _registered_method=True)
         self.ListModels = channel.unary_unary(
                 '/s2d.v1.GenerationService/ListModels',
                 request_serializer=google_dot_protobuf_dot_empty__pb2.Empty.SerializeToString,
@@ -85,6 +90,12 @@ class GenerationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Detokenize(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListModels(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -115,6 +126,11 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     servicer.Tokenize,
                     request_deserializer=protos_dot_s2d_dot_v1_dot_generation__pb2.TokenizeRequest.FromString,
                     response_serializer=protos_dot_s2d_dot_v1_dot_generation__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=protos_dot_s2d_dot_v1_dot_generation__pb2.DetokenizeRequest.FromString,
+                    response_serializer=protos_dot_s2d_dot_v1_dot_generation__pb2.DetokenizeResponse.SerializeToString,
             ),
             'ListModels': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModels,
@@ -208,6 +224,33 @@ class GenerationService:
             '/s2d.v1.GenerationService/Tokenize',
             protos_dot_s2d_dot_v1_dot_generation__pb2.TokenizeRequest.SerializeToString,
             protos_dot_s2d_dot_v1_dot_generation__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/s2d.v1.GenerationService/Detokenize',
+            protos_dot_s2d_dot_v1_dot_generation__pb2.DetokenizeRequest.SerializeToString,
+            protos_dot_s2d_dot_v1_dot_generation__pb2.DetokenizeResponse.FromString,
             options,
             channel_credentials,
             insecure,
