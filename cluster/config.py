@@ -150,9 +150,11 @@ class ModelConfig(PlacedConfig):
         return self
 
     @model_validator(mode="after")
-    def _int8_on_cpus(self) -> ModelConfig:
+    def _on_cpus_only(self) -> ModelConfig:
         if self.dtype == "int8" and self.torch_device != "cpu":
             raise ValueError("dtype: int8 is computed on CPUs only; use bfloat16 on a GPU")
+        if self.backend == "native" and self.torch_device != "cpu":
+            raise ValueError("backend: native is for CPUs only; use auto, torch or generic on a GPU")
         return self
 
     def found_from(self, folder: Path) -> ModelConfig:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class ConfigModel(BaseModel):
@@ -45,8 +45,8 @@ class PlacedConfig(ConfigModel):
     num_gpus: float | None = Field(
         None,
         ge=0,
-        description="Ray GPUs that a worker reserves, its own: no other sees them. Null: 1 with device cuda, "
-        "else 0. With 0 and device cuda or cuda:N it computes on one that may be reserved by others.",
+        description="Ray GPUs that a worker reserves: no other reservation gets them. Null: 1 with device "
+        "cuda, else 0. With 0 and device cuda or cuda:N it computes on one that may be reserved by others.",
     )
     resources: dict[str, float] = Field(
         default_factory=dict,
@@ -62,6 +62,15 @@ class PlacedConfig(ConfigModel):
         if any(amount <= 0 for amount in resources.values()):
             raise ValueError("must be positive")
         return resources
+
+    @model_validator(mode="after")
+    def _shown_by_ray(self) -> Self:
+        if self.device.startswith("cuda:") and self.num_gpus:
+            raise ValueError(
+                "num_gpus: Ray shows a worker the GPUs that it reserves and numbers them from 0; reserve "
+                "with device cuda, or give cuda:N without a reservation"
+            )
+        return self
 
     @property
     def gpus(self) -> float:

@@ -179,9 +179,11 @@ class Controller:
         """Whether the round waits longer for this request's draft than when it asks again and again."""
         return not state.asked or (self.reads_in_rounds and state.rounds_since_asked > _SELDOM)
 
-    def rests(self, states: Sequence[ControlState], other_rows: int = 0) -> int:
+    def rests(self, states: Sequence[ControlState], other_rows: int = 0, beside: int = 0) -> int:
         """Coming rounds of some requests, none of which is forced, in which nothing is to be decided: nobody
-        asks in them, and no candidates have to be made. Tell how many passed with `rested`."""
+        asks in them, and no candidates have to be made. `beside`: requests that decode with them and never
+        draft. Tell how many passed with `rested`."""
+        self._beside = beside
         if not self.account.solvent:
             self._reason = _IN_DEBT
             return _LOOK_INTERVAL

@@ -259,14 +259,14 @@ class Speculator:
             seq.tree_now = _takes_tree(seq, alone=len(running) == 1)
         turn, waits = divmod(self._turn, _LEARN_INTERVAL if len(decoding) > 1 else 1)
         self._learner = decoding[turn % len(decoding)] if decoding and not waits else None
-        rounds = self._rests(decoding, prompt_rows)
+        plain = [seq.num_computed for seq in running if seq.decoding and not seq.session_open]
+        rounds = self._rests(decoding, prompt_rows, len(plain))
         self._batch, self._resting, self._rested = decoding, max(0, rounds - 1), min(1, rounds)
         if rounds:
             budgets: Sequence[int] = [0] * len(decoding)
         else:
             joining = sum(not seq.decoding for seq in running)
             candidates = [self._candidate(seq) for seq in decoding]
-            plain = [seq.num_computed for seq in running if seq.decoding and not seq.session_open]
             budgets = self.controller.plan(candidates, prompt_rows, joining, plain)
         shadowed = self._shadow_round(decoding)
         updates = []
@@ -282,12 +282,12 @@ class Speculator:
         """A round in which so many requests decoded took `seconds` beside the target's pass."""
         self.controller.observe_overhead(seconds - self._waited_s, requests, self._asking)
 
-    def _rests(self, decoding: Sequence[EngineSequence], prompt_rows: int) -> int:
-        """Coming rounds of a batch in which nobody asks for anything, while it stays as it is. A single
-        sequence does not rest: drafters learn from each of its rounds."""
+    def _rests(self, decoding: Sequence[EngineSequence], prompt_rows: int, plain: int) -> int:
+        """Coming rounds of a batch in which nobody asks for anything, while it stays as it is, beside `plain`
+        requests that never draft. A single sequence does not rest: drafters learn from each of its rounds."""
         if len(decoding) < 2 or self._assigned.shadow is not None or any(seq.forced for seq in decoding):
             return 0
-        return self.controller.rests([seq.control for seq in decoding], prompt_rows)
+        return self.controller.rests([seq.control for seq in decoding], prompt_rows, plain)
 
     def _shadow_round(self, decoding: Sequence[EngineSequence]) -> EngineSequence | None:
         """Score what arrived; the sequence that asks for a shadow draft in the coming round."""

@@ -174,14 +174,18 @@ class GrammarCompiler:
         """Whether `compile` has nothing to build or to wait for."""
         with self._lock:
             prototype = self._cache.get(spec)
-            return prototype is not None and prototype.done()
+            return prototype is not None and prototype.done() and prototype.exception() is None
 
     def _fill(self, prototype: Future[llguidance.LLMatcher], spec: GrammarSpec) -> None:
         """Build, outside the lock. What fails leaves the cache as it was."""
         try:
             prototype.set_result(self._build(spec))
-        except BaseException as error:  # a panic of the library is no Exception; others wait for this too
+        except Exception as error:
             prototype.set_exception(error)
+        except BaseException as error:  # a panic of the library, which is no Exception
+            refusal = ParameterError(_PARAM, f"the {spec.kind} could not be compiled")
+            refusal.__cause__ = error
+            prototype.set_exception(refusal)
         with self._lock:
             if prototype.exception() is not None and self._cache.get(spec) is prototype:
                 del self._cache[spec]

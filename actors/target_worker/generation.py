@@ -55,7 +55,7 @@ class GenerationService:
         grammars: GrammarCompiler,
     ) -> None:
         """`grammars` is the engine's too, which finds ready what is compiled here, in a thread: a first
-        compilation takes up to a second and must not hold up the engine's running streams."""
+        compilation takes up to seconds and must not hold up the engine's running streams."""
         self._tokenizer = tokenizer
         self._engine = engine
         self._limits = limits

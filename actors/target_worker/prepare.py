@@ -14,6 +14,8 @@ from actors.text.tokenizer import TextTokenizer
 
 NESTED = "nested"
 """The drafter that has exit depths."""
+MAX_WORD_CHARS = 256
+"""Of one of `bad_words`: they are encoded, and compared with each other, while other requests wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,10 @@ def bad_sequences(words: Iterable[str], tokenizer: TextTokenizer) -> tuple[tuple
     for word in words:
         if not word.strip():
             raise ParameterError("bad_words", "must not contain blank strings")
+        if len(word) > MAX_WORD_CHARS:
+            raise ParameterError(
+                "bad_words", f"must not contain strings of more than {MAX_WORD_CHARS} characters"
+            )
         for text in (word.lstrip(), " " + word.lstrip()):
             found[tuple(tokenizer.encode(text, add_special_tokens=False, param="bad_words"))] = None
     return tuple(ids for ids in found if not any(ids[k:] in found for k in range(1, len(ids))))

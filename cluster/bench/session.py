@@ -211,6 +211,7 @@ async def _session(settings: CommonSettings, api_key: str | None) -> AsyncIterat
     machine = await asyncio.to_thread(environment)
     async with running(engines, lambda text: console.print(text, markup=False)):
         with Turns(engines, settings.exclusive) as turns:
+            await turns.begin()
             yield Session(engines, questions, renderer, machine, console, turns)
 
 

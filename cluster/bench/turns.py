@@ -20,6 +20,9 @@ from cluster.processes import descendants
 
 SETTLE_S = 1.0
 """After an engine was let go on: timers that ran out meanwhile fire at once, closed connections are seen."""
+QUIET_S = 15.0
+"""For what an engine does in idle moments after its start. Our own measures again, in some ten seconds, what
+rounds cost; without idle moments it would do so while it and others are let go on, and believe it."""
 
 
 class Turns:
@@ -61,6 +64,12 @@ class Turns:
         if engine.pid is not None and engine.pid in self._held:
             self._resume(engine.pid)
             await asyncio.sleep(self._settle_s)
+
+    async def begin(self, quiet_s: float = QUIET_S) -> None:
+        """Every engine has the machine to itself for so long, without a request."""
+        for engine in {e.pid: e for e in self._engines if e.pid is not None}.values():
+            await self.give_to(engine)
+            await asyncio.sleep(quiet_s)
 
     def _suspend(self, root: int) -> None:
         """A parent before its children, again until no process is new: what is stopped starts no other."""

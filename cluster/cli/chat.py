@@ -57,10 +57,13 @@ def chat(
             err.print(f"[dim]{escape(name)}. {HELP}[/]")
             first = [("system", system)] if system is not None else []
             history = list(first)
+            refused = answered = False
             while True:
                 try:
                     line = (await read_line("[bold]> [/]")).strip()
                 except EOFError:
+                    if refused and not answered:
+                        raise typer.Exit(1) from None
                     return
                 if line == "/quit":
                     return
@@ -74,7 +77,9 @@ def chat(
                         if unreachable(error):
                             raise
                         print_error(explain(error, address))  # the conversation goes on without this line
+                        refused = True
                         continue
+                    answered = True
                     history = [*question, ("assistant", answer)]
 
     run(work(), address)

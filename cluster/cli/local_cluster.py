@@ -45,6 +45,9 @@ RAY_ENVIRONMENT = {
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),
     # How soon the first request to a sleeping model is noticed. 10 s by default.
     "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
+    # A worker that does not answer would keep its requests and CPUs for as long as a healthy one gets to end
+    # its requests. They are resumed elsewhere.
+    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
 }
 CROWDED_ENVIRONMENT = {
     # Ten times a second by default, which takes 3 % of a core. Health is looked at every few seconds.
@@ -147,21 +150,43 @@ def check_gpus(config: ClusterConfig, there: float) -> None:
 
 
 def spread_over_gpus(config: ClusterConfig, there: int) -> ClusterConfig:
-    """Models with device auto reserve what nobody has asked for of so many GPUs: one for each replica, or
-    equal shares where there are fewer. Those that say what they reserve, or that only CPUs run, stay as they
-    are, and so does the draft pool: shallow drafts are small, and on a CPU they take nothing from targets."""
+    """Models with device auto reserve what nobody has asked for of so many GPUs: one for each replica, equal
+    shares where there are fewer, and of one that others share what they leave. Those that say what they
+    reserve, or that only CPUs run, stay as they are, and so does the draft pool: shallow drafts are small,
+    and on a CPU they take nothing from targets."""
 
     def takes(model: ModelConfig) -> bool:
         free = model.device == "auto" and model.num_gpus is None
         return free and model.dtype != "int8" and model.backend != "native"
 
-    left = math.floor(there - sum(kind.gpus * kind.most_replicas for kind in _kinds(config)))
+    taken, spare = 0, 0.0
+    for kind in _kinds(config):
+        gpus, spare_here = _held(kind.gpus, kind.most_replicas)
+        taken, spare = taken + gpus, max(spare, spare_here)
+    left = there - taken
     workers = sum(model.most_replicas for model in config.models if takes(model))
-    if left < 1 or not workers:
+    if not workers:
         return config
-    share = 1.0 / math.ceil(workers / left)  # so that every worker's lies on one GPU
+    # Every worker's share lies on one GPU.
+    share = 1.0 / math.ceil(workers / left) if left >= 1 else _rounded_down(spare / workers)
+    if share == 0.0:
+        return config
     models = tuple(m.model_copy(update={"num_gpus": share}) if takes(m) else m for m in config.models)
     return config.model_copy(update={"models": models})
+
+
+def _held(gpus: float, replicas: int) -> tuple[int, float]:
+    """GPUs that replicas of so many each keep from others, and what they leave of the last one."""
+    if gpus == 0.0 or gpus >= 1.0:
+        return math.ceil(gpus * replicas), 0.0
+    on_one = math.floor(1.0 / gpus)
+    held = math.ceil(replicas / on_one)
+    return held, 1.0 - gpus * (replicas - (held - 1) * on_one) if held else 0.0
+
+
+def _rounded_down(gpus: float) -> float:
+    """To what Ray can count."""
+    return math.floor(round(gpus * 1e4, 6)) / 1e4
 
 
 def usable_gpus(there: float) -> int:

@@ -17,6 +17,9 @@ from cluster.gateway.sse import JsonResponse
 
 logger = logging.getLogger(__name__)
 
+UNLOAD_ATTEMPTS, UNLOAD_PAUSE_S = 10, 5.0
+"""Of a model that was in use: how often Ray Serve is asked, and the seconds between."""
+
 
 def build_models_api(gateway: Gateway) -> APIRouter:
     """Nothing without `gateway.admin_endpoints`."""
@@ -49,13 +52,21 @@ def build_models_api(gateway: Gateway) -> APIRouter:
             loading.discard(model.name)
         return JsonResponse({"id": model.name, "state": "starting"}, 202)
 
-    async def unload_when_idle(model: ServedModel) -> None:
+    async def unload_when_idle(model: ServedModel, attempts: int) -> None:
         """Its prompts that still wait for a worker would wait for ever once Serve has begun to delete it."""
         try:
-            left = await model.in_flight.drain(gateway.config.request_timeout_s)
-            if left:
-                logger.warning("`%s` is unloaded under %d running requests", model.name, left)
-            await loader.unload(model.name)
+            running = await model.in_flight.drain(gateway.config.request_timeout_s)
+            if running:
+                logger.warning("`%s` is unloaded under %d running requests", model.name, running)
+            for left in reversed(range(attempts)):
+                try:
+                    await loader.unload(model.name)
+                    break
+                except Exception:
+                    if not left:
+                        raise
+                    logger.warning("`%s` was not unloaded; trying again", model.name, exc_info=True)
+                    await asyncio.sleep(UNLOAD_PAUSE_S)
         finally:
             directory.forget(model.name)
 
@@ -80,10 +91,12 @@ def build_models_api(gateway: Gateway) -> APIRouter:
                 code="model_configured",
             )
         directory.retire(name)
-        task = asyncio.get_running_loop().create_task(unload_when_idle(model))
+        idle = model.in_flight.count == 0
+        attempts = 1 if idle else UNLOAD_ATTEMPTS  # nobody is told of a failure once the answer was sent
+        task = asyncio.get_running_loop().create_task(unload_when_idle(model, attempts))
         unloading.add(task)
         task.add_done_callback(ended)
-        if model.in_flight.count == 0:
+        if idle:
             await asyncio.shield(task)  # what goes wrong is the answer
         return JsonResponse({"id": name, "state": "unloading"}, 202)
 

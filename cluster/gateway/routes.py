@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -147,9 +147,17 @@ async def read_json(request: Request, limit: int) -> Any:
 
 
 async def parse(request: Request, schema: type[B], limit: int) -> B:
+    return validated(await read_object(request, limit), schema)
+
+
+async def read_object(request: Request, limit: int) -> dict[str, Any]:
     data = await read_json(request, limit)
     if not isinstance(data, dict):
         raise invalid(None, "the body must be a JSON object", code="invalid_json")
+    return data
+
+
+def validated(data: Mapping[str, Any], schema: type[B]) -> B:
     try:
         return schema.model_validate(data)
     except ValidationError as error:
@@ -267,8 +275,9 @@ def build_router(gateway: Gateway) -> APIRouter:
     @router.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         with gateway.counting_refusals():
-            body = await parse(request, ChatBody, limit)
-        with gateway.counting_refusals(body.model):
+            data = await read_object(request, limit)
+        with gateway.counting_refusals(str(data.get("model", ""))):
+            body = validated(data, ChatBody)
             _, info = await gateway.directory.ready_model(body.model)
             job = chat_job(body, info, new_id("chatcmpl"))
         return await answer_job(gateway, request, job, body)
@@ -276,8 +285,9 @@ def build_router(gateway: Gateway) -> APIRouter:
     @router.post("/v1/completions")
     async def completions(request: Request) -> Response:
         with gateway.counting_refusals():
-            body = await parse(request, CompletionBody, limit)
-        with gateway.counting_refusals(body.model):
+            data = await read_object(request, limit)
+        with gateway.counting_refusals(str(data.get("model", ""))):
+            body = validated(data, CompletionBody)
             _, info = await gateway.directory.ready_model(body.model)
             job = completion_job(body, info, new_id("cmpl"))
         return await answer_job(gateway, request, job, body)

@@ -67,6 +67,28 @@ async def test_all_but_one_are_stopped_and_nobody_afterwards(trees: list[list[in
     assert going(one + other)
 
 
+async def test_everybody_is_alone_and_idle_once_before_the_first_turn(trees: list[list[int]]) -> None:
+    one, other = trees
+    a, b, url = FakeEngine("a", pid=one[0]), FakeEngine("b", pid=other[0]), FakeEngine("url")
+    again = FakeEngine("a, another configuration", pid=one[0])
+    seen: list[tuple[bool, bool]] = []
+
+    async def looked() -> None:
+        while True:
+            await asyncio.sleep(0.02)
+            seen.append((stopped(other), stopped(one)))
+
+    with Turns([a, b, again, url], exclusive=True, settle_s=0.0) as turns:
+        looking = asyncio.create_task(looked())
+        began = time.perf_counter()
+        await turns.begin(quiet_s=0.5)
+        assert time.perf_counter() - began >= 1.0
+        looking.cancel()
+    assert {(True, False), (False, True)} <= set(seen)
+    with Turns([a, b]) as turns:
+        await turns.begin(quiet_s=60.0)  # without exclusive nobody is ever alone
+
+
 async def test_without_exclusive_nobody_is_stopped(trees: list[list[int]]) -> None:
     a, b = (FakeEngine(str(tree[0]), pid=tree[0]) for tree in trees)
     with Turns([a, b]) as turns:

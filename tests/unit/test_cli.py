@@ -348,6 +348,13 @@ def test_a_failed_answer_does_not_end_the_chat(grpc_server: tuple[str, FakeTarge
     assert conversations == [["one"], ["one", "abcd", "two"], ["one", "abcd", "three"]]
 
 
+def test_a_chat_in_which_nothing_was_answered_fails(grpc_server: tuple[str, FakeTarget]) -> None:
+    address, target = grpc_server
+    target.script = refuse("overloaded", "full")
+    assert runner.invoke(app, ["chat", "-a", address], input="one\n").exit_code == 1
+    assert runner.invoke(app, ["chat", "-a", address], input="").exit_code == 0
+
+
 def test_a_chat_ends_where_no_server_answers() -> None:
     address = f"127.0.0.1:{free_port()}"
     result = runner.invoke(app, ["chat", "-a", address, "-m", "m"], input="one\ntwo\n")

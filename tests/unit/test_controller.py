@@ -9,7 +9,7 @@ import pytest
 
 from actors.costs import CostModel
 from actors.drafting.interface import SessionDraft
-from actors.engine.account import LIMIT_ROUNDS, SHARE, DraftAccount
+from actors.engine.account import BATCH_SHARE, LIMIT_ROUNDS, SHARE, DraftAccount
 from actors.engine.controller import Candidate, Controller, ControlState
 from actors.engine.waits import DraftWaits, RoundOverhead
 
@@ -346,6 +346,25 @@ def test_who_never_drafts_waits_for_the_drafts_of_others_too() -> None:
 
     assert asked(plain=0) == [4]
     assert asked(plain=8) == [0]
+
+
+def test_pauses_are_those_of_all_that_decode_now() -> None:
+    """While a batch rests, others that never draft come and go."""
+    controller, states = _controller(first_row=0.1, per_row=10.0), [ControlState(), ControlState()]
+    candidates = [Candidate(state, 4, ("d",)) for state in states]
+    for state in states:
+        _teach(controller, state, accepted=0)
+    controller.plan(candidates, plain=[100] * 14)
+    long = controller._rounds_to_look
+    assert controller.rests(states, beside=14) > 0
+    assert controller._rounds_to_look == long
+    controller.rests(states)
+    assert controller._rounds_to_look < long
+    before = controller.account.balance_s
+    controller.rested(states, 1)
+    assert controller.account.balance_s - before == pytest.approx(
+        BATCH_SHARE * (controller.costs.seconds(2) + controller._attention_s)
+    )
 
 
 def test_plain_decoding_looks_only_now_and_then() -> None:

@@ -764,7 +764,7 @@ async def test_each_failure_is_counted_once(path: str) -> None:
         assert failures == []
         for status, content, expected in (
             (400, [], ("", "invalid")),
-            (400, {**body, "tempratur": 1}, ("", "invalid")),
+            (400, {**body, "tempratur": 1}, (MODEL, "invalid")),
             (413, {**body, "user": "x" * 4100}, ("", "invalid")),
             (404, {**body, "model": "other"}, ("", "not_found")),
             (400, {**body, "speculation": {"drafter": "none such"}}, (MODEL, "invalid")),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from unittest import mock
 
 import pytest
 import torch
@@ -288,6 +289,18 @@ def test_what_several_ask_for_is_built_once(threads: ThreadPoolExecutor, text: s
     else:
         assert all(failed)
         assert not compiler._cache
+
+
+def test_a_panic_of_the_library_refuses_the_grammar(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no Exception, and would end the thread that asks."""
+    compiler, spec = GrammarCompiler(TOKENIZER, VOCAB, EOS), GrammarSpec("regex", "ab")
+    monkeypatch.setattr(compiler, "_build", mock.Mock(side_effect=BaseException("panicked")))
+    with pytest.raises(ParameterError, match="the regex could not be compiled"):
+        compiler.compile(spec)
+    failed: Future[LLMatcher] = Future()
+    failed.set_exception(ParameterError("response_format", "no"))
+    compiler._cache[spec] = failed  # as it is until who built it takes it out
+    assert not compiler.ready(spec)
 
 
 def test_refused_grammars_push_none_out_of_the_cache() -> None:

@@ -21,6 +21,7 @@ from actors.sampling.params import SamplingParams
 from actors.target_worker.messages import GenerationRequest, TargetInfo
 from cluster.cli.admin import CHANGE_TIMEOUT_S
 from cluster.config import ClusterConfig, ModelConfig
+from cluster.gateway import models_api
 from cluster.gateway.errors import ApiError, not_ready
 from cluster.gateway.generation import OPEN_CHOICES, run_job
 from cluster.gateway.http_app import build_http_app
@@ -58,6 +59,7 @@ class FakeServe:
         self.leftovers: set[str] = set()
         self.loads: list[str] = []
         self.unloads: list[str] = []
+        self.refused = 0
 
     async def presences(self) -> Mapping[str, Presence]:
         if self.away:
@@ -77,6 +79,7 @@ class FakeServe:
 
     async def unload(self, name: str) -> bool:
         if self.away:
+            self.refused += 1
             raise not_ready("Ray Serve does not answer")
         self.unloads.append(name)
         if name in self.leftovers:
@@ -228,6 +231,30 @@ async def test_a_model_that_cannot_be_unloaded_stays() -> None:
         serve.away = False
         assert (await client.delete("/admin/models/guest")).status_code == 202
     assert serve.unloads == ["guest"]
+
+
+async def test_a_model_that_was_in_use_is_unloaded_once_serve_answers_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The answer was sent, so that nobody would ask a second time."""
+    monkeypatch.setattr(models_api, "UNLOAD_PAUSE_S", 0.01)
+    serve = FakeServe()
+    serve.found["guest"] = Presence("ready")
+    guest = serve.sleepers["guest"] = Sleeper("guest")
+    guest.awake.set()
+    guest.hold = asyncio.Event()
+    body = {"model": "guest", "prompt": "x", "max_tokens": 2}
+    async with operated(serve) as client:
+        running = asyncio.create_task(client.post("/v1/completions", json=body))
+        await until(lambda: guest.running == 1)
+        assert (await client.delete("/admin/models/guest")).status_code == 202
+        serve.away = True
+        guest.hold.set()
+        assert (await running).status_code == 200
+        await until(lambda: serve.refused > 1)
+        assert (await client.post("/v1/completions", json=body)).status_code == 404
+        serve.away = False
+        await until(lambda: serve.unloads == ["guest"])
 
 
 async def test_of_two_loads_of_one_name_one_is_refused() -> None:

@@ -62,6 +62,7 @@ BAD: list[tuple[Callable[[], GenerationRequest], str, str]] = [
     (lambda: ask(sampling=SamplingParams(stop_token_ids=(-1,))), "stop_token_ids", "-1"),
     (lambda: ask(sampling=SamplingParams(allowed_token_ids=(9999,))), "allowed_token_ids", "9999"),
     (lambda: ask(bad_words=("x", " ")), "bad_words", "blank"),
+    (lambda: ask(bad_words=("x", "y" * 257)), "bad_words", "256 characters"),
     (lambda: ask(bad_words=("\ud800",)), "bad_words", "Unicode"),
     (lambda: ask(output_ids_so_far=(9999,)), "output_ids_so_far", "9999"),
     (lambda: ask(output_ids_so_far=(5,), n=2), "n", "resumed"),

@@ -130,6 +130,11 @@ def test_models_that_say_where_they_run_stay_there() -> None:
     taken = cluster({}, draft_pool={"num_gpus": 1})
     assert gpus_of(spread_over_gpus(taken, 1)) == [0], "the draft pool has the only one"
     assert gpus_needed(spread_over_gpus(taken, 2)) == 2
+    shared = cluster({}, {}, draft_pool={"num_gpus": 0.5})
+    assert gpus_of(spread_over_gpus(shared, 1)) == [0.25] * 2, "what the draft pool leaves of the only one"
+    assert gpus_of(spread_over_gpus(shared, 2)) == [0.5] * 2, "all of the other one"
+    three = cluster({}, *[{"num_gpus": 0.6}] * 3)
+    assert gpus_of(spread_over_gpus(three, 3)) == [0.4, 0.6, 0.6, 0.6], "0.6 three times leaves no whole one"
 
 
 def test_gpus_that_torch_cannot_use_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,6 +150,10 @@ def test_int8_is_for_cpus(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
     for fields in ({"device": "cuda"}, {"num_gpus": 1}):
         with pytest.raises(ValidationError, match="dtype: int8 is computed on CPUs only"):
             ModelConfig.model_validate({"name": "m", "source": "x", "dtype": "int8", **fields})
+    with pytest.raises(ValidationError, match="backend: native is for CPUs only"):
+        ModelConfig.model_validate({"name": "m", "source": "x", "backend": "native", "num_gpus": 1})
+    with pytest.raises(ValidationError, match="numbers them from 0"):
+        ModelConfig.model_validate({"name": "m", "source": "x", "device": "cuda:1", "num_gpus": 1})
     with pytest.raises(ValueError, match="dtype int8 is computed on CPUs only"):
         load_runner(str(base), dtype="int8", device="cuda")
     assert choose_device("auto", "int8").type == "cpu"
