@@ -151,11 +151,18 @@ class ModelConfig(PlacedConfig):
 
     @model_validator(mode="after")
     def _on_cpus_only(self) -> ModelConfig:
-        if self.dtype == "int8" and self.torch_device != "cpu":
-            raise ValueError("dtype: int8 is computed on CPUs only; use bfloat16 on a GPU")
-        if self.backend == "native" and self.torch_device != "cpu":
-            raise ValueError("backend: native is for CPUs only; use auto, torch or generic on a GPU")
+        if self.torch_device != "cpu" and self.why_on_cpus is not None:
+            raise ValueError(self.why_on_cpus)
         return self
+
+    @property
+    def why_on_cpus(self) -> str | None:
+        """What ties it to CPUs, naming the field; None where it may run on a GPU."""
+        if self.dtype == "int8":
+            return "dtype: int8 is computed on CPUs only; use bfloat16 on a GPU"
+        if self.backend == "native":
+            return "backend: native is for CPUs only; use auto, torch or generic on a GPU"
+        return None
 
     def found_from(self, folder: Path) -> ModelConfig:
         """The same with relative paths looked for in `folder`."""

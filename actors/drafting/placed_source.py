@@ -227,13 +227,15 @@ class PlacedDraftSource:
             for sid, epoch in wanted.items()
             if (away if sid not in drafts else drafts[sid].error is not None)
         }
-        for sid, draft in self._local.collect(missing, timeout_s).items() if missing else ():
+        if not missing:
+            return
+        self._fallback_rounds += 1
+        for sid, draft in self._local.collect(missing, timeout_s).items():
             if draft.error is None:
                 drafts[sid] = draft
             elif sid not in drafts:
                 # Only the remote has the drafter that is pinned: no draft for now, but no error either.
                 drafts[sid] = SessionDraft(sid, draft.epoch) if draft.error == "unsupported" else draft
-        self._fallback_rounds += bool(missing)
 
     def take_shadows(self) -> Sequence[SessionDraft]:
         return self._remote.take_shadows()

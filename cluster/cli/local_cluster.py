@@ -156,8 +156,7 @@ def spread_over_gpus(config: ClusterConfig, there: int) -> ClusterConfig:
     and on a CPU they take nothing from targets."""
 
     def takes(model: ModelConfig) -> bool:
-        free = model.device == "auto" and model.num_gpus is None
-        return free and model.dtype != "int8" and model.backend != "native"
+        return model.device == "auto" and model.num_gpus is None and model.why_on_cpus is None
 
     taken, spare = 0, 0.0
     for kind in _kinds(config):

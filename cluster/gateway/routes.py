@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from cluster.gateway.router_api import RouterControl
 
 B = TypeVar("B", bound=Body)
+J = TypeVar("J", ChatBody, CompletionBody)
 logger = logging.getLogger(__name__)
 REQUEST_ID = "x-request-id"
 DRAIN_BODY_FACTOR = 16
@@ -272,25 +273,24 @@ def build_router(gateway: Gateway) -> APIRouter:
         (body,) = await model_bodies(gateway, [gateway.directory.find(model_id)])
         return JsonResponse(body)
 
-    @router.post("/v1/chat/completions")
-    async def chat_completions(request: Request) -> Response:
+    async def answer(
+        request: Request, schema: type[J], job_of: Callable[[J, TargetInfo, str], Job], prefix: str
+    ) -> Response:
         with gateway.counting_refusals():
             data = await read_object(request, limit)
         with gateway.counting_refusals(str(data.get("model", ""))):
-            body = validated(data, ChatBody)
+            body = validated(data, schema)
             _, info = await gateway.directory.ready_model(body.model)
-            job = chat_job(body, info, new_id("chatcmpl"))
+            job = job_of(body, info, new_id(prefix))
         return await answer_job(gateway, request, job, body)
+
+    @router.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        return await answer(request, ChatBody, chat_job, "chatcmpl")
 
     @router.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        with gateway.counting_refusals():
-            data = await read_object(request, limit)
-        with gateway.counting_refusals(str(data.get("model", ""))):
-            body = validated(data, CompletionBody)
-            _, info = await gateway.directory.ready_model(body.model)
-            job = completion_job(body, info, new_id("cmpl"))
-        return await answer_job(gateway, request, job, body)
+        return await answer(request, CompletionBody, completion_job, "cmpl")
 
     @router.post("/tokenize")
     async def tokenize(request: Request) -> Response:
